@@ -1,0 +1,1 @@
+"""How a published model learns a task."""

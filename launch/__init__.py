@@ -1,0 +1,1 @@
+"""Where a run happens: the command line, recipes and Ray."""

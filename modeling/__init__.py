@@ -1,0 +1,1 @@
+"""What a model is: torch only, no disk, no ranks."""

@@ -1,0 +1,36 @@
+"""What a model sees: Batch, the same for every family, objective and task.
+
+Shapes: B rows, T tokens of the stack that predicts, S source tokens (encoder-decoder only), P picked positions.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that is not counted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch of packed rows.
+
+    `segments` numbers the documents of a row from 1; 0 is padding. Positions see each other only within one segment; the
+    source segment n belongs to the target segment n. `targets` are IGNORE where nothing is predicted.
+    `picked` (masked LM) lists the only positions whose targets count, per row, padded with -1: logits are made for these alone.
+    """
+
+    tokens: Tensor  # (B, T) int64
+    segments: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    source: Tensor | None = None  # (B, S) int64
+    source_segments: Tensor | None = None  # (B, S) int64
+    picked: Tensor | None = None  # (B, P) int64
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device; copies do not block where the memory is pinned."""
+        return Batch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+
+def _moved(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)

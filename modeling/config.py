@@ -1,0 +1,71 @@
+"""What a model is, as plain values: ModelConfig, one frozen set of dials for all three transformer families.
+
+In: literals from a recipe or a published folder. Out: a validated value; building the model is transformer.py's business.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Family = Literal["decoder", "encoder", "encoder-decoder"]
+NormPlace = Literal["pre", "inner", "post"]
+
+
+class Refused(ValueError):
+    """What a person asked for cannot be done: says what, where, both numbers, and what to do instead.
+
+    The command line prints the message alone and exits 1; every other exception is a defect and keeps its traceback.
+    """
+
+
+class Settings(BaseModel):
+    """A frozen, strictly typed group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Settings):
+    """The dials of one Block, `x = post(x + inner(sublayer(pre(x))))`, and of what stands around it."""
+
+    family: Family
+    vocab_size: int = Field(gt=0)
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)  # of each stack: an encoder-decoder has twice as many blocks
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    mlp_dim: int = Field(gt=0)
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    bias: bool = False  # linears and norms alike
+    norm: Literal["rms", "layer"] = "rms"
+    norm_places: tuple[NormPlace, ...] = ("pre",)
+    norm_eps: float = Field(default=1e-6, gt=0)
+    first_attention_norm: bool = True  # False: layer 0 has no norm before attention (ModernBERT)
+    embed_norm: bool = False
+    final_norm: bool = True
+    position: Literal["rope", "learned", "relative", "sinusoidal"] = "rope"
+    max_positions: int = Field(gt=0)  # the longest document: a table's size (learned), a promise to readers (otherwise)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    local_window: int = Field(default=0, ge=0)  # keys within this distance; 0: every layer is global
+    global_every: int = Field(default=1, gt=0)  # layer i is global when i % global_every == 0
+    local_rope_theta: float = Field(default=10_000.0, gt=0)
+    attention_scale: float | None = Field(default=None, gt=0)  # None: head_dim ** -0.5
+    embed_scale: float = Field(default=1.0, gt=0)
+    logit_scale: float = Field(default=1.0, gt=0)
+    head_dense: bool = False  # dense, activation, norm before the logits
+    logit_bias: bool = False
+    tie_embeddings: bool = True
+    num_labels: int = Field(default=0, ge=0)  # > 0: a label head stands in place of the vocabulary head
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of numbers")
+        if len(set(self.norm_places)) != len(self.norm_places):
+            raise ValueError(f"norm_places {list(self.norm_places)} names a place twice")
+        return self

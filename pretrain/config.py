@@ -1,0 +1,164 @@
+"""What a pretraining run is, as plain values: the recipe that launch/config.py reads from YAML.
+
+One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and `micro_rows`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modeling.config import ModelConfig, Settings
+
+
+class Source(Settings):
+    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, .parquet, each also .gz) and `hub` (a data set's id)."""
+
+    path: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    split: str = "train"
+    text_column: str = "text"  # JSONL, Parquet and hub sets
+    documents: Literal["blank_line", "line"] = "blank_line"  # plain text: what ends a document
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either `path` or `hub`, and not both")
+        return self
+
+
+class Data(Settings):
+    """What is read, and how it is cut into rows."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    heldout: tuple[Source, ...] = ()  # corpora of their own ...
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
+    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans)
+    cache: str | None = None  # where token shards live; None: inside the run folder
+    prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
+
+    @model_validator(mode="after")
+    def _one_heldout(self) -> "Data":
+        if bool(self.heldout) == (self.heldout_fraction > 0):
+            raise ValueError("give either `data.heldout` (corpora) or `data.heldout_fraction` (above 0), and not both")
+        return self
+
+
+class Tokenizer(Settings):
+    """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
+
+    path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
+    sample_bytes: int = Field(default=50_000_000, gt=0)  # how much text training reads
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+
+
+class Causal(Settings):
+    """Predict each next token."""
+
+    kind: Literal["causal"] = "causal"
+
+
+class Masked(Settings):
+    """Predict hidden tokens: of `rate` of the tokens, `mask` become the mask, `random` a random token, the rest stay (BERT)."""
+
+    kind: Literal["masked"] = "masked"
+    rate: float = Field(default=0.3, gt=0, lt=1)
+    mask: float = Field(default=0.8, ge=0, le=1)
+    random: float = Field(default=0.1, ge=0, le=1)
+    whole_words: bool = False
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Masked":
+        if self.mask + self.random > 1:
+            raise ValueError(f"mask ({self.mask}) and random ({self.random}) together exceed 1")
+        return self
+
+
+class Spans(Settings):
+    """Predict hidden spans, each named by a sentinel (T5): `density` of the tokens in spans of `mean_length` on average."""
+
+    kind: Literal["spans"] = "spans"
+    density: float = Field(default=0.15, gt=0, lt=1)
+    mean_length: float = Field(default=3.0, ge=1)
+
+
+Objective = Annotated[Causal | Masked | Spans, Field(discriminator="kind")]
+
+
+class Optimizer(Settings):
+    """AdamW (Loshchilov and Hutter 2019), or Muon for matrices inside blocks with AdamW for everything else."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)  # matrices only, never norms and biases
+    clip: float = Field(default=1.0, ge=0)  # largest gradient norm; 0: no clipping
+
+
+class Schedule(Settings):
+    """The learning rate as a function of the step, as a factor of the optimizer's `lr`."""
+
+    kind: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)  # wsd: the length of the final decay
+    final: float = Field(default=0.1, ge=0, le=1)  # the factor at the last step
+
+
+class Engine(Settings):
+    """How the arithmetic is spread and rounded. Nothing here changes what is computed beyond rounding."""
+
+    zero_stage: Literal[1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "autocast"] = "fp32"  # bf16: weights too, fp32 master; autocast: fp32 weights
+    recompute: bool = False  # activation checkpointing, block by block
+    compile: bool = False
+    offload: bool = False  # optimizer state in host memory
+
+
+class Checkpoints(Settings):
+    """When to save and what to keep. The last verified checkpoint is never deleted."""
+
+    every: int = Field(default=500, gt=0)  # steps
+    keep_last: int = Field(default=2, gt=0)
+    keep_every: int = Field(default=0, ge=0)  # steps; 0: none beyond the last
+    keep_best: bool = True  # the lowest held-out loss
+
+
+class Pretrain(Settings):
+    """A whole run: `steps` optimizer steps of `step_rows` rows of `data.row_length` tokens."""
+
+    run: str  # the run folder
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    objective: Objective
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    checkpoints: Checkpoints = Checkpoints()
+    steps: int = Field(gt=0)
+    step_rows: int = Field(gt=0)  # rows of one optimizer step, over all ranks
+    micro_rows: int = Field(gt=0)  # rows of one forward/backward on one rank
+    evaluate_every: int = Field(default=500, gt=0)  # steps
+    evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
+    nonfinite_limit: int = Field(default=5, gt=0)  # steps in a row before the run stops
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Pretrain":
+        family = {"causal": "decoder", "masked": "encoder", "spans": "encoder-decoder"}[self.objective.kind]
+        if self.model.family != family:
+            raise ValueError(f"the {self.objective.kind} objective trains a model of family {family}, not {self.model.family}")
+        if self.data.row_length > self.model.max_positions:
+            raise ValueError(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({self.model.max_positions})")
+        if self.micro_rows > self.step_rows:
+            raise ValueError(f"micro_rows ({self.micro_rows}) exceeds step_rows ({self.step_rows})")
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and decay_steps ({self.schedule.decay_steps})"
+                f" together exceed steps ({self.steps})"
+            )
+        return self
