@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all the set-up themselves; the second call starts in seconds.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: setup demo test proof lint types clean
+setup: $(STAMP)
+
+# pip runs again only when what is wanted has changed; an unpinned torch would bring gigabytes of CUDA packages, hence the constraints.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv (1 to 3 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[publish,score,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/trifold demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+proof: $(STAMP)
+	$(BIN)/python -m pytest -m proof --timeout 3600
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
