@@ -1,0 +1,84 @@
+"""What may change when `pretrain` runs on a run folder that exists: a literal table, and the folder's own recipe compared with it.
+
+In: the old and the new recipe as mappings, and how many steps were taken. Out: each changed key with a verdict. A change is safe when a
+straight run of the new recipe would have taken the same steps so far, up to rounding; anything that is not in the table is unsafe.
+"""
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.config import Recipe, flatten, resolve, write
+from modeling.config import Refused
+from pretrain.metrics import read_lines
+from pretrain.optimizer import lr_factor
+
+
+class Change(NamedTuple):
+    key: str
+    old: Any
+    new: Any
+    safe: bool
+
+
+def _always(old: Recipe, new: Recipe, step: int) -> bool:
+    return True
+
+
+def _no_dropout(old: Recipe, new: Recipe, step: int) -> bool:
+    """Dropout is keyed by the micro's index in the run, so without it a micro's size is only a matter of rounding."""
+    return old.model.dropout == new.model.dropout == 0
+
+
+def _same_rates_so_far(old: Recipe, new: Recipe, step: int) -> bool:
+    """A longer run is the same run while no learning rate that was used would have been another (wsd before its decay, inverse_sqrt)."""
+    return all(lr_factor(old.schedule, i, old.steps) == lr_factor(new.schedule, i, new.steps) for i in range(step))
+
+
+SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
+    "run": _always,  # the folder was moved
+    "data.sources.*.path": _always,  # a corpus was moved: the rows' fingerprint knows its content, and training refuses another
+    "data.heldout.*.path": _always,
+    "tokenizer.path": _always,  # the same
+    "data.cache": _always,
+    "data.prefetch": _always,
+    "engine.*": _always,  # rounding only; checkpoints hold fp32 slices that any stage and precision reads
+    "checkpoints.*": _always,
+    "evaluate_every": _always,
+    "evaluate_rows": _always,
+    "nonfinite_limit": _always,
+    "cluster.*": _always,
+    "micro_rows": _no_dropout,
+    "steps": _same_rates_so_far,
+    "schedule.*": _same_rates_so_far,
+}
+
+
+def differences(old: Recipe, new: Recipe, step: int) -> list[Change]:
+    """Every dotted key whose value differs between two recipes, after `step` steps of the old one."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    changed = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    return [Change(key, before.get(key), after.get(key), _safe(key, old, new, step)) for key in changed]
+
+
+def settle(recipe: Recipe) -> list[Change]:
+    """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or refuse each unsafe key."""
+    file = Path(recipe.run) / "config.yaml"
+    changes: list[Change] = []
+    if file.exists():
+        steps = [record["step"] for record in read_lines(file.parent / "metrics.jsonl")]
+        changes = differences(resolve(file), recipe, max(steps, default=0))
+    if unsafe := [change for change in changes if not change.safe]:
+        said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
+        raise Refused(
+            f"{recipe.run} is a run of another recipe, and these keys change what was trained so far:\n{said}\n"
+            "Give them back their values to continue it, or name another folder with run=..."
+        )
+    write(recipe, file)
+    return changes
+
+
+def _safe(key: str, old: Recipe, new: Recipe, step: int) -> bool:
+    rules = [rule for pattern, rule in SAFE.items() if fnmatch(key, pattern)]
+    return bool(rules) and all(rule(old, new, step) for rule in rules)
