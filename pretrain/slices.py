@@ -1,0 +1,90 @@
+"""Parameter slices: the part of the fp32 master weights and moments that this rank owns, by parameter name.
+
+In: a DeepSpeed ZeRO optimizer of any stage. Out: pieces (where a parameter's numbers lie in the optimizer's flat tensors), which are read
+into slices of host memory and written back from them, so state moves between any two worlds and stages. No collective is needed to read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Read = Callable[[str, int, int], dict[str, Tensor]]  # (parameter, start, stop) -> that range of {"fp32", moments...}, each flat
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`tensors` are flat host copies of elements [start, start + numel) of a parameter: "fp32", and its moments unless it is frozen."""
+
+    start: int
+    shape: tuple[int, ...]  # of the whole parameter
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a parameter lie at [offset, offset + numel) of `flat`, a tensor that this rank's optimizer updates."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This piece's view of `flat` or of a moment of the same size."""
+        return flat.detach()[self.offset : self.offset + self.numel]
+
+
+def pieces(zero: object, module: nn.Module, stage: int) -> list[Piece]:
+    """What this rank owns, in the module's order; a parameter without elements here has no piece. Frozen ones are held apart:
+    whole on rank 0 at stages 1 and 2, in every rank's share at stage 3."""
+    found = _piece_z3 if stage == 3 else _piece_z12
+    return [piece for name, p in module.named_parameters() if (piece := found(zero, name, p)) is not None and piece.numel > 0]
+
+
+def _piece_z12(zero: object, name: str, p: nn.Parameter) -> Piece | None:
+    if not p.requires_grad:
+        return Piece(name, p, tuple(p.shape), 0, p.numel() if dist.get_rank() == 0 else 0, p.detach().view(-1), 0)
+    link = p._hp_mapping
+    if link is None:
+        return None
+    flat = zero.single_partition_of_fp32_groups[link.param_group_index]
+    here, there = link.lp_fragment_address, link.hp_fragment_address
+    return Piece(name, p, tuple(p.shape), here.start, here.numel, flat, there.start)
+
+
+def _piece_z3(zero: object, name: str, p: nn.Parameter) -> Piece:
+    share = p.ds_tensor.numel()  # every rank has as much; the last ones are padded
+    start = min(dist.get_rank() * share, p.ds_numel)
+    numel = min(share, p.ds_numel - start)
+    if not p.requires_grad:
+        return Piece(name, p, tuple(p.ds_shape), start, numel, p.ds_tensor.view(-1), 0)
+    group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+    return Piece(name, p, tuple(p.ds_shape), start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+
+def read_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Slice]:
+    """Copies in host memory: what is trained on after this call does not change them."""
+    return {p.name: Slice(p.start, p.shape, {key: _snapshot(p.of(t)) for key, t in _tensors(p, state).items()}) for p in owned}
+
+
+@torch.no_grad()
+def write_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]], read: Read) -> None:
+    for p in owned:
+        values = read(p.name, p.start, p.start + p.numel)
+        for key, tensor in _tensors(p, state).items():
+            p.of(tensor).copy_(values[key])
+
+
+def _tensors(piece: Piece, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+    moments = state[piece.flat] if piece.flat in state else {}
+    return {"fp32": piece.flat, **{key: moment for key, moment in moments.items() if moment.shape == piece.flat.shape}}
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
