@@ -1,0 +1,212 @@
+"""Saving, off the critical path: slices in host memory -> rank files, written and hashed in the background -> one marker.
+
+In: each rank's slices (host copies that nobody changes any more) and the run's state. Out: a checkpoint folder that counts, or an event
+that says why not; the run goes on either way. Ranks meet through their manifests in the folder, never through a collective.
+"""
+
+import errno
+import hashlib
+import json
+import platform
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import storage
+from pretrain.checkpoint import OnEvent, Slice, State, merged, render_marker
+from pretrain.config import Checkpoints
+from pretrain.lease import COMMIT, Lease, Superseded, folder_of
+from pretrain.retention import retain, sweep
+
+DTYPES = {  # safetensors' names
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Checkpointer:
+    """One rank's saver: one save in flight, the next waits for it, so at most one copy of this rank's slices is held.
+
+    Events (from the saving thread): save_started (step, bytes, waited: seconds that `save` held the caller up), save_written (rank,
+    bytes, seconds); on rank 0 also save_committed (step, checkpoint, bytes of all ranks, seconds since `save`), checkpoint_deleted,
+    checkpoint_swept, retention_failed; save_failed (step, rank, reason) when there will be no such checkpoint.
+    """
+
+    def __init__(self, lease: Lease, rank: int, world: int, keep: Checkpoints, on_event: OnEvent, timeout: float = 900.0) -> None:
+        self.lease, self.rank, self.world, self.keep, self.on_event, self.timeout = lease, rank, world, keep, on_event, timeout
+        self._origin = origin() if rank == 0 else {}
+        self._thread: threading.Thread | None = None
+        self._superseded: Superseded | None = None
+        self._steps: set[int] = set()
+
+    def save(self, state: State, slices: dict[str, Slice]) -> None:
+        """Begin to save; every rank calls it for the same steps. A step is saved once: a second call for it does nothing.
+
+        Raises Superseded (rank 0) when the save before found that a later generation has begun.
+        """
+        began = time.monotonic()
+        self.wait()
+        if state.step in self._steps:
+            return
+        self._steps.add(state.step)
+        waited = time.monotonic() - began
+        self._thread = threading.Thread(target=self._save, args=(state, slices, began, waited), name=f"save-{state.step}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is in flight: committed or failed on rank 0, written elsewhere. Raises Superseded like `save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._superseded is not None:
+            raise self._superseded
+
+    def _save(self, state: State, slices: dict[str, Slice], began: float, waited: float) -> None:
+        folder = folder_of(self.lease.run, state.step, self.lease.generation)
+        size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
+        try:
+            self.on_event("save_started", step=state.step, bytes=size, waited=waited)
+            if self.rank == 0:
+                sweep(self.lease, state.step, self.on_event)
+            started = time.monotonic()
+            write_rank(folder, self.lease, self.rank, self.world, slices)
+            self.on_event("save_written", step=state.step, rank=self.rank, bytes=size, seconds=time.monotonic() - started)
+            if self.rank == 0:
+                total = commit(folder, self.lease, self.world, state, self._origin, self.timeout)
+                self.on_event("save_committed", step=state.step, checkpoint=folder.name, bytes=total, seconds=time.monotonic() - began)
+        except Exception as error:  # the run goes on to its next save, whatever it was
+            self._report("save_failed", error, step=state.step, rank=self.rank, folder=folder, size=size)
+            self._clear_away(folder, str(error))
+            return
+        if self.rank == 0:
+            try:
+                retain(self.lease, self.keep, self.on_event)
+            except Exception as error:
+                self._report("retention_failed", error, step=state.step, rank=self.rank, folder=folder, size=size)
+
+    def _report(self, kind: str, error: Exception, *, folder: Path, size: int, **facts: int) -> None:
+        if isinstance(error, Superseded):
+            self._superseded = error
+        self.on_event(kind, reason=_reason(error, folder, size), **facts)
+
+    def _clear_away(self, folder: Path, reason: str) -> None:
+        """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, for which rank 0 waits no longer."""
+        if self.rank == 0 and not (folder / COMMIT).exists():
+            storage.remove_folder(folder, COMMIT)
+        elif self.rank != 0 and folder.exists():
+            (folder / _file(self.rank, "safetensors")).unlink(missing_ok=True)
+            with suppress(OSError):  # rank 0 was faster to remove the folder, or not even the note fits: it then waits for its timeout
+                (folder / _file(self.rank, "failed")).write_text(reason)
+
+
+def write_rank(folder: Path, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
+    """Write a rank's tensors and then, in one stroke, its manifest."""
+    storage.make_folder(folder)
+    file = _file(rank, "safetensors")
+    written = storage.write(folder / file, _safetensors(slices))
+    manifest = {"generation": lease.generation, "world": world, "rank": rank, "file": file, **written._asdict()}
+    manifest["slices"] = {
+        name: {"start": piece.start, "count": piece.count, "shape": list(piece.shape), "keys": sorted(piece.tensors)}
+        for name, piece in slices.items()
+    }
+    storage.replace(folder / _file(rank, "json"), json.dumps(manifest).encode())
+
+
+def commit(folder: Path, lease: Lease, world: int, state: State, origin: dict[str, Any], timeout: float) -> int:
+    """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns the bytes of all tensor files.
+
+    Raises Superseded, TimeoutError, ValueError (gap, overlap), RuntimeError (another rank gave up).
+    """
+    manifests, files, total = [], {}, 0
+    deadline = time.monotonic() + timeout
+    for rank in range(world):
+        content = _await(folder / _file(rank, "json"), folder / _file(rank, "failed"), deadline, timeout)
+        manifest = json.loads(content)
+        assert (manifest["generation"], manifest["world"]) == (lease.generation, world), f"{folder}: rank {rank} is of another attempt"
+        manifests.append(manifest)
+        files[manifest["file"]] = {"bytes": manifest["bytes"], "sha256": manifest["sha256"]}
+        files[_file(rank, "json")] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        total += manifest["bytes"]
+    merged(manifests)
+    record = {
+        "generation": lease.generation,
+        "world": world,
+        **origin,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "state": asdict(state),
+        "files": files,
+    }
+    marker = render_marker(record)
+    lease.check()
+    storage.replace(folder / COMMIT, marker)
+    lease.check()  # it may have come too late to count
+    return total
+
+
+def origin() -> dict[str, Any]:
+    """Where a checkpoint comes from: host, versions of the packages that shape its numbers, and the code's git commit where there is one."""
+    versions = {"python": platform.python_version()}
+    installed = {distribution.name for distribution in metadata.distributions()}
+    versions |= {name: metadata.version(name) for name in ("trifold", "torch", "deepspeed", "safetensors") if name in installed}
+    git, code = shutil.which("git"), None
+    if git:
+        answer = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        code = answer.stdout.strip() or None
+    return {"host": socket.gethostname(), "versions": versions, "code": code}
+
+
+def _safetensors(slices: dict[str, Slice]) -> Iterator[memoryview]:
+    """The safetensors format, streamed: an 8-byte length, a JSON header, the tensors, widest type first so that each is aligned.
+
+    safetensors' own save_file would neither hash on the way nor say that the disk is full (https://github.com/huggingface/safetensors#format).
+    """
+    tensors = {f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+
+
+def _await(manifest: Path, failed: Path, deadline: float, timeout: float) -> bytes:
+    while not manifest.exists():
+        if failed.exists():
+            raise RuntimeError(f"{failed.stem} gave up: {failed.read_text()}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{manifest} was not there after {timeout:g} s: its rank is dead, stuck, or does not share this folder")
+        time.sleep(0.02)
+    return manifest.read_bytes()
+
+
+def _reason(error: Exception, folder: Path, size: int) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder.parent.parent).free
+        return f"the disk of {folder.parent} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
+    if isinstance(error, OSError | Superseded | RuntimeError):
+        return str(error)
+    return "".join(traceback.format_exception(error))
+
+
+def _file(rank: int, kind: str) -> str:
+    return f"rank-{rank:05d}.{kind}"
