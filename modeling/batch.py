@@ -21,7 +21,7 @@ class Batch:
     """
 
     tokens: Tensor  # (B, T) int64
-    segments: Tensor  # (B, T) int64
+    segments: Tensor | None  # (B, T) int64; None: each row is one whole document (the source too)
     targets: Tensor  # (B, T) int64
     source: Tensor | None = None  # (B, S) int64
     source_segments: Tensor | None = None  # (B, S) int64

@@ -1,0 +1,110 @@
+"""Attention: queries, keys, values and a description of who may attend go in, mixed values come out; the kernel is chosen here.
+
+Plain rows take SDPA's own causal kernel. Packed and windowed rows take a mask that is made once per forward: dense on the CPU
+(FlexAttention has no backward there), in blocks for FlexAttention on CUDA. Both come from one predicate, `Visibility.sees`.
+Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who may attend to whom. One object serves all layers of a kind, so that its mask is made once.
+
+    Segments number the documents of a row, 0 is padding. None: each row is one whole document; a window, a bias or a
+    `query_start` needs them. `window` > 0 limits the distance. Query i stands at position `query_start + i` of its row, key j at
+    j. `bias` (1, N, Q, K) is added to the scores.
+    """
+
+    causal: bool
+    query_segments: Tensor | None = None  # (B, Q) int64
+    key_segments: Tensor | None = None  # (B, K) int64
+    window: int = 0
+    query_start: int = 0
+    bias: Tensor | None = None
+    mask: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", self._mask())
+
+    def sees(self, b: Tensor, head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q of row b sees key k: indices that broadcast (the signature of FlexAttention's `mask_mod`).
+
+        Padding sees padding. In cross-attention a query may see no key at all: the kernels then give zeros, never NaN.
+        """
+        assert self.query_segments is not None and self.key_segments is not None
+        seen = self.query_segments[b, q] == self.key_segments[b, k]
+        at = q + self.query_start
+        if self.causal:
+            seen = seen & (at >= k)
+        if self.window:
+            seen = seen & ((at - k).abs() <= self.window)
+        return seen
+
+    def dense(self) -> Tensor:
+        """The predicate on every pair, (B, 1, Q, K) bool; with a bias, scores to add, (B, N, Q, K)."""
+        assert self.query_segments is not None and self.key_segments is not None
+        (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
+        b, q, k = (torch.arange(n, device=self.query_segments.device) for n in (rows, queries, keys))
+        seen = self.sees(b[:, None, None, None], None, q[:, None], k)
+        return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
+
+    def _mask(self) -> Any:
+        """What the kernel takes: None where it needs no mask, a BlockMask for FlexAttention on CUDA, else the dense mask."""
+        if self.query_segments is None or self.key_segments is None:
+            return None
+        if self.bias is None and self.query_segments.is_cuda:
+            (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
+            return _flex()[1](self.sees, rows, None, queries, keys, device=self.query_segments.device)
+        return self.dense()
+
+
+def attend(
+    q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G // N."""
+    mask, gqa = visibility.mask, q_BNQH.shape[1] != k_BGKH.shape[1]
+    if mask is not None and not isinstance(mask, Tensor):
+        if not dropout:
+            return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
+        mask = visibility.dense()  # flex has no dropout
+    if visibility.bias is not None:
+        mask = mask.to(q_BNQH.dtype)
+    causal = visibility.causal and mask is None
+    return F.scaled_dot_product_attention(
+        q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+
+
+@cache
+def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """FlexAttention and its mask maker, compiled: uncompiled they hold whole score matrices. Imported on CUDA alone."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+class Cache:
+    """Keys and values of one attention layer during generation, in space reserved for `length` positions."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.used = length, 0
+
+    def extend(self, new: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, G, T, H) of T new positions (None: nothing new) and return all so far."""
+        if new is not None:
+            if not self.used:
+                self.kept = tuple(x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in new)
+            end = self.used + new[0].shape[2]
+            for kept, x in zip(self.kept, new, strict=True):
+                kept[:, :, self.used : end] = x
+            self.used = end
+        return self.kept[0][:, :, : self.used], self.kept[1][:, :, : self.used]

@@ -1,0 +1,142 @@
+"""The one block of all three families: `x = post(x + inner(sublayer(pre(x))))`, any of the three norms absent.
+
+Pre-norm, sandwich and post-norm are settings, not branches. In: hidden states and what the layers of a forward share (View).
+Out: hidden states. Shapes: B rows, T tokens, S memory, D model, N heads, G key/value heads, H head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.attention import Cache, Visibility, attend
+from modeling.config import ModelConfig
+from modeling.position import Rotation, rotate
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the attention layers of one kind (global, local or cross) share in one forward."""
+
+    visibility: Visibility
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one forward through a stack. `memory` is what cross-attention reads; None: it is in the cache."""
+
+    whole: View
+    local: View
+    cross: View | None = None
+    memory_BSD: Tensor | None = None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory to read, and a feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, cross: bool) -> None:
+        super().__init__()
+        self.local = config.local_window > 0 and layer % config.global_every != 0
+        self.attn = Residual(config, Attention(config), pre=layer > 0 or config.first_attention_norm)
+        self.cross = Residual(config, Attention(config)) if cross else None
+        self.mlp = Residual(config, MLP(config))
+
+    def forward(self, x_BTD: Tensor, views: Views, caches: tuple[Cache | None, Cache | None] = (None, None)) -> Tensor:
+        x_BTD = self.attn(x_BTD, views.local if self.local else views.whole, caches[0])
+        if self.cross is not None:
+            x_BTD = self.cross(x_BTD, views.cross, caches[1], views.memory_BSD)
+        return self.mlp(x_BTD)
+
+
+class Residual(nn.Module):
+    """A sublayer `f` with its norms and its dropout around it."""
+
+    def __init__(self, config: ModelConfig, f: nn.Module, pre: bool = True) -> None:
+        super().__init__()
+        places = config.norm_places
+        self.pre = make_norm(config, "pre" in places and pre)
+        self.f = f
+        self.inner = make_norm(config, "inner" in places)
+        self.post = make_norm(config, "post" in places)
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor, *shared: object) -> Tensor:
+        y_BTD = self.inner(self.f(self.pre(x_BTD), *shared))
+        return self.post(x_BTD + F.dropout(y_BTD, self.dropout, self.training))
+
+
+class Attention(nn.Module):
+    """Heads of attention, to the row itself or to a memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(config.dim, queries, config.bias)
+        self.k = nn.Linear(config.dim, keys, config.bias)
+        self.v = nn.Linear(config.dim, keys, config.bias)
+        self.o = nn.Linear(queries, config.dim, config.bias)
+
+    def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None, *memory: Tensor | None) -> Tensor:
+        """`memory` (B, S, D) is given in cross-attention only; None there: the cache holds its keys and values already."""
+        source = memory[0] if memory else x_BTD
+        q, new = self._turned(self.q(x_BTD), view), None
+        if source is not None:
+            new = self._turned(self.k(source), view), self._heads(self.v(source))
+        k, v = new if cache is None else cache.extend(new)
+        y_BNTH = attend(q, k, v, view.visibility, self.scale, self.dropout if self.training else 0.0)
+        return self.o(y_BNTH.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _turned(self, x: Tensor, view: View) -> Tensor:
+        return self._heads(x) if view.rotation is None else rotate(self._heads(x), view.rotation)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.dim, config.mlp_dim, config.bias) if config.gated else None
+        self.up = nn.Linear(config.dim, config.mlp_dim, config.bias)
+        self.down = nn.Linear(config.mlp_dim, config.dim, config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.act(self.up(x_BTD)))
+        return self.down(self.act(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), in fp32 inside."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
+
+
+def make_norm(config: ModelConfig, present: bool = True) -> nn.Module:
+    """The family's norm, or where it is absent a module without parameters that changes nothing."""
+    if not present:
+        return nn.Identity()
+    if config.norm == "rms":
+        return RMSNorm(config.dim, config.norm_eps)
+    return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)

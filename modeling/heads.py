@@ -1,0 +1,133 @@
+"""What stands on the hidden states: logits over the vocabulary or over labels, and the loss, without all logits at once.
+
+In: hidden states (B, P, D) of the positions that count. Out: the sum of cross-entropies, or each position's, or logits.
+Shapes: B rows, P positions, D model, V vocabulary or labels.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.batch import IGNORE
+from modeling.block import ACTIVATIONS, make_norm
+from modeling.config import ModelConfig
+
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits that exist at a time
+
+
+class Head(nn.Module):
+    """The vocabulary head, tied to the embeddings or not, or the label head; either after an optional dense transform."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.logit_scale = config.logit_scale
+        self.dense = nn.Linear(config.dim, config.dim, config.bias) if config.head_dense else None
+        self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, config.head_dense)
+        self.labels = nn.Linear(config.dim, config.num_labels) if config.num_labels else None
+        words = config.num_labels == 0
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if words and not config.tie_embeddings else None
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if words and config.logit_bias else None
+
+    def forward(
+        self, h_BPD: Tensor, embed: nn.Embedding, targets_BP: Tensor | None = None, per_token: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right.
+
+        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone.
+        """
+        if self.dense is not None:
+            h_BPD = self.norm(self.act(self.dense(h_BPD)))
+        if self.labels is not None:
+            weight, bias = self.labels.weight, self.labels.bias
+        else:
+            h_BPD = h_BPD * self.logit_scale
+            weight, bias = embed.weight if self.weight is None else self.weight, self.bias
+        if targets_BP is None:
+            return F.linear(h_BPD, weight, bias)
+        h, targets = h_BPD.flatten(0, 1), targets_BP.flatten()
+        if per_token:
+            nll, correct = token_losses(h, weight, bias, targets)
+            return nll.view_as(targets_BP), correct.view_as(targets_BP)
+        return loss_sum(h, weight, bias, targets)
+
+
+def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> Tensor:
+    """Sum of cross-entropies in nats over the targets that are not IGNORE: an fp32 scalar, 0 where there is none."""
+    if not torch.is_grad_enabled():
+        return token_losses(h_PD, weight_VD, bias_V, targets_P)[0].sum()
+    return _LossSum.apply(h_PD, weight_VD, bias_V, targets_P)
+
+
+@torch.no_grad()
+def token_losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (P,) fp32 and whether the best guess is right (P,) bool; zero and False where the target is IGNORE."""
+    nll, right = [], []
+    for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
+        logp = _log_softmax(h, weight, bias)
+        nll.append(_nll(logp, targets))
+        right.append(logp.argmax(-1) == targets)
+    return torch.cat(nll), torch.cat(right)
+
+
+class _LossSum(torch.autograd.Function):
+    """Makes the gradients in forward, chunk by chunk, while the logits are at hand: nothing is computed twice.
+
+    IGNORE positions are computed too, with weight 0: shapes stay fixed for the compiler. What is kept for backward is the size
+    of h and of the weight. The weight's gradient adds up in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> Tensor:
+        exact = torch.promote_types(weight_VD.dtype, torch.float32)
+        total, grad_h = h_PD.new_zeros((), dtype=exact), []
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
+        for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
+            logp = _log_softmax(h, weight, bias)
+            total += _nll(logp, targets).sum()
+            valid = (targets != IGNORE)[:, None]
+            grad = logp.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], -torch.ones_like(logp[:, :1])).to(h.dtype)
+            grad_h.append((grad @ weight * valid).to(h_PD.dtype))
+            if grad_weight is not None:
+                grad_weight += grad.T @ (h * valid)
+            if grad_bias is not None:
+                grad_bias += (grad * valid).sum(0)
+        ctx.save_for_backward(torch.cat(grad_h), grad_weight, grad_bias)
+        ctx.dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            grad_h * scale.to(grad_h.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.dtype),
+            None if grad_bias is None else (grad_bias * scale).to(ctx.dtype),
+            None,
+        )
+
+
+def _chunks(
+    h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    """Positions in chunks of CHUNK_LOGITS logits, with the weight in the precision of the arithmetic, cast once."""
+    device = h_PD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    size = max(64, CHUNK_LOGITS[device] // len(weight_VD))
+    weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    for h, targets in zip(h_PD.to(dtype).split(size), targets_P.split(size), strict=True):
+        yield h, weight, bias, targets
+
+
+def _log_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = F.linear(h_PD, weight_VD, bias_V)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _nll(logp_PV: Tensor, targets_P: Tensor) -> Tensor:
+    """The loss of each position: label smoothing would go here, and into the gradient above."""
+    return -logp_PV.gather(1, targets_P.clamp(min=0)[:, None])[:, 0] * (targets_P != IGNORE)

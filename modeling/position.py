@@ -1,0 +1,112 @@
+"""Where a token stands: four schemes that answer the same three questions, each answering the one that is its way.
+
+In: positions, as integers. Out: a term for the embeddings (learned, sinusoidal), a rotation of queries and keys (rope), or a
+bias for the scores (relative). All of it is made once per forward and shared by the layers.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.config import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, H) fp32
+
+
+class Position(nn.Module):
+    """A scheme that adds nothing anywhere. The real ones replace one answer each."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+
+    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+        """The embeddings with their positions in them; `within` counts from 0 in each document."""
+        return x_BTD
+
+    def rotation(self, at_T: Tensor, local: bool) -> Rotation | None:
+        """How queries and keys at these positions of the row turn, in local or in global layers."""
+        return None
+
+    def bias(self, at_Q: Tensor, at_K: Tensor) -> Tensor | None:
+        """What the scores (1, N, Q, K) gain by distance."""
+        return None
+
+
+class Rope(Position):
+    """Rotary positions (Su et al. 2021), halves paired as in Llama. Only distances matter: they need no restart per document."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        self.head_dim, self.theta, self.local_theta = config.head_dim, config.rope_theta, config.local_rope_theta
+
+    def rotation(self, at_T: Tensor, local: bool) -> Rotation:
+        half = torch.arange(0, self.head_dim, 2, device=at_T.device, dtype=torch.float32) / self.head_dim
+        angles = at_T[:, None].float() / (self.local_theta if local else self.theta) ** half
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class Learned(Position):
+    """A vector per position within the document (BERT, GPT-2, BART)."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        self.weight = nn.Parameter(torch.empty(config.max_positions, config.dim))
+
+    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+        return x_BTD + F.embedding(within_BT, self.weight)
+
+
+class Sinusoidal(Position):
+    """Fixed waves, sines in the first half and cosines in the second, counted from 2 (fairseq's M2M-100 and NLLB)."""
+
+    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+        half = x_BTD.shape[-1] // 2
+        rates = torch.exp(torch.arange(half, device=x_BTD.device) * (-math.log(10_000) / (half - 1)))
+        angles = (within_BT + 2)[..., None] * rates
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return x_BTD + F.pad(waves, (0, x_BTD.shape[-1] - 2 * half)).type_as(x_BTD)
+
+
+class Relative(Position):
+    """A learned bias per head and bucket of distance (T5, Raffel et al. 2020): near ones exact, far ones on a logarithmic scale."""
+
+    buckets, far = 32, 128
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        self.causal = causal
+        self.table = nn.Embedding(self.buckets, config.num_heads)
+
+    def bias(self, at_Q: Tensor, at_K: Tensor) -> Tensor:
+        return self.table(self.bucket(at_K - at_Q[:, None])).permute(2, 0, 1)[None]
+
+    def bucket(self, ahead: Tensor) -> Tensor:
+        """The bucket of a key that lies `ahead` positions after its query."""
+        if self.causal:
+            side, distance, n = torch.zeros_like(ahead), (-ahead).clamp(min=0), self.buckets
+        else:
+            side, distance, n = (ahead > 0) * (self.buckets // 2), ahead.abs(), self.buckets // 2
+        exact = n // 2
+        octaves = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.far / exact)
+        return side + torch.where(distance < exact, distance, (exact + (octaves * (n - exact)).long()).clamp(max=n - 1))
+
+
+SCHEMES = {"rope": Rope, "learned": Learned, "sinusoidal": Sinusoidal, "relative": Relative}
+
+
+def rotate(x_BNTH: Tensor, rotation: Rotation) -> Tensor:
+    """Turn pairs (i, i + H/2) of each head, in fp32 whatever the precision of x."""
+    cos, sin = rotation
+    a, b = x_BNTH.chunk(2, dim=-1)
+    return (x_BNTH * cos + torch.cat([-b, a], dim=-1) * sin).type_as(x_BNTH)
+
+
+def within_documents(segments_BT: Tensor) -> Tensor:
+    """Positions that count from 0 in every document; padding stands at 0."""
+    at = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    begins = segments_BT != F.pad(segments_BT, (1, 0), value=-1)[:, :-1]
+    start = torch.where(begins, at, 0).cummax(dim=1).values
+    return torch.where(segments_BT > 0, at - start, 0)

@@ -1,0 +1,166 @@
+"""The three families as compositions of one Stack, and the one way to make them: `build(config, seed)`.
+
+In: a Batch of packed rows. Out: the summed loss of its valid targets (fp32), or each target's loss, or logits.
+Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling.attention import Cache, Visibility
+from modeling.batch import IGNORE, Batch
+from modeling.block import Block, View, Views, make_norm
+from modeling.config import ModelConfig
+from modeling.heads import Head
+from modeling.position import SCHEMES, within_documents
+
+
+Caches = tuple[Cache, Cache | None]  # of one block: its own row's, and the memory's
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention reads. h is None where the caches hold its keys and values already."""
+
+    h_BSD: Tensor | None
+    segments_BS: Tensor | None
+
+
+class Transformer(nn.Module):
+    """Encoder, decoder, or both, between one table of embeddings and a head. Made by `build`, not called directly."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        both = config.family == "encoder-decoder"
+        self.encoder = Stack(config, causal=False) if config.family != "decoder" else None
+        self.decoder = Stack(config, causal=True, cross=both) if config.family != "encoder" else None
+        self.head = Head(config)
+
+    def forward(self, batch: Batch, per_token: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool, without gradient."""
+        h, targets = self.hidden(batch), batch.targets
+        if batch.picked is not None:
+            at = batch.picked.clamp(min=0)
+            h = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
+            targets = targets.gather(1, at).masked_fill(batch.picked < 0, IGNORE)
+        if not per_token:
+            return self.head(h, self.embed, targets)
+        nll, correct = self.head(h, self.embed, targets, per_token=True)
+        if batch.picked is not None:  # back to their places; the padding of `picked` adds nothing to place 0
+            zeros = nll.new_zeros(batch.targets.shape)
+            nll, correct = zeros.scatter_add(1, at, nll), zeros.scatter_add(1, at, correct.float()) > 0
+        return nll, correct
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every position, (B, T, V): for comparisons and generation, not for training."""
+        return self.head(self.hidden(batch), self.embed)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The final hidden states (B, T, D) of the stack that predicts."""
+        if self.decoder is None:
+            return self.encoder(self.embedded(batch.tokens), batch.segments)
+        memory = None
+        if self.encoder is not None:
+            memory = Memory(self.encoder(self.embedded(batch.source), batch.source_segments), batch.source_segments)
+        return self.decoder(self.embedded(batch.tokens), batch.segments, memory)
+
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        return self.embed(tokens_BT) * self.config.embed_scale
+
+    def recompute(self, on: bool) -> None:
+        """Activation checkpointing, block by block (Chen et al. 2016): less memory for about a third more time."""
+        for stack in (self.encoder, self.decoder):
+            if stack is not None:
+                stack.recompute = on
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding norm and a final norm, causal or not, with cross-attention or not."""
+
+    def __init__(self, config: ModelConfig, *, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.causal, self.window, self.dropout = causal, config.local_window, config.dropout
+        self.position = SCHEMES[config.position](config, causal)
+        self.embed_norm = make_norm(config, config.embed_norm)
+        self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.final_norm)
+        self.recompute = False
+
+    def forward(
+        self, x_BTD: Tensor, segments_BT: Tensor | None, memory: Memory | None = None, caches: list[Caches] | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T)."""
+        start = caches[0][0].used if caches else 0
+        rows, length = x_BTD.shape[:2]
+        at = torch.arange(start + length, device=x_BTD.device)
+        segments = at.new_ones(rows, len(at)) if segments_BT is None else segments_BT
+        x_BTD = self.embed_norm(self.position.embed(x_BTD, within_documents(segments)[:, start:]))
+        x_BTD = F.dropout(x_BTD, self.dropout, self.training)
+        bias, plain = self.position.bias(at[start:], at), Visibility(self.causal)
+
+        def view(window: int) -> View:
+            masked = segments_BT is not None or window or bias is not None
+            seen = Visibility(self.causal, segments[:, start:], segments, window, start, bias) if masked else plain
+            return View(seen, self.position.rotation(at[start:], local=window > 0))
+
+        whole = view(window=0)
+        local = view(self.window) if self.window else whole
+        views = Views(whole, local) if memory is None else Views(whole, local, _cross(segments_BT, start, memory), memory.h_BSD)
+        for layer, block in enumerate(self.blocks):
+            if caches:
+                x_BTD = block(x_BTD, views, caches[layer])
+            elif self.recompute and self.training:
+                x_BTD = checkpoint(block, x_BTD, views, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, views)
+        return self.norm(x_BTD)
+
+
+def _cross(segments_BT: Tensor | None, start: int, memory: Memory) -> View:
+    """Each document of the target reads its own source; positions play no part."""
+    if segments_BT is None:
+        return View(Visibility(causal=False))
+    assert memory.segments_BS is not None, "a source without segments beside a target with them"
+    return View(Visibility(causal=False, query_segments=segments_BT[:, start:], key_segments=memory.segments_BS))
+
+
+def build(config: ModelConfig, seed: int) -> Transformer:
+    """A new model on the CPU in fp32, the same for the same (config, seed) wherever and in whatever order it is made."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """All initialisation. Each parameter draws from a generator of its own, keyed by (seed, name).
+
+    Norms are 1, biases 0. Matrices are normal with `init_std`; those that write into the residual stream (o, down) are smaller
+    by sqrt(2 * num_layers), so that the stream keeps its scale with depth (GPT-2). Where embeddings are scaled up, their
+    deviation is the inverse, so that what enters the first block has unit scale (sqrt(dim), as in T5Gemma: dim ** -0.5).
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1)
+        else:
+            std = config.init_std
+            if name.endswith((".f.o.weight", ".f.down.weight")):
+                std /= math.sqrt(2 * config.num_layers)
+            elif name == "embed.weight" and config.embed_scale != 1:
+                std = 1 / config.embed_scale
+            key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))
+            parameter.normal_(0, std, generator=generator)
