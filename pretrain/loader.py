@@ -1,0 +1,106 @@
+"""A rank's share of every step, made ahead of need: in, Rows and rank facts; out, StepRows whose micros go straight to the engine.
+
+Micro j of a step holds the rows from `j * micro_rows` of that step and goes to rank j % world in round j // world; every rank has as many
+rounds, with micros of padding where there is nothing left. So the rows of a step, and the key of each micro's dropout, do not depend
+on the world. A thread works at most `prefetch` steps ahead (and on one more).
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from modeling.batch import Batch
+from pretrain.batches import Rows, stack
+from pretrain.order import row_of
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One rank's share of an optimizer step, and the first and last row (included) of the whole step."""
+
+    step: int
+    first: int
+    last: int
+    micros: list[Batch]
+    micro_indices: list[int]  # of the run: keys of the randomness inside the model
+    count: int  # targets, here
+    tokens: int  # positions that are not padding, here
+    hash: int  # the sum of the hashes of the rows here, modulo 2**63
+
+
+class Loader:
+    """Iterates over the steps from `start` up to `stop`. Each iteration has its own thread, which ends when the iteration does."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        start: int,
+        stop: int,
+        step_rows: int,
+        micro_rows: int,
+        rank: int,
+        world: int,
+        prefetch: int,
+        skips: Sequence[tuple[int, int]] = (),
+        pin: bool = False,
+    ) -> None:
+        """`skips`: rows first to last, both included, that are left out (later rows move up). `pin`: batches in pinned memory."""
+        self.rows, self.start, self.stop, self.step_rows, self.micro_rows = rows, start, stop, step_rows, micro_rows
+        self.rank, self.world, self.prefetch, self.skips, self.pin = rank, world, prefetch, skips, pin
+
+    def __iter__(self) -> Iterator[StepRows]:
+        """What fails in the thread is raised here."""
+        ready: queue.Queue[StepRows | BaseException | None] = queue.Queue(self.prefetch)
+        closed = threading.Event()
+
+        def offer(item: StepRows | BaseException | None) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for step in range(self.start, self.stop):
+                    offer(self.share(step))
+                    if closed.is_set():
+                        return
+                offer(None)
+            except BaseException as error:
+                offer(error)
+
+        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def share(self, step: int) -> StepRows:
+        """This rank's share of a step: a pure function of the step."""
+        per_step = -(-self.step_rows // self.micro_rows)
+        cursor = step * self.step_rows
+        micros, indices, mine = [], [], []
+        for micro in range(self.rank, -(-per_step // self.world) * self.world, self.world):
+            cursors = range(micro * self.micro_rows, min((micro + 1) * self.micro_rows, self.step_rows))
+            rows = [self.rows.row(row_of(cursor + place, self.skips)) for place in cursors]
+            micros.append(stack(rows + [self.rows.empty_row()] * (self.micro_rows - len(rows)), self.pin))
+            indices.append(step * per_step + micro)
+            mine += rows
+        return StepRows(
+            step,
+            row_of(cursor, self.skips),
+            row_of(cursor + self.step_rows - 1, self.skips),
+            micros,
+            indices,
+            sum(row.count for row in mine),
+            sum(row.size for row in mine),
+            sum(row.hash for row in mine) % 2**63,
+        )
