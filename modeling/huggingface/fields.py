@@ -1,0 +1,85 @@
+"""What the configs of all architectures share: activations, rotary positions, special tokens, and comparing by meaning."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from modeling.config import ModelConfig, Refused
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}  # ours -> stock
+
+# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the tokenizer knows).
+_FREE = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "initializer_cutoff_factor", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id", "pretraining_tp"),
+    *("sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn", "classifier_pooling", "max_length"),
+    *("id2label", "label2id", "gradient_checkpointing", "reference_compile", "repad_logits_with_grad"),
+}
+
+
+def activation(hf: Mapping[str, Any], field: str) -> str:
+    """Our name of a stock activation. Raises Refused naming the field."""
+    for ours, stock in ACTIVATIONS.items():
+        if hf[field] == stock:
+            return ours
+    raise Refused(f"config.json sets {field} = {hf[field]!r}; Trifold has {', '.join(ACTIVATIONS.values())}")
+
+
+def token_ids(special: Mapping[str, int]) -> dict[str, int]:
+    """The special tokens that every stock config carries."""
+    return {f"{name}_token_id": special[name] for name in ("pad", "bos", "eos")}
+
+
+def rope(theta: float) -> dict[str, Any]:
+    """Plain rotary positions, as transformers 5 writes them."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def whole_heads(config: ModelConfig) -> None:
+    """Stock configs insist on this, even where head_dim is given."""
+    if config.dim % config.num_heads:
+        raise Refused(f"dim ({config.dim}) is not a multiple of num_heads ({config.num_heads})")
+
+
+def flat(hf: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested config."""
+    for name, value in hf.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal values; numbers that differ by rounding alone are equal."""
+    number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b))
+    return math.isclose(a, b, rel_tol=1e-6) if number else a == b
+
+
+def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator[str]:
+    """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a clause each."""
+    theirs, ours = dict(flat(hf)), dict(flat(rewritten))
+    for name in {**theirs, **ours}:
+        if name.rpartition(".")[2] in _FREE or "dropout" in name or name.startswith("_"):
+            continue
+        if name not in theirs:
+            yield f"lacks {name}"
+        elif name not in ours and theirs[name]:
+            yield f"sets {name} = {theirs[name]!r}, which Trifold does not have"
+        elif name in ours and not same(theirs[name], ours[name]):
+            yield f"sets {name} = {theirs[name]!r}, where Trifold has only {ours[name]!r}"
+
+
+def meaning(config: ModelConfig) -> dict[str, Any]:
+    """The dials that bear on the logits, in a form where equal models are equal."""
+    dials = config.model_dump(exclude={"dropout", "init_std", "global_every"})
+    dials["attention_scale"] = config.attention_scale or config.head_dim**-0.5
+    dials["norm_places"] = tuple(sorted(config.norm_places))
+    dials["local_layers"] = [i for i in range(config.num_layers) if config.local_window and i % config.global_every]
+    if config.position != "rope":
+        del dials["rope_theta"]
+    if config.position != "rope" or not dials["local_layers"]:
+        del dials["local_rope_theta"]
+    if not dials["local_layers"]:
+        del dials["local_window"]
+    return dials

@@ -1,0 +1,60 @@
+"""Tiny models of odd shapes, with weights that give every mistake a chance to show, for the tests of publishing."""
+
+import torch
+from torch import Tensor
+
+from modeling.batch import Batch
+from modeling.config import ModelConfig
+from modeling.transformer import Transformer, build
+
+SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
+_DECODER = ModelConfig(
+    family="decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40, max_positions=64
+)
+_ENCODER = ModelConfig(
+    family="encoder", vocab_size=97, dim=24, num_layers=4, num_heads=3, num_kv_heads=3, head_dim=8, mlp_dim=40, max_positions=64,
+    activation="gelu", norm="layer", norm_eps=1e-5, first_attention_norm=False, embed_norm=True, rope_theta=160_000.0,
+    local_window=5, global_every=3, head_dense=True, logit_bias=True,
+)  # fmt: skip
+_BOTH = ModelConfig(
+    family="encoder-decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40,
+    max_positions=64, activation="gelu_tanh", norm_places=("pre", "inner"), embed_scale=24**0.5,
+)  # fmt: skip
+MODELS = {
+    "llama": _DECODER,
+    "llama, own head, other theta": _DECODER.model_copy(update={"tie_embeddings": False, "rope_theta": 5e5, "num_layers": 3}),
+    "llama, biases, two groups": _DECODER.model_copy(update={"bias": True, "num_heads": 4, "num_kv_heads": 2, "activation": "gelu"}),
+    "modernbert": _ENCODER,
+    "modernbert, biases, own head": _ENCODER.model_copy(update={"bias": True, "tie_embeddings": False, "logit_bias": False}),
+    "modernbert, all global, five heads": _ENCODER.model_copy(
+        update={"local_window": 0, "num_heads": 5, "num_kv_heads": 5, "dim": 20, "head_dim": 4, "num_layers": 1}
+    ),
+    "t5gemma": _BOTH,
+    "t5gemma, own head, own scale": _BOTH.model_copy(update={"tie_embeddings": False, "attention_scale": 32**-0.5, "norm_eps": 1e-5}),
+    "t5gemma, three layers, two groups": _BOTH.model_copy(update={"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}),
+}
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Large random weights; norms and biases too, which a fresh model has at 1 and 0."""
+    model = build(config, seed).eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=draw) + 0.5)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
+    return model
+
+
+def batch_of(config: ModelConfig, length: int, seed: int = 0) -> Batch:
+    """Two rows of plain tokens (never padding), each one document; a source of another length where there is one."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> Tensor:
+        return torch.randint(3, config.vocab_size, (2, n), generator=draw)
+
+    target, source = tokens(length), tokens(length + 3) if config.family == "encoder-decoder" else None
+    ones = torch.ones_like
+    return Batch(target, ones(target), target, source, None if source is None else ones(source))
