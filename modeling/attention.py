@@ -67,9 +67,7 @@ class Visibility:
         return self.dense()
 
 
-def attend(
-    q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float, dropout: float = 0.0
-) -> Tensor:
+def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G // N."""
     mask, gqa = visibility.mask, q_BNQH.shape[1] != k_BGKH.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
@@ -98,13 +96,16 @@ class Cache:
     def __init__(self, length: int) -> None:
         self.length, self.used = length, 0
 
-    def extend(self, new: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, G, T, H) of T new positions (None: nothing new) and return all so far."""
-        if new is not None:
-            if not self.used:
-                self.kept = tuple(x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in new)
-            end = self.used + new[0].shape[2]
-            for kept, x in zip(self.kept, new, strict=True):
-                kept[:, :, self.used : end] = x
-            self.used = end
-        return self.kept[0][:, :, : self.used], self.kept[1][:, :, : self.used]
+    def extend(self, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values of T new positions, and return all so far."""
+        if not self.used:
+            shape = (*k_BGTH.shape[:2], self.length, k_BGTH.shape[3])
+            self.k, self.v = k_BGTH.new_empty(shape), v_BGTH.new_empty(shape)
+        begin, self.used = self.used, self.used + k_BGTH.shape[2]
+        assert self.used <= self.length
+        self.k[:, :, begin : self.used] = k_BGTH
+        self.v[:, :, begin : self.used] = v_BGTH
+        return self.kept()
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        return self.k[:, :, : self.used], self.v[:, :, : self.used]

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens of the stack that predicts, S source tokens (encoder-de
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,5 +33,5 @@ class Batch:
         return Batch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _moved(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+def _moved(tensor: Tensor | None, device: torch.device | str) -> Any:
     return None if tensor is None else tensor.to(device, non_blocking=True)

@@ -29,16 +29,19 @@ class View:
 
     visibility: Visibility
     rotation: Rotation | None = None
+    memory_BSD: Tensor | None = None  # what keys and values are made of; None: the row itself
 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of one forward through a stack. `memory` is what cross-attention reads; None: it is in the cache."""
+    """The views of one forward through a stack."""
 
     whole: View
     local: View
-    cross: View | None = None
-    memory_BSD: Tensor | None = None
+    cross: View | None
+
+
+Caches = tuple[Cache, Cache]  # one block's: of the row itself, and of the memory
 
 
 class Block(nn.Module):
@@ -51,10 +54,10 @@ class Block(nn.Module):
         self.cross = Residual(config, Attention(config)) if cross else None
         self.mlp = Residual(config, MLP(config))
 
-    def forward(self, x_BTD: Tensor, views: Views, caches: tuple[Cache | None, Cache | None] = (None, None)) -> Tensor:
+    def forward(self, x_BTD: Tensor, views: Views, caches: Caches | tuple[None, None] = (None, None)) -> Tensor:
         x_BTD = self.attn(x_BTD, views.local if self.local else views.whole, caches[0])
         if self.cross is not None:
-            x_BTD = self.cross(x_BTD, views.cross, caches[1], views.memory_BSD)
+            x_BTD = self.cross(x_BTD, views.cross, caches[1])
         return self.mlp(x_BTD)
 
 
@@ -88,14 +91,15 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.dim, keys, config.bias)
         self.o = nn.Linear(queries, config.dim, config.bias)
 
-    def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None, *memory: Tensor | None) -> Tensor:
-        """`memory` (B, S, D) is given in cross-attention only; None there: the cache holds its keys and values already."""
-        source = memory[0] if memory else x_BTD
-        q, new = self._turned(self.q(x_BTD), view), None
-        if source is not None:
-            new = self._turned(self.k(source), view), self._heads(self.v(source))
-        k, v = new if cache is None else cache.extend(new)
-        y_BNTH = attend(q, k, v, view.visibility, self.scale, self.dropout if self.training else 0.0)
+    def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None) -> Tensor:
+        q_BNTH = self._turned(self.q(x_BTD), view)
+        if cache is not None and cache.used and view.memory_BSD is not None:  # a memory never grows
+            k, v = cache.kept()
+        else:
+            source = x_BTD if view.memory_BSD is None else view.memory_BSD
+            k, v = self._turned(self.k(source), view), self._heads(self.v(source))
+            k, v = (k, v) if cache is None else cache.extend(k, v)
+        y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale, self.dropout if self.training else 0.0)
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ class Head(nn.Module):
         self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, config.head_dense)
         self.labels = nn.Linear(config.dim, config.num_labels) if config.num_labels else None
         words = config.num_labels == 0
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if words and not config.tie_embeddings else None
-        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if words and config.logit_bias else None
+        untied = words and not config.tie_embeddings
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size)) if words and config.logit_bias else None
 
     def forward(
         self, h_BPD: Tensor, embed: nn.Embedding, targets_BP: Tensor | None = None, per_token: bool = False
@@ -40,11 +41,9 @@ class Head(nn.Module):
         """
         if self.dense is not None:
             h_BPD = self.norm(self.act(self.dense(h_BPD)))
-        if self.labels is not None:
-            weight, bias = self.labels.weight, self.labels.bias
-        else:
+        weight, bias = self._table(embed)
+        if self.labels is None:
             h_BPD = h_BPD * self.logit_scale
-            weight, bias = embed.weight if self.weight is None else self.weight, self.bias
         if targets_BP is None:
             return F.linear(h_BPD, weight, bias)
         h, targets = h_BPD.flatten(0, 1), targets_BP.flatten()
@@ -52,6 +51,11 @@ class Head(nn.Module):
             nll, correct = token_losses(h, weight, bias, targets)
             return nll.view_as(targets_BP), correct.view_as(targets_BP)
         return loss_sum(h, weight, bias, targets)
+
+    def _table(self, embed: nn.Embedding) -> tuple[Tensor, Tensor | None]:
+        if self.labels is not None:
+            return self.labels.weight, self.labels.bias
+        return embed.weight if self.weight is None else self.weight, self.bias
 
 
 def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def _chunks(
     """Positions in chunks of CHUNK_LOGITS logits, with the weight in the precision of the arithmetic, cast once."""
     device = h_PD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-    size = max(64, CHUNK_LOGITS[device] // len(weight_VD))
+    size = max(128, CHUNK_LOGITS[device] // len(weight_VD))
     weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     for h, targets in zip(h_PD.to(dtype).split(size), targets_P.split(size), strict=True):
         yield h, weight, bias, targets

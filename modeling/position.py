@@ -21,7 +21,7 @@ class Position(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
 
-    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
         """The embeddings with their positions in them; `within` counts from 0 in each document."""
         return x_BTD
 
@@ -55,16 +55,16 @@ class Learned(Position):
         super().__init__(config, causal)
         self.weight = nn.Parameter(torch.empty(config.max_positions, config.dim))
 
-    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
         return x_BTD + F.embedding(within_BT, self.weight)
 
 
 class Sinusoidal(Position):
     """Fixed waves, sines in the first half and cosines in the second, counted from 2 (fairseq's M2M-100 and NLLB)."""
 
-    def embed(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
         half = x_BTD.shape[-1] // 2
-        rates = torch.exp(torch.arange(half, device=x_BTD.device) * (-math.log(10_000) / (half - 1)))
+        rates = torch.exp(torch.arange(half, device=x_BTD.device) * (-math.log(10_000) / max(half - 1, 1)))
         angles = (within_BT + 2)[..., None] * rates
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return x_BTD + F.pad(waves, (0, x_BTD.shape[-1] - 2 * half)).type_as(x_BTD)

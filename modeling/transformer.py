@@ -6,30 +6,18 @@ Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
 
 import hashlib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import Cache, Visibility
+from modeling.attention import Visibility
 from modeling.batch import IGNORE, Batch
-from modeling.block import Block, View, Views, make_norm
+from modeling.block import Block, Caches, View, Views, make_norm
 from modeling.config import ModelConfig
 from modeling.heads import Head
 from modeling.position import SCHEMES, within_documents
-
-
-Caches = tuple[Cache, Cache | None]  # of one block: its own row's, and the memory's
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What cross-attention reads. h is None where the caches hold its keys and values already."""
-
-    h_BSD: Tensor | None
-    segments_BS: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -65,12 +53,15 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The final hidden states (B, T, D) of the stack that predicts."""
+        h_BTD = self.embedded(batch.tokens)
         if self.decoder is None:
-            return self.encoder(self.embedded(batch.tokens), batch.segments)
-        memory = None
-        if self.encoder is not None:
-            memory = Memory(self.encoder(self.embedded(batch.source), batch.source_segments), batch.source_segments)
-        return self.decoder(self.embedded(batch.tokens), batch.segments, memory)
+            assert self.encoder is not None
+            return self.encoder(h_BTD, batch.segments)
+        if self.encoder is None:
+            return self.decoder(h_BTD, batch.segments)
+        assert batch.source is not None
+        memory_BSD = self.encoder(self.embedded(batch.source), batch.source_segments)
+        return self.decoder(h_BTD, batch.segments, memory_BSD, batch.source_segments)
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
         return self.embed(tokens_BT) * self.config.embed_scale
@@ -95,41 +86,52 @@ class Stack(nn.Module):
         self.recompute = False
 
     def forward(
-        self, x_BTD: Tensor, segments_BT: Tensor | None, memory: Memory | None = None, caches: list[Caches] | None = None
+        self,
+        x_BTD: Tensor,
+        segments_BT: Tensor | None,
+        memory_BSD: Tensor | None = None,
+        memory_segments_BS: Tensor | None = None,
+        caches: list[Caches] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T)."""
         start = caches[0][0].used if caches else 0
-        rows, length = x_BTD.shape[:2]
-        at = torch.arange(start + length, device=x_BTD.device)
-        segments = at.new_ones(rows, len(at)) if segments_BT is None else segments_BT
-        x_BTD = self.embed_norm(self.position.embed(x_BTD, within_documents(segments)[:, start:]))
+        views = self._views(x_BTD, segments_BT, start, memory_BSD, memory_segments_BS)
+        known_BT = _one_document(x_BTD) if segments_BT is None else segments_BT
+        x_BTD = self.embed_norm(self.position(x_BTD, within_documents(known_BT)[:, start:]))
         x_BTD = F.dropout(x_BTD, self.dropout, self.training)
-        bias, plain = self.position.bias(at[start:], at), Visibility(self.causal)
-
-        def view(window: int) -> View:
-            masked = segments_BT is not None or window or bias is not None
-            seen = Visibility(self.causal, segments[:, start:], segments, window, start, bias) if masked else plain
-            return View(seen, self.position.rotation(at[start:], local=window > 0))
-
-        whole = view(window=0)
-        local = view(self.window) if self.window else whole
-        views = Views(whole, local) if memory is None else Views(whole, local, _cross(segments_BT, start, memory), memory.h_BSD)
         for layer, block in enumerate(self.blocks):
             if caches:
                 x_BTD = block(x_BTD, views, caches[layer])
-            elif self.recompute and self.training:
+            elif self.recompute and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, views, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, views)
         return self.norm(x_BTD)
 
+    def _views(
+        self, x_BTD: Tensor, segments_BT: Tensor | None, start: int, memory_BSD: Tensor | None, memory_segments_BS: Tensor | None
+    ) -> Views:
+        """Masks, rotations and biases, made once for all layers."""
+        at = torch.arange(start + x_BTD.shape[1], device=x_BTD.device)
+        bias = self.position.bias(at[start:], at)
 
-def _cross(segments_BT: Tensor | None, start: int, memory: Memory) -> View:
-    """Each document of the target reads its own source; positions play no part."""
-    if segments_BT is None:
-        return View(Visibility(causal=False))
-    assert memory.segments_BS is not None, "a source without segments beside a target with them"
-    return View(Visibility(causal=False, query_segments=segments_BT[:, start:], key_segments=memory.segments_BS))
+        def view(window: int) -> View:
+            rotation = self.position.rotation(at[start:], local=window > 0)
+            if segments_BT is None and bias is None and not window:
+                return View(Visibility(self.causal), rotation)
+            known_BT = _one_document(x_BTD) if segments_BT is None else segments_BT
+            return View(Visibility(self.causal, known_BT[:, start:], known_BT, window, start, bias), rotation)
+
+        whole, cross = view(window=0), None
+        if memory_BSD is not None:  # each document reads its own source; positions play no part
+            assert (segments_BT is None) == (memory_segments_BS is None)
+            queries = None if segments_BT is None else segments_BT[:, start:]
+            cross = View(Visibility(False, queries, memory_segments_BS), memory_BSD=memory_BSD)
+        return Views(whole, view(self.window) if self.window else whole, cross)
+
+
+def _one_document(x_BTD: Tensor) -> Tensor:
+    return torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:
