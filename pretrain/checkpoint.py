@@ -31,25 +31,6 @@ OnEvent = Callable[..., None]  # on_event(kind, **facts), also called from the s
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A rank's part of one parameter: the elements [start, start + n) of the flattened parameter of `shape`.
-
-    `tensors` holds flat host tensors of n elements each: fp32 (the master weight), and the optimizer's exp_avg, exp_avg_sq, momentum;
-    a frozen parameter has fp32 alone.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-    tensors: dict[str, Tensor]
-
-    @property
-    def count(self) -> int:
-        """The number of elements, the same for each tensor."""
-        (count,) = {tensor.numel() for tensor in self.tensors.values()}
-        return count
-
-
-@dataclass(frozen=True)
 class State:
     """What a run is beyond its tensors. All of it is JSON."""
 
@@ -93,21 +74,24 @@ class Checkpoint:
         """A parameter's shape."""
         return tuple(self._slices[name][0]["shape"])
 
-    def read(self, name: str, key: str, start: int, count: int) -> Tensor:
-        """The elements [start, start + count) of a flattened parameter's tensor `key`; a new host tensor (count,)."""
-        end, pieces = start + count, self._slices[name]
-        assert 0 <= start <= end <= math.prod(self.shape(name)), f"{name}: elements {start} to {end} of shape {self.shape(name)}"
-        touched = [piece for piece in pieces if piece["start"] < end and start < piece["start"] + piece["count"]]
-        parts = []
-        for piece in touched or pieces[:1]:  # an empty range has its dtype from any piece
-            tensor = self._open(piece["file"]).get_slice(f"{name}/{key}")
-            low, high = (min(max(at - piece["start"], 0), piece["count"]) for at in (start, end))
-            parts.append(tensor[low:high])
-        return torch.cat(parts)
+    def read(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """The elements [start, stop) of a flattened parameter and of its moments, by key: new flat host tensors."""
+        return {key: self._range(name, key, start, stop) for key in self.keys(name)}
 
     def full(self, name: str, key: str = "fp32") -> Tensor:
         """A whole tensor, in the parameter's shape."""
-        return self.read(name, key, 0, math.prod(self.shape(name))).view(self.shape(name))
+        return self._range(name, key, 0, math.prod(self.shape(name))).view(self.shape(name))
+
+    def _range(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        pieces = self._slices[name]
+        assert 0 <= start <= stop <= math.prod(self.shape(name)), f"{name}: elements {start} to {stop} of shape {self.shape(name)}"
+        touched = [piece for piece in pieces if piece["start"] < stop and start < piece["start"] + piece["count"]]
+        parts = []
+        for piece in touched or pieces[:1]:  # an empty range has its dtype from any piece
+            tensor = self._open(piece["file"]).get_slice(f"{name}/{key}")
+            low, high = (min(max(at - piece["start"], 0), piece["count"]) for at in (start, stop))
+            parts.append(tensor[low:high])
+        return torch.cat(parts)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

@@ -37,14 +37,14 @@ class Lease:
         """Raise Superseded when a later generation has begun."""
         newest = newest_generation(self.run)
         if newest > self.generation:
-            claim = json.loads((self.run / "lease" / f"{newest:06d}").read_text())
+            holder = json.loads((self.run / "lease" / f"{newest:06d}").read_text())
             raise Superseded(
-                f"{self.run}: generation {newest} began on {claim['host']} (process {claim['pid']}) at {claim['time']};"
+                f"{self.run}: generation {newest} began on {holder['host']} (process {holder['pid']}) at {holder['time']};"
                 f" generation {self.generation} may not commit any more"
             )
 
 
-def claim(run: Path) -> Lease:
+def take_generation(run: Path) -> Lease:
     """Take the run's next generation: exactly one process gets each number, and no earlier generation commits afterwards."""
     folder = run / "lease"
     storage.make_folder(folder)

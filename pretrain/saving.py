@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from pretrain import storage
-from pretrain.checkpoint import OnEvent, Slice, State, merged, render_marker
+from pretrain.checkpoint import OnEvent, State, merged, render_marker
 from pretrain.config import Checkpoints
 from pretrain.lease import COMMIT, Lease, Superseded, folder_of
 from pretrain.retention import retain, sweep
+from pretrain.slices import Slice
 
 DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -87,45 +88,56 @@ class Checkpointer:
                 total = commit(folder, self.lease, self.world, state, self._origin, self.timeout)
                 self.on_event("save_committed", step=state.step, checkpoint=folder.name, bytes=total, seconds=time.monotonic() - began)
         except Exception as error:  # the run goes on to its next save, whatever it was
-            self._report("save_failed", error, step=state.step, rank=self.rank, folder=folder, size=size)
-            self._clear_away(folder, str(error))
+            reason = self._reason(error, folder, size)
+            self._clear_away(folder, reason)  # before the event: it may need the room
+            self.on_event("save_failed", step=state.step, rank=self.rank, reason=reason)
             return
         if self.rank == 0:
             try:
                 retain(self.lease, self.keep, self.on_event)
             except Exception as error:
-                self._report("retention_failed", error, step=state.step, rank=self.rank, folder=folder, size=size)
+                self.on_event("retention_failed", step=state.step, rank=self.rank, reason=self._reason(error, folder, size))
 
-    def _report(self, kind: str, error: Exception, *, folder: Path, size: int, **facts: int) -> None:
+    def _reason(self, error: Exception, folder: Path, size: int) -> str:
         if isinstance(error, Superseded):
             self._superseded = error
-        self.on_event(kind, reason=_reason(error, folder, size), **facts)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(self.lease.run).free + sum(path.stat().st_size for path in folder.glob(f"*rank-{self.rank:05d}*"))
+            return (
+                f"the disk of {self.lease.run} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
+            )
+        if isinstance(error, OSError | Superseded | RuntimeError):
+            return str(error)
+        return "".join(traceback.format_exception(error))
 
     def _clear_away(self, folder: Path, reason: str) -> None:
-        """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, for which rank 0 waits no longer."""
+        """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, so that rank 0 need not wait for its timeout."""
         if self.rank == 0 and not (folder / COMMIT).exists():
             storage.remove_folder(folder, COMMIT)
-        elif self.rank != 0 and folder.exists():
-            (folder / _file(self.rank, "safetensors")).unlink(missing_ok=True)
-            with suppress(OSError):  # rank 0 was faster to remove the folder, or not even the note fits: it then waits for its timeout
+        elif self.rank != 0:
+            for path in folder.glob(f"*rank-{self.rank:05d}*"):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # rank 0 was faster to remove the folder, or not even the note fits
                 (folder / _file(self.rank, "failed")).write_text(reason)
 
 
 def write_rank(folder: Path, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
     """Write a rank's tensors and then, in one stroke, its manifest."""
+    for name, piece in slices.items():
+        assert len({tensor.numel() for tensor in piece.tensors.values()}) == 1, f"{name}: its tensors differ in length"
     storage.make_folder(folder)
     file = _file(rank, "safetensors")
     written = storage.write(folder / file, _safetensors(slices))
     manifest = {"generation": lease.generation, "world": world, "rank": rank, "file": file, **written._asdict()}
     manifest["slices"] = {
-        name: {"start": piece.start, "count": piece.count, "shape": list(piece.shape), "keys": sorted(piece.tensors)}
+        name: {"start": piece.start, "count": piece.tensors["fp32"].numel(), "shape": list(piece.shape), "keys": sorted(piece.tensors)}
         for name, piece in slices.items()
     }
     storage.replace(folder / _file(rank, "json"), json.dumps(manifest).encode())
 
 
 def commit(folder: Path, lease: Lease, world: int, state: State, origin: dict[str, Any], timeout: float) -> int:
-    """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns the bytes of all tensor files.
+    """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns the tensor files' bytes.
 
     Raises Superseded, TimeoutError, ValueError (gap, overlap), RuntimeError (another rank gave up).
     """
@@ -156,7 +168,7 @@ def commit(folder: Path, lease: Lease, world: int, state: State, origin: dict[st
 
 
 def origin() -> dict[str, Any]:
-    """Where a checkpoint comes from: host, versions of the packages that shape its numbers, and the code's git commit where there is one."""
+    """Where a checkpoint comes from: host, versions of the packages that shape its numbers, and the code's git commit, if any."""
     versions = {"python": platform.python_version()}
     installed = {distribution.name for distribution in metadata.distributions()}
     versions |= {name: metadata.version(name) for name in ("trifold", "torch", "deepspeed", "safetensors") if name in installed}
@@ -186,7 +198,7 @@ def _safetensors(slices: dict[str, Slice]) -> Iterator[memoryview]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def _await(manifest: Path, failed: Path, deadline: float, timeout: float) -> bytes:
@@ -197,15 +209,6 @@ def _await(manifest: Path, failed: Path, deadline: float, timeout: float) -> byt
             raise TimeoutError(f"{manifest} was not there after {timeout:g} s: its rank is dead, stuck, or does not share this folder")
         time.sleep(0.02)
     return manifest.read_bytes()
-
-
-def _reason(error: Exception, folder: Path, size: int) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder.parent.parent).free
-        return f"the disk of {folder.parent} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
-    if isinstance(error, OSError | Superseded | RuntimeError):
-        return str(error)
-    return "".join(traceback.format_exception(error))
 
 
 def _file(rank: int, kind: str) -> str:

@@ -1,7 +1,7 @@
 """The file operations that a run's safety hangs on, in one place: written whole and forced to disk, or not there.
 
 In: bytes and paths on a POSIX folder that all hosts share. Out: durable files, with their size and sha256.
-`operation` is the one seam: it is called before every operation that changes the disk, so that a test can stop or kill a real process there.
+`operation` is the one seam: it is called before every operation that changes the disk, so that a test can kill a real process there.
 Cost: sha256 runs at 1.4 GB/s on one core (2 GB/s disks wait for nothing else), is computed while writing, and frees the interpreter's lock.
 """
 
