@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from glob import escape, glob, has_magic
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from modeling.config import Refused
@@ -30,7 +31,7 @@ def documents(source: Source) -> Iterator[str]:
     Raises Refused for anything that cannot be read, and for a source in which no document has any text.
     """
     found = False
-    for text in _hub(source) if source.hub else (text for path in files(source) for text in _file(path, source)):
+    for text in _hub(source) if source.hub else chain.from_iterable(_file(path, source) for path in files(source)):
         found = found or bool(text)
         yield text
     if not found:
@@ -76,12 +77,20 @@ def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
+def _hub(source: Source) -> Iterator[str]:
+    """Without a network `datasets` gives up after 23 s of retries, with HF_HUB_OFFLINE=1 at once."""
+    where = f"the hub's data set {source.hub} ({source.hub_config or 'default'} configuration, split {source.split})"
+    return _table(where, source, source.hub, source.hub_config, split=source.split)
+
+
 def _file(path: Path, source: Source) -> Iterator[str]:
     match _kind(path):
         case ".jsonl":
             return _json_lines(path, source.text_column)
+        case ".parquet" if path.suffix == ".gz":
+            raise Refused(f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)")
         case ".parquet":
-            return _parquet(path, source.text_column)
+            return _table(str(path), source, "parquet", data_files=escape(str(path)), split="train")
         case _:
             return _plain(path, source.documents)
 
@@ -151,26 +160,21 @@ def _lines(path: Path) -> Iterator[str]:
         raise Refused(f"{path} is not a whole gzip file (after {offset} bytes of text: {error}); copy or download it again") from None
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _table(where: str, source: Source, *args: object, **kwargs: object) -> Iterator[str]:
+    """The text column of a data set that `datasets` streams, row by row."""
     import datasets
-    import pyarrow
 
+    column = source.text_column
     try:
-        table = datasets.load_dataset("parquet", data_files=escape(str(path)), split="train", streaming=True)
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise Refused(f"{path} is not a whole Parquet file ({error}); copy or download it again") from None
-    yield from _column(table, column, str(path))
-
-
-def _hub(source: Source) -> Iterator[str]:
-    import datasets
-
-    table = datasets.load_dataset(source.hub, source.hub_config, split=source.split, streaming=True)
-    yield from _column(table, source.text_column, str(source.hub))
-
-
-def _column(table, column: str, where: str) -> Iterator[str]:  # type: ignore[no-untyped-def]
-    for number, row in enumerate(table):
-        if column not in row:
-            raise Refused(f"{where} has no column {column!r}: it has {', '.join(row)}; set text_column")
-        yield _text(row[column], column, f"{where}, row {number}")
+        table = datasets.load_dataset(*args, **kwargs, streaming=True)
+        if column in (table.column_names or ()):
+            table = table.select_columns([column])
+        for number, row in enumerate(table):
+            if column not in row:
+                raise Refused(f"{where} has no column {column!r}: it has {', '.join(row)}; set text_column")
+            yield _text(row[column], column, f"{where}, row {number}")
+    except Refused:
+        raise
+    except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
+        advice = "check these names, the network and your permission, or download it and set `path`" if source.hub else "copy it again"
+        raise Refused(f"{where} cannot be read ({str(error).splitlines()[0]}): {advice}") from None

@@ -34,9 +34,11 @@ _CUT = {
     "pretokenizers": [
         {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False},
         {"type": "Split", "pattern": {"String": "▁"}, "behavior": "MergedWithNext", "invert": False},
+        # "<0x41>" written out in a text is six characters: without this cut `tokenizers` takes it for the byte's piece
+        {"type": "Split", "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"}, "behavior": "MergedWithPrevious", "invert": False},
     ],
 }
-_WORD = re.compile("\n|[ ▁]?[^ ▁\n]+|[ ▁]")  # the same cut, made before spaces have become "▁"
+_WORD = re.compile("\n|[ ▁]?[^ ▁\n]+|[ ▁]")  # the first two cuts, made before spaces have become "▁"
 _REMEMBERED = 4_000_000  # characters of words: about 120 MB
 _PASSES = 20  # training looks at no more than this many times the text that it samples
 
