@@ -4,7 +4,7 @@ Three objectives answer the same questions: `room` (what a row holds), `pieces(l
 sizes in closed form, before any text is read) and `segment(document, start, stop, rng)`. A document's marks are BOS and EOS, and
 positions of pieces count them: BOS is position 0, EOS the last. Marks are never hidden.
 
-Cost per piece of 300 tokens on one slow core, and so tokens/s: causal 6 us, masked 30 us, spans 60 us.
+Cost of a piece of 300 tokens on one slow core: causal 3 us, masked 26 us (whole words 50), spans 60 us.
 """
 
 from collections.abc import Sequence
@@ -83,8 +83,8 @@ class HiddenTokens:
         n = np.arange(row_length + 1)
         self.picks = np.where(n > 0, np.maximum(np.rint(dials.rate * n), 1), 0).astype(np.int64)
         self.room = Room(row_length, picked=_eights(int(self.picks[-1])))
-        marks = {vocabulary.pad, vocabulary.bos, vocabulary.eos, vocabulary.unk, vocabulary.mask, *vocabulary.sentinels}
-        self.ordinary = np.array([token for token in range(vocabulary.vocab_size) if token not in marks])
+        marks = [vocabulary.pad, vocabulary.bos, vocabulary.eos, vocabulary.unk, vocabulary.mask, *vocabulary.sentinels]
+        self.ordinary = np.setdiff1d(np.arange(vocabulary.vocab_size), marks)
 
     def pieces(self, lengths: np.ndarray) -> Pieces:
         document, start, stop = cut(lengths + 2, self.room.tokens)
@@ -114,7 +114,7 @@ class HiddenSpans:
 
     The source is the piece with a sentinel in place of each span; the target is sentinel, span, sentinel, span, ..., EOS, and
     the decoder reads BOS and then the target. Spans never touch each other. Lengths of spans, and of what lies between them,
-    are uniform over all ways to make the sums, as in T5; unlike T5's, a span may also begin the piece and need not end it.
+    are uniform over all ways to make the sums, as in T5; but T5 always hides the last token and never the first, here both may be.
     Room: `row_length` is the source's; the target's is that of the longest piece that such a source can stand for.
     """
 

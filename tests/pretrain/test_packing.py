@@ -1,0 +1,118 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pretrain.packing as packing
+from pretrain.config import Causal, Spans
+from pretrain.objectives import objective
+from pretrain.packing import Pieces, Room, block_starts, cut, pack, table
+from tests.pretrain.small_corpus import SmallVocabulary
+
+
+def pieces_of(sizes: list[tuple[int, int]]) -> Pieces:
+    tokens, second = np.array(sizes, np.int64).reshape(-1, 2).T
+    number = np.arange(len(sizes))
+    return Pieces(number, number, number, tokens, second)
+
+
+@given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 40))
+def test_pieces_cover_every_position_of_every_document_once(extents, longest):
+    document, start, stop = cut(np.array(extents, np.int64), longest)
+    assert (stop - start <= longest).all()
+    covered = [(d, p) for d, first, last in zip(document, start, stop, strict=True) for p in range(first, last)]
+    assert covered == [(d, p) for d, extent in enumerate(extents) for p in range(extent)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 16)), max_size=120))
+def test_every_piece_is_in_one_row_and_no_row_overflows(sizes):
+    packed = pack(pieces_of(sizes), Room(40, source=16))
+    assert sorted(packed.document.tolist()) == list(range(len(sizes)))
+    for first, stop in pairwise(packed.offsets):
+        assert stop > first
+        here = [sizes[i] for i in packed.document[first:stop]]
+        assert sum(tokens for tokens, _ in here) <= 40
+        assert sum(second for _, second in here) <= 16
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=100))
+def test_rows_are_as_few_as_plain_best_fit_decreasing_makes_them(sizes):
+    rows: list[int] = []  # room left, by a search through all rows
+    for size in sorted(sizes, reverse=True):
+        fits = [row for row, left in enumerate(rows) if left >= size]
+        if not fits:
+            rows.append(40)
+            fits = [len(rows) - 1]
+        best = min(fits, key=lambda row: rows[row])
+        rows[best] -= size
+    assert len(pack(pieces_of([(size, 0) for size in sizes]), Room(40)).offsets) - 1 == len(rows)
+
+
+@pytest.mark.parametrize("scarce", ["tokens", "source", "both by turns"])
+def test_few_rows_are_needed_whichever_room_is_scarce(scarce):
+    rng = np.random.default_rng(0)
+    small, large = rng.integers(1, 5, 3000), rng.integers(10, 30, 3000)
+    swap = {"tokens": np.zeros(3000, bool), "source": np.ones(3000, bool), "both by turns": np.arange(3000) % 2 == 0}[scarce]
+    sizes = np.stack([np.where(swap, small, large), np.where(swap, large, small)], axis=1)
+    packed = pack(pieces_of(sizes.tolist()), Room(1000, source=1000))
+    assert len(packed.offsets) - 1 <= 1.05 * sizes.sum(axis=0).max() / 1000 + 1
+
+
+def test_a_piece_larger_than_a_row_is_our_own_error():
+    with pytest.raises(AssertionError, match="larger than a row"):
+        pack(pieces_of([(41, 0)]), Room(40))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**24])
+def test_blocks_are_consecutive_documents_of_about_the_block_size(monkeypatch, at_once):
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", at_once)
+    lengths = np.array([0] * 70 + [30] * 20 + [1000] + [3] * 10 + [99, 1, 0])
+    starts = block_starts(lengths)
+    assert starts[0] == 0 and starts[-1] == len(lengths) and (np.diff(starts) > 0).all()
+    sizes = [int((lengths[first:stop] + 2).sum()) for first, stop in pairwise(starts)]
+    assert all(size <= 100 + lengths.max() for size in sizes)
+    assert len(starts) - 1 <= sum(sizes) / 100 + 1
+    assert starts.tolist() == _starts_one_by_one(lengths)
+
+
+def _starts_one_by_one(lengths):
+    starts, before, last = [], 0, -1
+    for i, length in enumerate(lengths):
+        if before // 100 != last:
+            starts.append(i)
+            last = before // 100
+        before += length + 2
+    return [*starts, len(lengths)]
+
+
+def test_the_table_is_the_same_from_many_processes_and_from_its_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 100)
+    lengths = np.random.default_rng(0).integers(0, 60, 200)
+    starts = block_starts(lengths)
+    assert len(starts) > 40
+    cutter = objective(Spans(), SmallVocabulary(), 64)
+    alone = table(lengths, starts, cutter)
+    for b, (first, stop) in enumerate(pairwise(starts)):
+        pieces = cutter.pieces(lengths[first:stop])
+        assert alone[b].tolist() == [len(pack(pieces, cutter.room).offsets) - 1, pieces.tokens.sum(), pieces.second.sum(), 0]
+    file = tmp_path / "cache" / "rows.npy"
+    assert (table(lengths, starts, cutter, file, processes=2) == alone).all()
+    assert [path.name for path in file.parent.iterdir()] == ["rows.npy"]
+    monkeypatch.setattr(packing, "pack", None)  # from here on only the file can answer
+    assert (table(lengths, starts, cutter, file) == alone).all()
+
+
+def test_an_interrupted_table_leaves_no_file_under_its_name(monkeypatch, tmp_path):
+    def fails(out, rows):
+        out.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fails)
+    with pytest.raises(OSError, match="No space"):
+        table(np.array([3, 4]), np.array([0, 2]), objective(Causal(), SmallVocabulary(), 8), tmp_path / "rows.npy")
+    assert not (tmp_path / "rows.npy").exists()
