@@ -1,24 +1,31 @@
-"""One optimizer step over all ranks, exactly: DeepSpeed's ZeRO behind six methods.
+"""One optimizer step over all ranks, exactly: DeepSpeed's ZeRO behind a few methods.
 
 In: a model made on the CPU in fp32, the recipe, this process's place among the ranks. Out: `train_step` (one mean over all valid targets of
 the global step, or nothing at all where anything is not finite), `evaluate`, and `slices` / `load`, through which state moves between any
-two worlds and ZeRO stages.
+two worlds and ZeRO stages. Private parts of DeepSpeed 0.19 that this file and slices.py lean on are marked; tests/pretrain/test_engine.py
+covers each.
 """
 
+import contextlib
+import io
+import logging
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling.batch import Batch
+from modeling.transformer import Transformer
 from pretrain.config import Pretrain
-from pretrain.optimizer import make_optimizer
-from pretrain.slices import Read, Slice, pieces, read_slices, write_slices
+from pretrain.muon import Muon, Share, tabulate
+from pretrain.optimizer import initial_state, make_optimizer
+from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,9 @@ class Place:
 
     rank: int
     world: int
-    local_rank: int
+    local_rank: int  # among the ranks of this machine
     device: Literal["cpu", "cuda"]
-    init_method: str | None  # how ranks meet, as torch.distributed takes it; None: they have met already, or there is one
+    init_method: str | None  # how the ranks meet, as torch.distributed takes it; None: they have met already, or there is one
     threads: int
 
 
@@ -37,28 +44,37 @@ class Place:
 class Step:
     loss: float  # mean over the valid targets of the global step
     grad_norm: float  # of the whole gradient, before clipping
-    finite: bool  # False: nothing was changed on any rank
+    finite: bool  # False: no weight and no moment was changed on any rank
 
 
 class Engine:
-    """Trains `model` as the recipe says. Every rank must make the same calls in the same order."""
+    """Trains `model` as the recipe says. Every rank makes the same calls in the same order."""
 
-    def __init__(self, model: nn.Module, config: Pretrain, place: Place) -> None:
-        self.place, self.config = place, config
+    def __init__(self, model: Transformer, config: Pretrain, place: Place) -> None:
+        self.place, self.stage = place, config.engine.zero_stage
         torch.set_num_threads(place.threads)
         deepspeed = _deepspeed(place)
-        optimizer = make_optimizer(model, config.optimizer)
-        self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(config, model))
-        self._base = self._zero.optimizer
-        self.device = self._engine.device
+        low = config.engine.precision != "fp32"
+        optimizer = make_optimizer(model, config.optimizer, torch.bfloat16 if low else torch.float32)
+        model.recompute(config.engine.recompute)
+        if config.engine.precision == "autocast":
+            # Not DeepSpeed's torch_autocast: that gathers weights and reduces gradients in bf16, and at stage 3 no two runs agree.
+            model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
+            self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(config, model, place))
+        if config.engine.compile:
+            self._engine.compile()
+        self.device: torch.device = self._engine.device
         self.optimizer_step = 0
         self._loss_finite = True
-        self._pieces = pieces(self._zero, self._engine.module, config.engine.zero_stage)
-        self._make_moments()
-        self._take_over_the_verdict()
+        self._base: torch.optim.AdamW = self._zero.optimizer
+        self._pieces = pieces(self._zero, self._engine.module, self.stage)
+        self._make_state()
+        self._join_the_verdict()
 
     def train_step(self, micros: list[Batch], micro_seeds: list[int], count: int, lr_factor: float) -> Step:
-        """One optimizer step over this rank's `micros`; `count` valid targets in the whole global step."""
+        """One optimizer step. `micros` are this rank's (at least one, as many on every rank, another number at the next step if need be),
+        `count` the valid targets of all ranks' micros together."""
         for group in self._base.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -67,35 +83,38 @@ class Engine:
             torch.manual_seed(seed)
             loss = self._engine(micro.to(self.device))
             loss_sum += loss.detach()
-            # DeepSpeed averages over the ranks; scaled so, the result is the gradient of one mean over `count`.
+            # DeepSpeed averages gradients over ranks: scaled so, their sum is the gradient of one mean over `count`.
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
         loss_mean = self.sum_over_ranks(loss_sum).item() / count
         self._loss_finite = math.isfinite(loss_mean)
         self._engine.step()
         finite = self._engine.was_step_applied()
         self.optimizer_step += finite
+        if not finite and hasattr(self._zero, "averaged_gradients"):
+            for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
+                self._zero.averaged_gradients[key] = None
         return Step(loss_mean, float(self._engine.get_global_grad_norm()), finite)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(nll_BT, correct_BT) without dropout."""
+        """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout; ranks call it equally often."""
         self._engine.eval()
-        result = self._engine(batch.to(self.device), per_token=True)
+        nll_BT, correct_BT = self._engine(batch.to(self.device), per_token=True)
         self._engine.train()
-        return result
+        return nll_BT, correct_BT
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's `tensor`, on the host's or device's side where it lay."""
-        moved = tensor.to(self.device, copy=True)
-        dist.all_reduce(moved)
-        return moved.to(tensor.device)
+        """The sum of every rank's `tensor`, on the device where it lay."""
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
 
     def slices(self) -> dict[str, Slice]:
-        """What this rank owns, copied to host memory."""
+        """This rank's share of the state by parameter name, copied to host memory; all ranks' together hold every element once."""
         return read_slices(self._pieces, self._base.state)
 
     def load(self, read: Read, optimizer_step: int) -> None:
-        """Take this rank's share from `read(name, start, stop)`; every rank must call it."""
+        """Take this rank's share of the state from `read(name, start, stop)`, written at whatever world and stage."""
         write_slices(self._pieces, self._base.state, read)
         self.optimizer_step = optimizer_step
         for state in self._base.state.values():
@@ -103,29 +122,41 @@ class Engine:
                 state["step"].fill_(optimizer_step)
         self._refresh_weights()
 
-    def _make_moments(self) -> None:
-        """torch's AdamW would make them in its first step; a resumed run needs them before."""
-        for flat in {id(p.flat): p.flat for p in self._pieces if p.parameter.requires_grad}.values():
-            zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            self._base.state[flat] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+    def _make_state(self) -> None:
+        shared = flats(self._zero, self.stage)
+        for flat, group in shared:
+            self._base.state[flat] = initial_state(flat, group)
+        if isinstance(self._base, Muon):
+            mine = [{p.name: (p.shape, Share(p.start, p.numel, p.offset)) for p in self._pieces if p.flat is flat} for flat, _ in shared]
+            everyone: list[Any] = [None] * self.place.world
+            dist.all_gather_object(everyone, mine)
+            self._base.tables = {id(flat): tabulate([rank[i] for rank in everyone]) for i, (flat, _) in enumerate(shared)}
 
-    def _take_over_the_verdict(self) -> None:
+    def _join_the_verdict(self) -> None:
+        """Make a loss that is not finite skip the step as DeepSpeed does for gradients: on all ranks alike, before anything is changed.
+
+        Private: it skips where the norm of the reduced gradients is not finite, or where an earlier check says so. That check is ours.
+        """
         zero = self._zero
 
-        def verdict(*args: Any, **kwargs: Any) -> bool:
+        def verdict(*_: Any, **__: Any) -> bool:
             zero.overflow = not self._loss_finite
             return zero.overflow
 
-        if self.config.engine.zero_stage == 3:
+        if self.stage == 3:
             zero._overflow_check_and_loss_scale_update = verdict
+        elif hasattr(zero, "get_grads_for_norm"):  # BF16_Optimizer (stage 1, bf16 with fp32 accumulation) has no earlier check
+            gradients, spoilt = zero.get_grads_for_norm, [torch.full((1,), torch.nan, device=self.device)]
+            zero.get_grads_for_norm = lambda *a, **k: gradients(*a, **k) if self._loss_finite else (spoilt, {})
         else:
             zero.check_grad_overflow, zero.check_overflow = True, verdict
 
     def _refresh_weights(self) -> None:
-        """The model's own weights from the masters."""
-        if self.config.engine.zero_stage < 3:
+        """The model's own weights from the fp32 masters."""
+        if self.stage < 3:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # small ones stay gathered, and all_gather would pass them over
         for p in self._pieces:
             p.parameter.ds_tensor.data.view(-1)[: p.numel].copy_(p.of(p.flat))
         if self._zero.persistent_parameters:
@@ -136,9 +167,11 @@ def _deepspeed(place: Place) -> Any:
     """DeepSpeed, imported once its accelerator is known, in the process group of all ranks."""
     os.environ["DS_ACCELERATOR"] = place.device
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # deepspeed.initialize takes it from nowhere else
-    import deepspeed
-    import deepspeed.ops
-
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls what torch 2.13 renamed
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+        import deepspeed.ops
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Otherwise init_distributed compiles a kernel (50 s) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -151,18 +184,21 @@ def _deepspeed(place: Place) -> Any:
     return deepspeed
 
 
-def _settings(config: Pretrain, model: nn.Module) -> dict[str, Any]:
+def _settings(config: Pretrain, model: Transformer, place: Place) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation is ours (set_gradient_accumulation_boundary), hence 1 here."""
     bucket = min(500_000_000, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": place.device == "cuda"}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip,
         "steps_per_print": 2**62,
-        "zero_optimization": {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # Muon is ours
+        "zero_force_ds_cpu_optimizer": False,  # offload: DeepSpeed's Adam would have to be compiled; torch's fused one does
     }
     if config.engine.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    if config.engine.precision == "autocast":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return settings

@@ -5,22 +5,43 @@ every matrix, embeddings included, and to no norm or bias (nanoGPT's rule, model
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import Optimizer, Schedule
+from pretrain.muon import Muon
 
 
-def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW whose groups carry `base_lr`, the learning rate at factor 1. Frozen parameters are in no group."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    shared = {"lr": config.lr, "base_lr": config.lr}
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, **shared},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **shared},
+def make_optimizer(model: nn.Module, config: Optimizer, muon_dtype: torch.dtype) -> torch.optim.AdamW:
+    """AdamW, or Muon for the matrices inside blocks. Groups carry `base_lr`, the rate at factor 1; frozen parameters are in none."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = {name for name, p in trained if config.kind == "muon" and _in_block(model, name, p)}
+    adam = {"lr": config.lr, "base_lr": config.lr}
+    muon = {"lr": config.muon_lr, "base_lr": config.muon_lr, "momentum": config.muon_momentum}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in trained if n in matrices], "weight_decay": config.weight_decay, **muon},
+        {"params": [p for n, p in trained if n not in matrices and p.ndim >= 2], "weight_decay": config.weight_decay, **adam},
+        {"params": [p for n, p in trained if n not in matrices and p.ndim < 2], "weight_decay": 0.0, **adam},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, eps=config.eps)
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}  # on one CPU core 9 times the speed of the default
+    return Muon(groups, muon_dtype, **settings) if matrices else torch.optim.AdamW(groups, **settings)
+
+
+def initial_state(flat: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """What torch's optimizer would make in its first step for `flat`; a resumed run needs it before."""
+    zeros = torch.zeros_like(flat, requires_grad=False)
+    if "momentum" in group:
+        return {"momentum": zeros}
+    return {"step": torch.zeros((), dtype=torch.float32, device=flat.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _in_block(model: nn.Module, name: str, p: nn.Parameter) -> bool:
+    """A matrix of a numbered layer. Embeddings, heads and position tables are no linear maps between hidden states."""
+    module = name.rpartition(".")[0]
+    return p.ndim == 2 and any(part.isdigit() for part in module.split(".")) and not isinstance(model.get_submodule(module), nn.Embedding)
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

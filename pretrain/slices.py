@@ -6,6 +6,7 @@ into slices of host memory and written back from them, so state moves between an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a parameter lie at [offset, offset + numel) of `flat`, a tensor that this rank's optimizer updates."""
+    """Elements [start, start + numel) of a parameter, which lie at [offset, offset + numel) of `flat`."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Any  # the model's own, with what DeepSpeed hangs on it
     shape: tuple[int, ...]
     start: int
     numel: int
@@ -40,25 +41,33 @@ class Piece:
         return flat.detach()[self.offset : self.offset + self.numel]
 
 
-def pieces(zero: object, module: nn.Module, stage: int) -> list[Piece]:
+def flats(zero: Any, stage: int) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The fp32 tensors that this rank's optimizer updates, with the parameter group of each; alike in number and order on all ranks."""
+    groups = zero.optimizer.param_groups
+    if stage == 3:
+        return [(flat, groups[zero.sub_group_to_group_id[i]]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)]
+    return [(group["params"][0], group) for group in groups]
+
+
+def pieces(zero: Any, module: nn.Module, stage: int) -> list[Piece]:
     """What this rank owns, in the module's order; a parameter without elements here has no piece. Frozen ones are held apart:
     whole on rank 0 at stages 1 and 2, in every rank's share at stage 3."""
     found = _piece_z3 if stage == 3 else _piece_z12
     return [piece for name, p in module.named_parameters() if (piece := found(zero, name, p)) is not None and piece.numel > 0]
 
 
-def _piece_z12(zero: object, name: str, p: nn.Parameter) -> Piece | None:
+def _piece_z12(zero: Any, name: str, p: Any) -> Piece | None:
     if not p.requires_grad:
         return Piece(name, p, tuple(p.shape), 0, p.numel() if dist.get_rank() == 0 else 0, p.detach().view(-1), 0)
     link = p._hp_mapping
     if link is None:
         return None
-    flat = zero.single_partition_of_fp32_groups[link.param_group_index]
+    flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
     here, there = link.lp_fragment_address, link.hp_fragment_address
     return Piece(name, p, tuple(p.shape), here.start, here.numel, flat, there.start)
 
 
-def _piece_z3(zero: object, name: str, p: nn.Parameter) -> Piece:
+def _piece_z3(zero: Any, name: str, p: Any) -> Piece:
     share = p.ds_tensor.numel()  # every rank has as much; the last ones are padded
     start = min(dist.get_rank() * share, p.ds_numel)
     numel = min(share, p.ds_numel - start)
@@ -82,7 +91,7 @@ def write_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]], rea
 
 
 def _tensors(piece: Piece, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
-    moments = state[piece.flat] if piece.flat in state else {}
+    moments = state.get(piece.flat, {})
     return {"fp32": piece.flat, **{key: moment for key, moment in moments.items() if moment.shape == piece.flat.shape}}
 
 

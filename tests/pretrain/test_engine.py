@@ -1,122 +1,273 @@
-"""The engine's promises, in real processes."""
+"""The engine's promises, in real processes: a model of odd sizes at every stage, precision, optimizer and world."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from modeling.batch import IGNORE, Batch
 from modeling.config import ModelConfig
+from modeling.transformer import Transformer, build
 from pretrain.config import Causal, Data, Optimizer, Pretrain, Source
 from pretrain.config import Engine as EngineConfig
-from pretrain.engine import Engine, Place
+from pretrain.engine import Engine, Place, Step
 from tests.processes import run_processes
 
-ROWS, TOKENS, VOCAB, DIM = 12, 7, 101, 33
+TOKENS, VOCAB, STAGES = 7, 101, (1, 2, 3)
+CELLS = [
+    (kind, stage, precision, offload)
+    for kind in ("adamw", "muon")
+    for stage in STAGES
+    for precision in ("fp32", "bf16", "autocast")
+    for offload in (False, True)
+]
 
 
-class Tiny(nn.Module):
-    """A stand-in with the Transformer's forward contract: tied embeddings, sizes that no world divides."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, DIM)
-        self.layers = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
-        self.norm = nn.LayerNorm(DIM)
-        self.dropout = dropout
-
-    def forward(self, batch: Batch, per_token: bool = False) -> Any:
-        x_BTD = self.embed(batch.tokens)
-        for layer in self.layers:
-            x_BTD = x_BTD + F.dropout(torch.tanh(layer(x_BTD)), self.dropout, self.training)
-        logits_BTV = (self.norm(x_BTD) @ self.embed.weight.T).float()
-        if per_token:
-            nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), batch.targets, ignore_index=IGNORE, reduction="none")
-            return nll_BT, logits_BTV.argmax(-1) == batch.targets
-        return F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def recipe(stage: int = 1, precision: str = "fp32", **optimizer: Any) -> Pretrain:
+def recipe(kind: str = "adamw", stage: int = 1, precision: str = "fp32", offload: bool = False, **engine: Any) -> Pretrain:
     model = ModelConfig(
-        family="decoder", vocab_size=VOCAB, dim=DIM, num_layers=3, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=64, max_positions=64
-    )
+        family="decoder", vocab_size=VOCAB, dim=33, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=37, bias=True,
+        max_positions=64, dropout=0.1, init_std=0.3,
+    )  # fmt: skip
     return Pretrain(
         run="unused",
         model=model,
         data=Data(sources=(Source(path="unused"),), heldout_fraction=0.1, row_length=TOKENS),
         objective=Causal(),
-        optimizer=Optimizer(**{"lr": 1e-2, **optimizer}),
-        engine=EngineConfig(zero_stage=stage, precision=precision),
+        optimizer=Optimizer(kind=kind, lr=1e-2),
+        engine=EngineConfig(zero_stage=stage, precision=precision, offload=offload, **engine),
         steps=100,
-        step_rows=ROWS,
+        step_rows=12,
         micro_rows=2,
     )
 
 
+def engine_of(config: Pretrain, place: Place, change: Callable[[Transformer], None] = lambda model: None) -> Engine:
+    model = build(config.model, seed=0)
+    change(model)
+    return Engine(model, config, place)
+
+
 def rows(step: int) -> Batch:
+    """12 rows, 9 in every third step: then the last micro is half padding, and some ranks get a micro of nothing but padding."""
     g = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB, (ROWS, TOKENS + 1), generator=g)
-    targets = tokens[:, 1:].clone()
-    targets[torch.rand(targets.shape, generator=g) < 0.3] = IGNORE
-    return Batch(tokens[:, :-1], torch.ones_like(targets), targets)
+    tokens = torch.randint(0, VOCAB, (12, TOKENS + 1), generator=g)
+    targets = tokens[:, 1:].masked_fill(torch.rand(12, TOKENS, generator=g) < 0.3, IGNORE)
+    segments = torch.ones_like(targets)
+    if step % 3 == 2:
+        targets[9:], segments[9:] = IGNORE, 0
+    return Batch(tokens[:, :-1], segments, targets)
 
 
 def share(step: int, place: Place) -> tuple[list[Batch], list[int], int]:
-    """This rank's micros of two rows, dealt out round by round, their seeds, and the global count of targets."""
-    whole, micros, seeds = rows(step), [], []
-    for micro in range(place.rank, ROWS // 2, place.world):
-        part = slice(2 * micro, 2 * micro + 2)
-        micros.append(Batch(whole.tokens[part], whole.segments[part], whole.targets[part]))
-        seeds.append(1000 * step + micro)
-    return micros, seeds, int((whole.targets != IGNORE).sum())
+    """This rank's micros of two rows, dealt out round by round, their seeds, and the targets of the whole step."""
+    whole = rows(step)
+    used = 5 if step % 3 == 2 else 6  # micros
+    indices = [round_ * place.world + place.rank for round_ in range(-(-used // place.world))]
+    empty = Batch(*(torch.full((2, TOKENS), fill) for fill in (0, 0, IGNORE)))
+    micros = [Batch(*(t[2 * i : 2 * i + 2] for t in (whole.tokens, whole.segments, whole.targets))) if i < used else empty for i in indices]
+    return micros, [1000 * step + i for i in indices], int((whole.targets != IGNORE).sum())
 
 
-def losses(engine: Engine, steps: range) -> list[tuple[float, float]]:
-    results = [engine.train_step(*share(step, engine.place), lr_factor=1.0) for step in steps]
-    assert all(r.finite for r in results)
-    return [(r.loss, r.grad_norm) for r in results]
-
-
-def full(parts: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """Whole flat tensors from every rank's slices; fails where elements are missing or written twice."""
-    whole: dict[str, dict[str, Tensor]] = {}
-    for part in parts:
-        for name, piece in part.items():
-            target = whole.setdefault(name, {k: torch.full((torch.Size(piece.shape).numel(),), torch.nan) for k in piece.tensors})
-            for key, values in piece.tensors.items():
-                there = target[key][piece.start : piece.start + values.numel()]
-                assert there.isnan().all(), f"{name} {key} is written twice"
-                there.copy_(values)
-    assert not any(t.isnan().any() for tensors in whole.values() for t in tensors.values())
-    return whole
+def train(engine: Engine, *steps: int) -> list[Step]:
+    return [engine.train_step(*share(step, engine.place), lr_factor=1 / (1 + step)) for step in steps]
 
 
 def reader(parts: list[dict[str, Any]]) -> Any:
-    whole = full(parts)
+    """Ranges of whole parameters, put together from every rank's slices; fails where elements are missing or held twice."""
+    whole: dict[str, dict[str, Tensor]] = {}
+    for part in parts:
+        for name, piece in part.items():
+            target = whole.setdefault(name, {key: torch.full((torch.Size(piece.shape).numel(),), torch.nan) for key in piece.tensors})
+            for key, values in piece.tensors.items():
+                there = target[key][piece.start : piece.start + values.numel()]
+                assert there.isnan().all(), f"{name} {key} is held twice"
+                there.copy_(values)
+    assert not any(t.isnan().any() for tensors in whole.values() for t in tensors.values())
     return lambda name, start, stop: {key: tensor[start:stop] for key, tensor in whole[name].items()}
 
 
-def _thin(place: Place) -> Any:
-    engine = Engine(Tiny(), recipe(), place)
-    first = losses(engine, range(3))
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [f"{n} {key}" for n, piece in before.items() for key, values in piece.tensors.items() if not values.equal(after[n].tensors[key])]
+
+
+def gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, state)
+    return everyone
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is NaN while the loss stays finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.nan
+
+
+SPOIL: dict[str, Callable[[Tensor], Tensor]] = {"loss": lambda loss: loss.detach() * torch.inf + loss, "gradient": Poison.apply}
+
+
+def _every_cell(place: Place) -> dict[Any, dict[str, Any]]:
+    return {cell: _cell(place, *cell) for cell in CELLS}
+
+
+def _cell(place: Place, kind: str, stage: int, precision: str, offload: bool) -> dict[str, Any]:
+    """Six steps straight; the state after three; from that state the same again, with two bad steps in between."""
+    config = recipe(kind, stage, precision, offload)
+    engine = engine_of(config, place)
+    start = train(engine, 0, 1, 2)
     state = engine.slices()
-    second = losses(engine, range(3, 6))
-    return first, state, second
+    straight = train(engine, 3, 4, 5)
+
+    spoilt: list[str] = []
+
+    def spoil(model: Transformer) -> None:
+        forward = model.forward
+        model.forward = lambda *a, **k: SPOIL[spoilt.pop()](forward(*a, **k)) if spoilt else forward(*a, **k)
+
+    engine = engine_of(config, place, spoil)
+    train(engine, 7, 8)  # what is loaded must replace everything
+    engine.load(reader(gathered(state)), 3)
+    loaded = changed(state, engine.slices())
+    resumed = train(engine, 3)
+    before, bad = engine.slices(), {}
+    for what in SPOIL:
+        if place.rank == place.world - 1:
+            spoilt.append(what)
+        (step,) = train(engine, 9)
+        bad[what] = (step.finite, engine.optimizer_step, changed(before, engine.slices()))
+    resumed += train(engine, 4, 5)
+    return {"start": start, "state": state, "straight": straight, "loaded": loaded, "resumed": resumed, "bad": bad}
 
 
-def _thin2(place: Place, parts) -> Any:
-    engine = Engine(Tiny(), recipe(), place)
-    engine.load(reader(parts), 3)
-    return losses(engine, range(3, 6))
+@cache
+def two() -> list[dict[Any, dict[str, Any]]]:
+    return run_processes(2, _every_cell, timeout=280)
 
 
-def test_thin() -> None:
-    results = run_processes(2, _thin)
-    print(results[0][0])
-    one = run_processes(1, _thin)
-    print(one[0][0], one[0][2])
-    again = run_processes(2, _thin2, [r[1] for r in results])
-    print(again[0], results[0][2])
-    assert again[0] == results[0][2]
+@pytest.mark.parametrize("cell", CELLS)
+def test_resumed_run_continues_bit_for_bit(cell: Any) -> None:
+    for rank in two():
+        assert rank[cell]["loaded"] == []
+        assert rank[cell]["resumed"] == rank[cell]["straight"]
+        assert all(step.finite for step in rank[cell]["start"] + rank[cell]["straight"])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(cell: Any) -> None:
+    for rank in two():
+        assert rank[cell]["bad"] == {"loss": (False, 4, []), "gradient": (False, 4, [])}
+
+
+def _elsewhere(place: Place, states: dict[str, Any]) -> dict[Any, list[Step]]:
+    """From scratch, and from each state of two ranks to each stage here."""
+    found = {}
+    for kind in ("adamw", "muon"):
+        for stage in STAGES:
+            engine = engine_of(recipe(kind, stage), place)
+            found[kind, stage] = train(engine, 0, 1, 2, 3, 4, 5)
+            for before in STAGES:
+                engine.load(reader(states[kind, before]), 3)
+                found[kind, before, stage] = train(engine, 3, 4, 5)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_other_worlds_and_stages_continue_within_rounding(world: int) -> None:
+    states = {(k, s): [rank[k, s, "fp32", False]["state"] for rank in two()] for k in ("adamw", "muon") for s in STAGES}
+    found = run_processes(world, _elsewhere, states)[0]
+    for key, steps in found.items():
+        reference = two()[0][key[0], 1, "fp32", False]
+        expected = (reference["start"] + reference["straight"])[-len(steps) :]
+        assert [s.loss for s in steps] == pytest.approx([s.loss for s in expected], rel=1e-5), key
+        assert [s.grad_norm for s in steps] == pytest.approx([s.grad_norm for s in expected], rel=1e-4), key
+
+
+def _plain_torch(place: Place) -> tuple[list[tuple[float, float]], list[Step]]:
+    """The same steps by torch alone: whole batch, one mean, its own clipping and AdamW, without dropout."""
+    config = recipe()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
+    model = build(config.model, seed=0)
+    settings = config.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    expected = []
+    for step in range(6):
+        batch = rows(step)
+        loss = model(batch) / (batch.targets != IGNORE).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr / (1 + step)
+        optimizer.step()
+        expected.append((loss.item(), norm.item()))
+    return expected, train(engine_of(config, place), 0, 1, 2, 3, 4, 5)
+
+
+def test_steps_equal_plain_torch() -> None:
+    expected, found = run_processes(1, _plain_torch)[0]
+    assert [(s.loss, s.grad_norm) for s in found] == [pytest.approx(e, rel=1e-5) for e in expected]
+
+
+FROZEN = ("embed.weight", "decoder.blocks.0.")
+
+
+def freeze(model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(FROZEN))
+
+
+def _frozen_and_scores(place: Place) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for stage in STAGES:
+        for kind in ("adamw", "muon"):
+            config = recipe(kind, stage, "bf16" if kind == "muon" else "fp32", offload=kind == "muon")
+            engine = engine_of(
+                config, place, lambda model: [p.requires_grad_(not n.startswith(FROZEN)) for n, p in model.named_parameters()]
+            )
+            first = gathered(engine.slices())
+            train(engine, 0, 1)
+            state = engine.slices()
+            straight = train(engine, 2, 3)
+            again = engine_of(
+                config, place, lambda model: [p.requires_grad_(not n.startswith(FROZEN)) for n, p in model.named_parameters()]
+            )
+            again.load(reader(gathered(state)), 2)
+            found["frozen", stage, kind] = (first, gathered(state), straight, train(again, 2, 3))
+        batch = rows(0)
+        engine = engine_of(recipe(stage=stage, recompute=True), place)
+        train(engine, 0)
+        nll, correct = engine.evaluate(batch)
+        found["scores", stage] = (nll, correct, nll.equal(engine.evaluate(batch)[0]), train(engine, 1))
+    return found
+
+
+def test_frozen_parameters_stay_and_are_held_once_and_recompute_and_scores_agree() -> None:
+    found = run_processes(2, _frozen_and_scores)[0]
+    for stage in STAGES:
+        for kind in ("adamw", "muon"):
+            first, state, straight, resumed = found["frozen", stage, kind]
+            assert resumed == straight
+            reader(state)
+            kinds = {name: set(piece.tensors) for rank in state for name, piece in rank.items()}
+            assert len(kinds) == len(list(build(recipe().model, 0).parameters()))
+            moments = [{"fp32", "exp_avg", "exp_avg_sq"}, {"fp32", "momentum"}]
+            assert all((keys == {"fp32"}) if name.startswith(FROZEN) else (keys in moments) for name, keys in kinds.items())
+            moved = {entry.split()[0] for old, new in zip(first, state, strict=True) for entry in changed(old, new)}
+            assert moved == {name for name in kinds if not name.startswith(FROZEN)}
+        nll, correct, repeatable, after = found["scores", stage]
+        assert repeatable and after[0].finite and nll.dtype == torch.float32 and correct.dtype == torch.bool
+        torch.testing.assert_close(nll, found["scores", 1][0], rtol=1e-5, atol=1e-5)
+        assert after[0].loss == pytest.approx(two()[0]["adamw", 1, "fp32", False]["start"][1].loss, rel=1e-5)  # recomputed or not
