@@ -133,7 +133,7 @@ def verify(folder: Path) -> None:
     for file, expected in files.items():
         _check_size(folder / file, expected["bytes"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (file, expected), found in zip(files.items(), pool.map(storage.measure, (folder / file for file in files)), strict=True):
+        for (file, expected), found in zip(files.items(), pool.map(_measured, (folder / file for file in files)), strict=True):
             if found.sha256 != expected["sha256"]:
                 raise Damaged(file, f"its sha256 is {found.sha256}, {expected['sha256']} was committed: bits have changed")
 
@@ -195,6 +195,13 @@ def merged(manifests: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if end != math.prod(pieces[0]["shape"]):
             raise ValueError(f"{name}: its slices hold {end} elements, its shape {pieces[0]['shape']} has {math.prod(pieces[0]['shape'])}")
     return slices
+
+
+def _measured(path: Path) -> storage.Written:
+    try:
+        return storage.measure(path)
+    except OSError as error:  # deleted meanwhile by a group that was cut off, or the disk fails
+        raise Damaged(path.name, f"it cannot be read: {error.strerror}") from error
 
 
 def _check_size(path: Path, expected: int) -> None:

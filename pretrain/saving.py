@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ DTYPES = {  # safetensors' names
 
 
 class Checkpointer:
-    """One rank's saver: one save in flight, the next waits for it, so at most one copy of this rank's slices is held.
+    """One rank's saver: one save in flight, the next waits for it. Call `wait` before taking a snapshot, and only one copy is ever held.
 
     Events (from the saving thread): save_started (step, bytes, waited: seconds that `save` held the caller up), save_written (rank,
     bytes, seconds); on rank 0 also save_committed (step, checkpoint, bytes of all ranks, seconds since `save`), checkpoint_deleted,
@@ -63,7 +64,9 @@ class Checkpointer:
             return
         self._steps.add(state.step)
         waited = time.monotonic() - began
-        self._thread = threading.Thread(target=self._save, args=(state, slices, began, waited), name=f"save-{state.step}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._save, args=(deepcopy(state), slices, began, waited), name=f"save-{state.step}", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -111,10 +114,13 @@ class Checkpointer:
         return "".join(traceback.format_exception(error))
 
     def _clear_away(self, folder: Path, reason: str) -> None:
-        """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, so that rank 0 need not wait for its timeout."""
+        """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, so that rank 0 need not wait for its timeout.
+
+        A manifest is a promise, which rank 0 may be committing by now: what failed after it changes nothing.
+        """
         if self.rank == 0 and not (folder / COMMIT).exists():
             storage.remove_folder(folder, COMMIT)
-        elif self.rank != 0:
+        elif self.rank != 0 and not (folder / _file(self.rank, "json")).exists():
             for path in folder.glob(f"*rank-{self.rank:05d}*"):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # rank 0 was faster to remove the folder, or not even the note fits

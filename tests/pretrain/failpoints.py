@@ -45,19 +45,20 @@ def until_paused(process: BaseProcess, pause: Path) -> bool:
 
 
 def _main(work: Callable[..., Any], args: tuple[Any, ...], at: int | None, pause: Path | None) -> None:
-    numbers, unsafe = itertools.count(), set()
+    numbers = itertools.count()
+    unsafe: set[Path] = set()
     storage.CHUNK = 128  # many writes per file: torn files at many places
 
     def operation(name: str, path: Path) -> None:
         here = next(numbers) == at
-        if here and pause is None:
-            for file in unsafe:
-                os.truncate(file, file.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif here:
+        if here and pause is not None:
             pause.touch()
             while pause.exists():
                 time.sleep(0.002)
+        elif here:
+            for file in unsafe:
+                os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
         if name == "open":
             unsafe.add(path)
         elif name == "fsync":

@@ -294,6 +294,17 @@ def test_saving_does_not_hold_up_the_caller_and_the_next_save_waits(run: Path, m
     assert events.of("save_committed")[0]["seconds"] > 0.2 and step_found(run) == 30
 
 
+def test_what_the_caller_changes_after_save_does_not_reach_the_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, state = threading.Event(), state_of(20)
+    monkeypatch.setattr(storage, "operation", lambda name, path: gate.wait(10))
+    checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, nothing)
+    checkpointer.save(state, slices_of(20, 0, 1))
+    state.extra["tokens"] = 8
+    gate.set()
+    checkpointer.wait()
+    assert step_found(run) == 20
+
+
 def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = Events()
     checkpointer = Checkpointer(Lease(run, 1), 0, 1, Checkpoints(), events)
@@ -366,6 +377,18 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: Path, monkeypatch: pytest.M
     reasons = {event["rank"]: event["reason"] for event in events.of("save_failed")}
     assert reasons[0].startswith("rank-00001 gave up: the disk of") and reasons[1].startswith("the disk of")
     assert step_found(run) == 10 and not folder_of(run, 20, 1).exists()
+
+
+def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others_commit(run: Path) -> None:
+    def full(kind: str, **facts: Any) -> None:
+        if kind == "save_written":
+            raise OSError(errno.ENOSPC, "No space left on device", "events.jsonl")
+
+    ranks = [Checkpointer(Lease(run, 1), rank, 2, KEEP_ONE, on_event) for rank, on_event in enumerate([nothing, full])]
+    for rank in (1, 0):
+        ranks[rank].save(state_of(20), slices_of(20, rank, 2))
+        ranks[rank].wait()
+    assert step_found(run) == 20
 
 
 @pytest.mark.parametrize(("start", "word"), [(31, "a gap at element 30"), (29, "an overlap at element 29")])
