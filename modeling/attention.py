@@ -30,13 +30,13 @@ class Visibility:
     window: int = 0
     query_start: int = 0
     bias: Tensor | None = None
-    mask: Any = field(init=False)
+    mask: Any = field(init=False)  # what the kernel takes: None, a dense mask, or FlexAttention's BlockMask
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", self._mask())
 
-    def sees(self, b: Tensor, head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q of row b sees key k: indices that broadcast (the signature of FlexAttention's `mask_mod`).
+    def sees(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q of row b sees key k: indices that broadcast.
 
         Padding sees padding. In cross-attention a query may see no key at all: the kernels then give zeros, never NaN.
         """
@@ -54,17 +54,23 @@ class Visibility:
         assert self.query_segments is not None and self.key_segments is not None
         (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
         b, q, k = (torch.arange(n, device=self.query_segments.device) for n in (rows, queries, keys))
-        seen = self.sees(b[:, None, None, None], None, q[:, None], k)
+        seen = self.sees(b[:, None, None, None], q[:, None], k)
         return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
 
+    def blocks(self) -> Any:
+        """The predicate as FlexAttention's BlockMask: blocks of 128 x 128 pairs that see nothing cost nothing."""
+        assert self.query_segments is not None and self.key_segments is not None
+        (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
+
+        def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:  # flex counts arguments: a method has one too many
+            return self.sees(b, q, k)
+
+        return _flex()[1](sees, rows, None, queries, keys, device=self.query_segments.device)
+
     def _mask(self) -> Any:
-        """What the kernel takes: None where it needs no mask, a BlockMask for FlexAttention on CUDA, else the dense mask."""
-        if self.query_segments is None or self.key_segments is None:
+        if self.query_segments is None:
             return None
-        if self.bias is None and self.query_segments.is_cuda:
-            (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
-            return _flex()[1](self.sees, rows, None, queries, keys, device=self.query_segments.device)
-        return self.dense()
+        return self.blocks() if self.query_segments.is_cuda and self.bias is None else self.dense()
 
 
 def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float, dropout: float = 0.0) -> Tensor:

@@ -1,0 +1,125 @@
+"""attend and Visibility against a plain softmax over an explicit mask."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling import attention
+from modeling.attention import Cache, Visibility, attend
+
+SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
+
+
+def _qkv(rows: int, queries: int, keys: int, groups: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    shapes = (rows, 4, queries, 8), (rows, groups, keys, 8), (rows, groups, keys, 8)
+    q, k, v = (torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return q, k, v
+
+
+def _plain_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """By the formula, in loops over rows, heads and queries; a query that sees nothing gives zeros."""
+    y = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1]):
+            g = n * k.shape[1] // q.shape[1]
+            for i in range(q.shape[2]):
+                at = seen[b, i].nonzero()[:, 0]
+                if len(at):
+                    y[b, n, i] = (q[b, n, i] @ k[b, g, at].T * scale).softmax(-1) @ v[b, g, at]
+    return y
+
+
+def _seen(segments_q: Tensor, segments_k: Tensor, causal: bool, window: int, start: int = 0) -> Tensor:
+    """Who sees whom, pair by pair, from the words of the docstring."""
+    rows, queries = segments_q.shape
+    seen = torch.zeros(rows, queries, segments_k.shape[1], dtype=torch.bool)
+    for b in range(rows):
+        for i in range(queries):
+            for j in range(segments_k.shape[1]):
+                near = window == 0 or abs(start + i - j) <= window
+                seen[b, i, j] = bool(segments_q[b, i] == segments_k[b, j]) and near and (not causal or j <= start + i)
+    return seen
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_packed_row_attends_as_described(causal: bool, window: int) -> None:
+    visibility = Visibility(causal, SEGMENTS, SEGMENTS, window)
+    q, k, v = _qkv(2, 8, 8)
+    expected = _plain_softmax(q, k, v, _seen(SEGMENTS, SEGMENTS, causal, window), 0.3)
+    torch.testing.assert_close(attend(q, k, v, visibility, 0.3), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_row_without_segments_is_one_document(causal: bool) -> None:
+    q, k, v = _qkv(2, 8, 8)
+    ones = torch.ones_like(SEGMENTS)
+    expected = attend(q, k, v, Visibility(causal, ones, ones), 0.3)
+    assert Visibility(causal).mask is None
+    torch.testing.assert_close(attend(q, k, v, Visibility(causal), 0.3), expected)
+
+
+def test_the_kernel_of_the_gpu_sees_what_the_dense_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention itself, uncompiled and forward only, which is what it can do on the CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    monkeypatch.setattr(attention, "_flex", lambda: (flex_attention, create_block_mask))
+    sources = torch.tensor([[1, 1, 2, 0, 3], [2, 1, 1, 1, 0]])
+    for visibility in (
+        Visibility(True, SEGMENTS, SEGMENTS, window=2),
+        Visibility(False, SEGMENTS, sources),
+        Visibility(True, SEGMENTS[:, 5:], SEGMENTS, query_start=5),
+    ):
+        assert visibility.query_segments is not None and visibility.key_segments is not None
+        q, k, v = (x.detach() for x in _qkv(2, visibility.query_segments.shape[1], visibility.key_segments.shape[1]))
+        expected = attend(q, k, v, visibility, 0.3)
+        object.__setattr__(visibility, "mask", visibility.blocks())
+        torch.testing.assert_close(attend(q, k, v, visibility, 0.3), expected)
+
+
+def test_later_queries_attend_as_the_end_of_the_whole_row() -> None:
+    q, k, v = _qkv(2, 8, 8)
+    for window in (0, 2):
+        whole = attend(q, k, v, Visibility(True, SEGMENTS, SEGMENTS, window), 0.3)
+        tail = attend(q[:, :, 6:], k, v, Visibility(True, SEGMENTS[:, 6:], SEGMENTS, window, query_start=6), 0.3)
+        torch.testing.assert_close(tail, whole[:, :, 6:])
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients() -> None:
+    sources = torch.tensor([[1, 1, 2, 3], [1, 1, 1, 1]])  # no padding here for the padding of SEGMENTS to see
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in _qkv(2, 8, 4))
+        y = attend(q, k, v, Visibility(False, SEGMENTS, sources), 0.3)
+        y.sum().backward()
+        assert torch.equal(y[0, :, 6:], torch.zeros_like(y[0, :, 6:]))
+        for x in (q, k, v):
+            assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_a_bias_is_added_to_the_scores() -> None:
+    q, k, v = _qkv(2, 8, 8, groups=4)
+    bias = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    scores = (q @ k.transpose(2, 3) * 0.3 + bias).masked_fill(~_seen(SEGMENTS, SEGMENTS, True, 0)[:, None], float("-inf"))
+    y = attend(q, k, v, Visibility(True, SEGMENTS, SEGMENTS, bias=bias), 0.3)
+    torch.testing.assert_close(y, scores.softmax(-1) @ v)
+    y.square().sum().backward()
+    assert bias.grad is not None and bias.grad.isfinite().all() and bias.grad.abs().max() > 0
+
+
+def test_dropout_keeps_the_mean() -> None:
+    q, k, v = _qkv(2, 8, 8)
+    torch.manual_seed(0)
+    visibility = Visibility(True, SEGMENTS, SEGMENTS)
+    mean = torch.stack([attend(q, k, v, visibility, 0.3, dropout=0.3) for _ in range(800)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v, visibility, 0.3), rtol=0, atol=0.25)
+
+
+def test_a_cache_returns_everything_so_far_and_refuses_more_than_its_room() -> None:
+    _, k, v = _qkv(2, 8, 8)
+    cache = Cache(8)
+    for begin, end in ((0, 3), (3, 4), (4, 8)):
+        so_far = cache.extend(k[:, :, begin:end].detach(), v[:, :, begin:end].detach())
+        assert torch.equal(so_far[0], k[:, :, :end]) and torch.equal(so_far[1], v[:, :, :end])
+    with pytest.raises(AssertionError):
+        cache.extend(k[:, :, :1], v[:, :, :1])

@@ -1,0 +1,73 @@
+"""Cached, batched, padded generation against one prompt at a time without any cache."""
+
+import pytest
+import torch
+
+from modeling.batch import Batch
+from modeling.config import ModelConfig, Refused
+from modeling.generate import generate
+from modeling.transformer import Transformer, build
+from tests.modeling.families import CONFIGS
+
+BOS, EOS, PAD = 1, 2, 0
+PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [11, 12], [40, 41, 42, 43, 44]]
+GENERATORS = [name for name, config in CONFIGS.items() if config.family != "encoder"]
+
+
+def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> list[int]:
+    """The whole row again for each new token."""
+    sources = model.config.family == "encoder-decoder"
+    row, new = [BOS] if sources else list(prompt), []
+    while len(new) < max_new and eos not in new:
+        tokens = torch.tensor([row + new])
+        source = (torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)) if sources else (None, None)
+        with torch.no_grad():
+            logits = model.logits(Batch(tokens, torch.ones_like(tokens), tokens, *source))
+        new.append(int(logits[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_cached_equals_uncached_token_for_token(name: str) -> None:
+    model = build(CONFIGS[name], seed=3).eval()
+    expected = [_uncached(model, prompt, 12, eos=-1) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD) == expected
+    assert len({tuple(row) for row in expected}) > 1  # the prompts matter
+
+
+@pytest.mark.parametrize("name", ["llama", "t5gemma"])
+def test_each_row_ends_with_its_own_eos(name: str) -> None:
+    model = build(CONFIGS[name], seed=3).eval()
+    free = generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD)
+    eos = free[0][2]
+    ended = generate(model, PROMPTS, max_new=12, bos=BOS, eos=eos, pad=PAD)
+    assert ended == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    assert ended[0] == free[0][: free[0].index(eos) + 1]
+
+
+def test_padding_tokens_have_no_influence() -> None:
+    model = build(CONFIGS["gpt2"], seed=3)
+    assert generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=0) == generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=33)
+
+
+def test_generation_switches_dropout_off_and_leaves_the_mode_as_it_was() -> None:
+    model = build(ModelConfig(**CONFIGS["llama"].model_dump() | {"dropout": 0.5}), seed=3).train()
+    first, second = (generate(model, PROMPTS, max_new=8, bos=BOS, eos=-1, pad=PAD) for _ in range(2))
+    assert first == second and model.training
+
+
+def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
+    for name in ("llama", "t5gemma"):
+        model = build(CONFIGS[name], seed=3)
+        alone, beside = (generate(model, prompts, max_new=4, bos=BOS, eos=-1, pad=PAD)[0] for prompts in ([[]], [[], [5, 6]]))
+        assert alone == beside and len(alone) == 4
+    decoder = build(CONFIGS["llama"], seed=3)
+    assert generate(decoder, [[]], max_new=4, bos=BOS, eos=-1, pad=PAD) == generate(decoder, [[BOS]], max_new=4, bos=BOS, eos=-1, pad=PAD)
+    assert generate(decoder, [], max_new=4, bos=BOS, eos=-1, pad=PAD) == []
+
+
+def test_an_encoder_and_a_full_table_of_positions_are_refused() -> None:
+    with pytest.raises(Refused, match="encoder does not generate"):
+        generate(build(CONFIGS["modernbert"], 0), PROMPTS, max_new=2, bos=BOS, eos=EOS, pad=PAD)
+    with pytest.raises(Refused, match="35 positions, and this model has learned 32"):
+        generate(build(CONFIGS["gpt2"], 0), PROMPTS, max_new=28, bos=BOS, eos=EOS, pad=PAD)

@@ -1,0 +1,265 @@
+"""What holds for every family: isolation of packed documents, causality, precision, checkpointing, initialisation."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.batch import IGNORE, Batch
+from modeling.config import ModelConfig
+from modeling.transformer import Transformer, build, initialise
+from tests.modeling.families import CONFIGS, documents, packed
+
+LENGTHS = [(7, 6), (1, 3), (9, 10), (4, 1)]  # 21 target and 20 source tokens
+
+
+def _with(config: ModelConfig, **updates: object) -> ModelConfig:
+    return ModelConfig(**config.model_dump() | updates)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_document_has_the_losses_it_has_alone(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    parts = documents(CONFIGS[name], LENGTHS)
+    row = packed(parts, length=26, source_length=24)
+    with torch.no_grad():
+        together, right = model(row, per_token=True)
+        alone = [model(part, per_token=True) for part in parts]
+    torch.testing.assert_close(together[:, :21], torch.cat([nll for nll, _ in alone], dim=1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(right[:, :21], torch.cat([right for _, right in alone], dim=1))
+    assert torch.equal(together[:, 21:], torch.zeros(1, 5)) and not right[:, 21:].any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_row_has_the_gradients_of_its_documents(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    parts = documents(CONFIGS[name], LENGTHS)
+    together = _gradients(model, [packed(parts, length=26, source_length=24)])
+    for key, gradient in _gradients(model, parts).items():
+        torch.testing.assert_close(together[key], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_without_segments_are_whole_documents(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    (part,) = documents(CONFIGS[name], [(9, 7)])
+    plain = replace(part, segments=None, source_segments=None)
+    torch.testing.assert_close(model.logits(plain), model.logits(part), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_tokens_have_no_influence_and_a_row_of_padding_no_nan(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    row = packed(documents(CONFIGS[name], LENGTHS[:2]), length=16, source_length=12)
+    other = replace(row, tokens=torch.where(row.segments == 0, 50, row.tokens))
+    if row.source is not None:
+        other = replace(other, source=torch.where(row.source_segments == 0, 50, row.source))
+    torch.testing.assert_close(_gradients(model, [row]), _gradients(model, [other]))
+
+    empty = Batch(*(torch.full_like(row.tokens, fill) for fill in (0, 0, IGNORE)), row.source, row.source_segments)
+    assert model(empty) == 0
+    for key, gradient in _gradients(model, [empty]).items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), key
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.family != "encoder"])
+def test_a_later_token_changes_no_earlier_logit(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    (part,) = documents(CONFIGS[name], [(12, 7)])
+    changed = part.tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 61
+    before, after = model.logits(part), model.logits(replace(part, tokens=changed))
+    torch.testing.assert_close(before[:, :6], after[:, :6])
+    assert (before[:, 6:] - after[:, 6:]).abs().amax(-1).min() > 1e-4
+
+
+def test_a_local_layer_reaches_exactly_its_window() -> None:
+    config = _with(CONFIGS["modernbert"], num_layers=2, global_every=2)
+    model = build(config, seed=1)
+    (part,) = documents(config, [(16, 0)])
+    assert model.encoder is not None
+    views = model.encoder._views(model.embedded(part.tokens), part.segments, 0, None, None)
+    x = model.embedded(part.tokens).detach().requires_grad_()
+    whole, local = (block(x, views)[0, 8].sum() for block in model.encoder.blocks)
+    assert torch.autograd.grad(whole, x)[0][0].abs().sum(-1).nonzero()[:, 0].tolist() == list(range(16))
+    assert torch.autograd.grad(local, x)[0][0].abs().sum(-1).nonzero()[:, 0].tolist() == list(range(5, 12))
+
+
+def test_local_layers_turn_by_their_own_theta() -> None:
+    (part,) = documents(CONFIGS["modernbert"], [(16, 0)])
+    other = _with(CONFIGS["modernbert"], local_rope_theta=777.0)
+    assert not torch.equal(build(CONFIGS["modernbert"], 1).logits(part), build(other, 1).logits(part))
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert", "t5"])
+def test_picked_positions_give_the_loss_of_their_targets(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    picked = torch.tensor([[0, 2, 3, 7, 12, 20, -1, -1]])
+    targets = torch.full_like(row.targets, IGNORE).scatter(1, picked[:, :6], row.targets.gather(1, picked[:, :6]))
+    masked = replace(row, targets=targets)
+    few = replace(masked, picked=picked)
+    torch.testing.assert_close(_gradients(model, [few]), _gradients(model, [masked]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(few, per_token=True), model(masked, per_token=True))
+
+
+def test_the_head_runs_on_the_picked_positions_alone() -> None:
+    model = build(CONFIGS["modernbert"], seed=1)
+    row = replace(packed(documents(CONFIGS["modernbert"], LENGTHS), 26, 0), picked=torch.tensor([[0, 2, 3, -1]]))
+    seen: list[torch.Size] = []
+    assert model.head.dense is not None
+    model.head.dense.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(row)
+    assert seen == [(1, 4, 32)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputation_gives_the_same_gradients_dropout_included(name: str) -> None:
+    model = build(_with(CONFIGS[name], dropout=0.2), seed=1).train()
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    kept = _gradients(model, [row])
+    model.recompute(True)
+    for key, gradient in _gradients(model, [row]).items():
+        assert torch.equal(gradient, kept[key]), key
+
+
+def test_recomputation_runs_each_block_twice() -> None:
+    model = build(CONFIGS["llama"], seed=1)
+    model.recompute(True)
+    assert model.decoder is not None
+    calls: list[int] = []
+    model.decoder.blocks[0].register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    model(documents(CONFIGS["llama"], [(7, 0)])[0]).backward()
+    assert len(calls) == 2
+
+
+def test_dropout_follows_the_global_generator_and_stops_in_evaluation() -> None:
+    model = build(_with(CONFIGS["t5gemma"], dropout=0.3), seed=1).train()
+    row = packed(documents(CONFIGS["t5gemma"], LENGTHS), length=26, source_length=24)
+
+    def loss(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(row)
+
+    assert loss(5) == loss(5) and loss(5) != loss(6)
+    model.eval()
+    assert loss(5) == loss(6) == build(CONFIGS["t5gemma"], seed=1)(row)
+
+
+def test_a_tied_table_collects_both_gradients() -> None:
+    """Against two separate tables that hold the same values."""
+    tied = build(CONFIGS["llama"], seed=1)
+    untied = build(_with(CONFIGS["llama"], tie_embeddings=False), seed=1)
+    assert untied.head.weight is not None
+    untied.load_state_dict(tied.state_dict() | {"head.weight": tied.embed.weight.detach().clone()})
+    row = packed(documents(CONFIGS["llama"], LENGTHS), length=26, source_length=0)
+    parts = _gradients(untied, [row])
+    torch.testing.assert_close(_gradients(tied, [row])["embed.weight"], parts["embed.weight"] + parts["head.weight"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("mode", ["bf16", "autocast"])
+def test_low_precision_runs_forward_and_backward_close_to_fp32(name: str, mode: str) -> None:
+    exact = build(CONFIGS[name], seed=1)
+    model = copy.deepcopy(exact).bfloat16() if mode == "bf16" else exact
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        loss = model(row)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact(row)) < 0.05 * loss
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.dtype == parameter.dtype, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_labels_take_the_place_of_the_vocabulary(name: str) -> None:
+    config = _with(CONFIGS[name], num_labels=5)
+    model = build(config, seed=1)
+    row = packed(documents(config, LENGTHS), length=26, source_length=24)
+    row = replace(row, targets=torch.where(row.targets == IGNORE, IGNORE, row.targets % 5))
+    expected = F.cross_entropy(model.logits(row).flatten(0, 1), row.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(row), expected)
+    assert model.logits(row).shape == (1, 26, 5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_is_cross_entropy_of_the_logits(name: str) -> None:
+    model = build(CONFIGS[name], seed=1)
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    expected = F.cross_entropy(model.logits(row).flatten(0, 1), row.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(row), expected)
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("llama", True), ("local decoder", False), ("modernbert", False), ("t5gemma", False)])
+def test_the_model_compiles_as_one_graph(name: str, recompute: bool) -> None:
+    torch._dynamo.reset()
+    model = build(_with(CONFIGS[name], num_layers=2), seed=1)
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    eager = _gradients(model, [row])
+    model.recompute(recompute)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(_gradients(model, [row], compiled), eager)
+
+
+def test_initial_values_are_keyed_by_seed_and_name_alone() -> None:
+    first, again, other = (build(CONFIGS["t5"], seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+    assert not torch.equal(first["encoder.blocks.0.attn.f.q.weight"], first["encoder.blocks.0.attn.f.k.weight"])
+    deeper = build(_with(CONFIGS["t5"], num_layers=5, vocab_size=90), 1).state_dict()
+    assert torch.equal(first["decoder.blocks.2.cross.f.q.weight"], deeper["decoder.blocks.2.cross.f.q.weight"])
+
+    torch.manual_seed(9)
+    backwards = build(CONFIGS["t5"], 1)
+    listed = list(backwards.named_parameters())[::-1]
+    with torch.no_grad():
+        for _, parameter in listed:
+            parameter.fill_(float("nan"))
+    backwards.named_parameters = lambda *args, **kwargs: iter(listed)  # type: ignore[method-assign]
+    initialise(backwards, 1)
+    assert all(torch.equal(first[key], value) for key, value in backwards.state_dict().items())
+
+
+def test_initial_scales_are_the_documented_ones() -> None:
+    config = _with(CONFIGS["t5gemma"], vocab_size=4000, init_std=0.02, tie_embeddings=False)
+    state = build(config, seed=1).state_dict()
+    assert abs(state["embed.weight"].std() * config.embed_scale - 1) < 0.02
+    assert abs(state["head.weight"].std() / 0.02 - 1) < 0.02
+    assert abs(state["decoder.blocks.1.mlp.f.up.weight"].std() / 0.02 - 1) < 0.1
+    for name in ("decoder.blocks.1.mlp.f.down.weight", "decoder.blocks.1.cross.f.o.weight", "encoder.blocks.1.attn.f.o.weight"):
+        assert abs(state[name].std() / 0.02 * (2 * config.num_layers) ** 0.5 - 1) < 0.1
+    nllb = build(CONFIGS["nllb"], seed=1).state_dict()
+    assert all((nllb[key] == 0).all() for key in nllb if key.endswith("bias"))
+    assert all((nllb[key] == 1).all() for key in nllb if "norm" in key and key.endswith("weight"))
+
+
+def test_parameters_have_the_names_that_the_tables_read() -> None:
+    names = {key: set(build(config, 0).state_dict()) for key, config in CONFIGS.items()}
+    assert {n for n in names["llama"] if "blocks" not in n} == {"embed.weight", "decoder.norm.weight"}
+    assert {n.removeprefix("decoder.blocks.1.") for n in names["llama"] if ".1." in n} == {
+        "attn.pre.weight", "attn.f.q.weight", "attn.f.k.weight", "attn.f.v.weight", "attn.f.o.weight",
+        "mlp.pre.weight", "mlp.f.gate.weight", "mlp.f.up.weight", "mlp.f.down.weight",
+    }  # fmt: skip
+    assert "encoder.blocks.0.attn.pre.weight" not in names["modernbert"] and "encoder.blocks.1.attn.pre.weight" in names["modernbert"]
+    assert {n for n in names["modernbert"] if "blocks" not in n} == {
+        "embed.weight", "encoder.embed_norm.weight", "encoder.norm.weight", "head.dense.weight", "head.norm.weight", "head.bias",
+    }  # fmt: skip
+    assert {"encoder.position.table.weight", "decoder.position.table.weight"} <= names["t5"]
+    assert {"decoder.position.weight", "decoder.blocks.0.attn.f.q.bias"} <= names["gpt2"] and "head.weight" in names["nllb"]
+    assert {"decoder.blocks.0.cross.inner.weight", "decoder.blocks.0.cross.pre.weight"} <= names["t5gemma"]
+    labels = set(build(_with(CONFIGS["modernbert"], num_labels=3), 0).state_dict())
+    assert {"head.labels.weight", "head.labels.bias"} <= labels and "head.bias" not in labels
+
+
+def _gradients(model: Transformer, batches: list[Batch], called: object = None) -> dict[str, Tensor]:
+    """Summed over the batches, on the same dropout each time; zeros where there is none."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    for batch in batches:
+        (model if called is None else called)(batch).backward()  # type: ignore[operator]
+    return {key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in model.named_parameters()}
