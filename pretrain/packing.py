@@ -23,6 +23,7 @@ import numpy as np
 
 BLOCK_TOKENS = 2**20
 DOCUMENTS_AT_ONCE = 2**24  # lengths held in memory while blocks are found: 1e9 documents are too many
+BLOCKS_AT_ONCE = 256  # what one process measures in one go: 1 to 5 s, so that small corpora start no processes
 TRIES = 32  # amounts of room that best fit looks at before it opens a new row
 
 
@@ -169,10 +170,10 @@ def table(lengths: np.ndarray, starts: np.ndarray, cutter: Cutter, file: Path | 
     """
     if file is not None and file.exists():
         return np.load(file, allow_pickle=False)
-    spans = [(starts[b], starts[min(b + 16, len(starts) - 1)], starts[b : b + 17]) for b in range(0, len(starts) - 1, 16)]
-    jobs = ((cutter, lengths[first:stop], inner - first) for first, stop, inner in spans)
-    if processes > 1:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    parts = [starts[b : b + BLOCKS_AT_ONCE + 1] for b in range(0, len(starts) - 1, BLOCKS_AT_ONCE)]
+    jobs = [(cutter, lengths[part[0] : part[-1]], part - part[0]) for part in parts]
+    if min(processes, len(jobs)) > 1:
+        with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn")) as pool:
             rows = np.concatenate(list(pool.map(_measure, *zip(*jobs, strict=True))))
     else:
         rows = np.concatenate([_measure(*job) for job in jobs])

@@ -10,9 +10,11 @@ import pretrain.packing as packing
 from modeling.batch import IGNORE
 from modeling.config import Refused
 from pretrain.batches import Row, Rows, assemble, stack
-from pretrain.config import Causal, Masked, Spans
+from pretrain.config import Causal, Masked, Source, Spans, Tokenizer
 from pretrain.objectives import Segment
 from pretrain.packing import Room
+from pretrain.prepare import prepare
+from pretrain.tokenizer import train
 from tests.pretrain.small_corpus import FIRST, SmallCorpus, SmallVocabulary, recipe
 
 VOCABULARY = SmallVocabulary()
@@ -214,3 +216,18 @@ def test_pairs_of_source_and_target_share_rows_as_text_does():
 def test_a_corpus_without_text_is_refused():
     with pytest.raises(Refused, match="corpus 1 of the train data has 0 tokens in 2 documents"):
         rows_of(Causal(), [SmallCorpus([3]), SmallCorpus([0, 0])], weights=(1.0, 1.0))
+
+
+def test_rows_of_real_shards_spell_the_text(tmp_path):
+    texts = [f"Document {i} speaks of {' and '.join(str(n * i) for n in range(i % 30))}." for i in range(200)]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    vocabulary = train(iter(texts), Tokenizer(), 400, tmp_path / "tokenizer")
+    shards, _ = prepare(Source(path=str(tmp_path / "text.txt")), vocabulary, tmp_path / "shards")
+    rows = Rows(recipe(Causal(), 512), vocabulary, [shards], "train", cache=tmp_path / "shards")
+    spelled = []
+    for row in (rows.row(i) for i in range(rows.num_rows)):
+        for number in range(1, row.segments.max() + 1):
+            here = row.segments == number
+            assert row.tokens[here][0] == vocabulary.bos and row.targets[here][-1] == vocabulary.eos
+            spelled.append(vocabulary.decode(row.targets[here][:-1]))
+    assert sorted(spelled) == sorted(texts)

@@ -92,6 +92,7 @@ def _starts_one_by_one(lengths):
 
 def test_the_table_is_the_same_from_many_processes_and_from_its_file(monkeypatch, tmp_path):
     monkeypatch.setattr(packing, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(packing, "BLOCKS_AT_ONCE", 16)
     lengths = np.random.default_rng(0).integers(0, 60, 200)
     starts = block_starts(lengths)
     assert len(starts) > 40
