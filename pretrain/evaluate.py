@@ -1,0 +1,32 @@
+"""Held-out loss, the same at any world size.
+
+In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "bits_per_byte" (causal), "accuracy"}. Rows are dealt out round
+by round, so that all ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from pretrain.batches import Rows, stack
+from pretrain.engine import Engine, Place
+
+
+def evaluate(engine: Engine, rows: Rows, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
+    """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an estimate from them."""
+    num_rows = min(num_rows, rows.num_rows)
+    totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, targets, correct ones
+    for first in range(0, num_rows, micro_rows * place.world):
+        mine = range(first + place.rank * micro_rows, first + (place.rank + 1) * micro_rows)
+        batch = stack([rows.row(i) if i < num_rows else rows.empty_row() for i in mine])
+        nll_BT, correct_BT = engine.evaluate(batch)
+        totals += torch.stack([nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()]).cpu()
+    if place.world > 1:
+        totals = engine.sum_over_ranks(totals)
+    loss_sum, count, correct = totals.tolist()
+    loss = loss_sum / count
+    scores = {"heldout_loss": loss, "accuracy": correct / count, "heldout_targets": int(count)}
+    if rows.targets_per_byte is not None:
+        scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
+    return scores

@@ -1,0 +1,81 @@
+"""What a run writes about itself: metrics.jsonl (one line a step), events.jsonl (starts, saves, failures) and TensorBoard files.
+
+In: plain numbers from rank 0. Out: files that `cat` reads; half a line, left by a killed process, never swallows the next one. After a
+resume the steps since the checkpoint appear again with a higher generation: the last line of a step counts.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.engine import Place
+
+# Dense bf16 rates from the makers' datasheets, FLOP/s. Any other device is measured.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line with a single write, after mending a line that a killed writer left half done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        torn = file.seek(0, 2) > 0 and (file.seek(-1, 2), file.read(1))[1] != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a JSON-lines file; half a line (from a killed writer) is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Recorder:
+    """Writes a run's metrics and events on rank 0 and nothing elsewhere."""
+
+    def __init__(self, run: Path, place: Place, generation: int) -> None:
+        self.run, self.generation, self.active = run, generation, place.rank == 0
+        self.board = SummaryWriter(str(run / "tensorboard")) if self.active else None
+
+    def metrics(self, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl; the numbers among `values` also go to TensorBoard."""
+        if self.board is None:
+            return
+        append_line(self.run / "metrics.jsonl", {"step": step, **values, "generation": self.generation})
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, step)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """One line of events.jsonl: {"time", "event", "generation", facts}. Other ranks than the first report failures only."""
+        if self.active or event.endswith("_failed"):
+            append_line(self.run / "events.jsonl", {"time": round(time.time(), 3), "event": event, "generation": self.generation, **facts})
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def peak_flops(place: Place) -> float:
+    """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else a matrix product timed here (0.1 s)."""
+    if place.device == "cuda":
+        name = torch.cuda.get_device_name(place.local_rank)
+        for part, peak in PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    a = torch.randn(1024, 1024, device=place.device)
+    a @ a
+    start, products = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < 0.1:
+        (a @ a)[0, 0].item()
+        products += 1
+    return products * 2 * 1024**3 / seconds

@@ -1,0 +1,187 @@
+"""A run from recipe to checkpoints: `prepare` once on the driver (tokenizer, token shards), then `train` on every rank.
+
+In: a Pretrain recipe and rank facts. Out: the run folder. `train` continues by itself from the newest checkpoint that verifies.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from modeling.config import Refused
+from modeling.counts import train_flops_per_row
+from modeling.transformer import build
+from pretrain import prepare as preparation
+from pretrain import tokenizer
+from pretrain.batches import Rows
+from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
+from pretrain.config import Pretrain, Source
+from pretrain.corpus import documents, is_heldout
+from pretrain.engine import Engine, Place
+from pretrain.evaluate import evaluate
+from pretrain.lease import Lease, take_generation
+from pretrain.loader import Loader
+from pretrain.metrics import Recorder, peak_flops
+from pretrain.saving import Checkpointer
+from pretrain.shards import Shards
+from pretrain.tokenizer import Tokenizer
+from pretrain.train import Progress
+from pretrain.train import train as train_loop
+
+T = TypeVar("T")
+
+
+def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]) -> None:
+    """Make what training reads and is not there yet: the tokenizer, the token shards, the tables of packed rows.
+
+    `progress(what, done)` hears how far it is. Raises Refused for a corpus or a tokenizer that cannot be used.
+    """
+    vocabulary = make_tokenizer(config, progress)
+    for source, folder, heldout_fraction in _sources(config):
+        preparation.prepare(
+            source,
+            vocabulary,
+            folder,
+            heldout_fraction=heldout_fraction,
+            workers=workers,
+            progress=lambda documents, _, folder=folder: progress(f"tokenizing {folder.name}", documents),  # type: ignore[misc]
+        )
+    progress("packing rows", 0)
+    open_rows(config, processes=workers)
+
+
+def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> Tokenizer:
+    """The run's tokenizer: the one that stands in its folder, else a copy of the recipe's, else one trained on all its sources."""
+    folder = Path(config.run) / "tokenizer"
+    if not folder.exists():
+        progress("training the tokenizer", 0)
+        unfinished = folder.with_name("tokenizer.incomplete")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if config.tokenizer.path is not None:
+            Tokenizer.open(config.tokenizer.path).save(unfinished, config.model.family)
+        else:
+            texts = (text for source in config.data.sources for text in documents(source))
+            kept = (text for text in texts if not is_heldout(text, config.data.heldout_fraction))
+            tokenizer.train(kept, config.tokenizer, config.model.vocab_size, unfinished)
+        unfinished.rename(folder)
+    found = Tokenizer.open(folder)
+    if found.vocab_size > config.model.vocab_size:
+        raise Refused(f"the tokenizer in {folder} has {found.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}: raise it")
+    return found
+
+
+def train(config: Pretrain, place: Place) -> None:
+    """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same recipe."""
+    run = Path(config.run)
+    rows, heldout = open_rows(config)
+    engine = Engine(build(config.model, config.seed), config, place)
+    lease = Lease(run, _from_first_rank(engine, lambda: take_generation(run).generation))
+    recorder = Recorder(run, place, lease.generation)
+    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
+    folder = _from_first_rank(engine, lambda: _newest(run, recorder))
+    progress = _resume(open_checkpoint(Path(folder)), engine, rows, recorder) if folder else Progress()
+    recorder.event("data", rows_per_epoch=rows.num_rows, waste=rows.waste, heldout_rows=heldout.num_rows, fingerprint=rows.fingerprint)
+
+    def score(complete: bool) -> dict[str, Any]:
+        num_rows = heldout.num_rows if complete else config.evaluate_rows
+        return evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+
+    def describe(progress: Progress, scores: dict[str, Any]) -> State:
+        return State(
+            step=progress.step,
+            cursor=progress.step * config.step_rows,
+            optimizer_step=engine.optimizer_step,
+            skips=[],
+            fingerprint=rows.fingerprint,
+            config=config.model_dump(mode="json"),
+            heldout_loss=scores.get("heldout_loss"),
+            extra={**asdict(progress), "scores": scores},
+        )
+
+    with closing(recorder):
+        if progress.step == 0:
+            recorder.metrics(0, **score(False))
+        train_loop(
+            config,
+            engine,
+            _loader(config, rows, place, progress.step),
+            Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
+            recorder,
+            progress,
+            score=score,
+            describe=describe,
+            flops_per_step=config.step_rows * train_flops_per_row(config.model, rows.room.tokens, rows.room.source),
+            peak_flops=float(engine.sum_over_ranks(torch.tensor([peak_flops(place)], dtype=torch.float64))),
+        )
+
+
+def open_rows(config: Pretrain, processes: int = 1) -> tuple[Rows, Rows]:
+    """The rows of a prepared run: to train on, and held out."""
+    vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), _cache(config)
+    made = [(Shards(folder / "train"), Shards(folder / "heldout")) for _, folder, _ in _sources(config)]
+    training = [shards for shards, _ in made[: len(config.data.sources)]]
+    heldout = [shards for _, shards in made if shards.num_documents] or [made[0][1]]
+    if config.data.heldout:  # corpora of their own: all of their documents
+        heldout = [shards for shards, _ in made[len(config.data.sources) :]]
+    return (
+        Rows(config, vocabulary, training, "train", cache=cache, processes=processes),
+        Rows(config, vocabulary, heldout, "heldout", cache=cache, processes=processes),
+    )
+
+
+def _cache(config: Pretrain) -> Path:
+    return Path(config.data.cache or Path(config.run) / "shards")
+
+
+def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
+    """Every corpus, the folder of its shards, and the share of its documents that is held out."""
+    for number, source in enumerate(config.data.sources):
+        yield source, _cache(config) / f"source-{number}", config.data.heldout_fraction
+    for number, source in enumerate(config.data.heldout):
+        yield source, _cache(config) / f"heldout-{number}", 0.0
+
+
+def _newest(run: Path, recorder: Recorder) -> str | None:
+    """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
+    checkpoint = newest_verified(run, recorder.event)
+    return None if checkpoint is None else str(checkpoint.folder)
+
+
+def _resume(checkpoint: Checkpoint, engine: Engine, rows: Rows, recorder: Recorder) -> Progress:
+    """Put a checkpoint's weights and moments into the engine; where it stood."""
+    state = checkpoint.state
+    if state.fingerprint != rows.fingerprint:
+        raise Refused(
+            f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe and its text make rows of"
+            f" {rows.fingerprint}: corpus, tokenizer, row length, objective or weights have changed. Give another `run` folder."
+        )
+    engine.load(checkpoint.read, state.optimizer_step)
+    recorder.event("resumed", step=state.step, checkpoint=checkpoint.folder.name)
+    return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"])
+
+
+def _loader(config: Pretrain, rows: Rows, place: Place, step: int) -> Loader:
+    return Loader(
+        rows,
+        start=step,
+        stop=config.steps,
+        step_rows=config.step_rows,
+        micro_rows=config.micro_rows,
+        rank=place.rank,
+        world=place.world,
+        prefetch=config.data.prefetch,
+        pin=place.device == "cuda",
+    )
+
+
+def _from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank."""
+    found: list[Any] = [ask() if engine.place.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0, device=engine.device)
+    return found[0]
