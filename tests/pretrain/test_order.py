@@ -24,6 +24,8 @@ def test_every_row_comes_once_in_every_epoch(rows, key):
     orders = [[located[2:] for located in epoch] for epoch in epochs]
     assert (orders[0] == every_row) == (key is None)
     assert (orders[0] == orders[1]) == (key is None)
+    first_blocks = [{block for block, _ in epoch[:8]} for epoch in orders]
+    assert (first_blocks[0] == first_blocks[1]) == (key is None)  # not only are the rows of a window drawn anew, its blocks are too
 
 
 def test_rows_of_at_most_one_window_of_blocks_mix(rows):
