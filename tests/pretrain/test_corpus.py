@@ -49,7 +49,7 @@ def test_windows_files_are_cut_at_their_empty_lines(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r"), min_size=1), min_size=1))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_paragraphs_survive_both_rules(tmp_path: Path, paragraphs: list[str]) -> None:
     text = "\n\n".join(paragraphs)
     path = written(tmp_path / "any.txt", text.encode())
