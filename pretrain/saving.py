@@ -2,6 +2,8 @@
 
 In: each rank's slices (host copies that nobody changes any more) and the run's state. Out: a checkpoint folder that counts, or an event
 that says why not; the run goes on either way. Ranks meet through their manifests in the folder, never through a collective.
+Cost, 0.5 GB on 2 cores that other work kept busy: `save` returns in 0.3 ms, the background takes 1.2-5 s (95-415 MB/s; a plain write and
+fsync reached 900, save_file 285), 2 MB beyond the slices themselves. Hashing alone is 1.4 GB/s.
 """
 
 import errno
@@ -44,10 +46,12 @@ class Checkpointer:
     Events (from the saving thread): save_started (step, bytes, waited: seconds that `save` held the caller up), save_written (rank,
     bytes, seconds); on rank 0 also save_committed (step, checkpoint, bytes of all ranks, seconds since `save`), checkpoint_deleted,
     checkpoint_swept, retention_failed; save_failed (step, rank, reason) when there will be no such checkpoint.
+    After `wait`, `failed` is that reason, or None when this rank's last save went well: a run whose last save failed has not finished.
     """
 
     def __init__(self, lease: Lease, rank: int, world: int, keep: Checkpoints, on_event: OnEvent, timeout: float = 900.0) -> None:
         self.lease, self.rank, self.world, self.keep, self.on_event, self.timeout = lease, rank, world, keep, on_event, timeout
+        self.failed: str | None = None
         self._origin = origin() if rank == 0 else {}
         self._thread: threading.Thread | None = None
         self._superseded: Superseded | None = None
@@ -80,6 +84,7 @@ class Checkpointer:
     def _save(self, state: State, slices: dict[str, Slice], began: float, waited: float) -> None:
         folder = folder_of(self.lease.run, state.step, self.lease.generation)
         size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
+        self.failed = None
         try:
             self.on_event("save_started", step=state.step, bytes=size, waited=waited)
             if self.rank == 0:
@@ -91,7 +96,7 @@ class Checkpointer:
                 total = commit(folder, self.lease, self.world, state, self._origin, self.timeout)
                 self.on_event("save_committed", step=state.step, checkpoint=folder.name, bytes=total, seconds=time.monotonic() - began)
         except Exception as error:  # the run goes on to its next save, whatever it was
-            reason = self._reason(error, folder, size)
+            self.failed = reason = self._reason(error, folder, size)
             self._clear_away(folder, reason)  # before the event: it may need the room
             self.on_event("save_failed", step=state.step, rank=self.rank, reason=reason)
             return

@@ -25,7 +25,7 @@ from pretrain import storage
 from pretrain.checkpoint import Checkpoint, Damaged, State, newest_verified, open_checkpoint, read_marker, verify
 from pretrain.config import Checkpoints
 from pretrain.lease import COMMIT, Lease, Superseded, committed, folder_of, folders, take_generation
-from pretrain.retention import kept
+from pretrain.retention import kept, retain
 from pretrain.saving import DTYPES, Checkpointer, commit, write_rank
 from pretrain.slices import Slice
 from tests.pretrain.failpoints import killed, note, notes, started, until_paused
@@ -312,11 +312,11 @@ def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(run: Pa
         broken.setattr("pretrain.saving.merged", lambda manifests: 1 / 0)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
-    assert "ZeroDivisionError" in events.of("save_failed")[0]["reason"]
+    assert checkpointer.failed == events.of("save_failed")[0]["reason"] and "ZeroDivisionError" in checkpointer.failed
     assert step_found(run) == 10
     checkpointer.save(state_of(30), slices_of(30, 0, 1))
     checkpointer.wait()
-    assert step_found(run) == 30
+    assert checkpointer.failed is None and step_found(run) == 30
 
 
 def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +426,20 @@ def test_nothing_is_deleted_when_the_newest_does_not_verify(run: Path, monkeypat
     monkeypatch.undo()
     save(Lease(run, 1), 30, KEEP_ONE, events)
     assert [folder.name for folder in folders(run)] == ["step-00000030-g0001"]
+
+
+def test_a_group_that_lost_its_lease_deletes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = Lease(run, 1)
+    for rank in (0, 1):
+        write_rank(folder_of(run, 20, 1), lease, rank, 2, slices_of(20, rank, 2))
+    claim = json.dumps({"generation": 2, "host": "elsewhere", "pid": 1, "time": "now"}).encode()
+    storage.create(run / "lease" / "000002", claim)  # it has begun, and not yet written down which of ours count
+    monkeypatch.setattr(Lease, "check", lambda lease: None)
+    commit(folder_of(run, 20, 1), lease, 2, state_of(20), {}, 1)  # our marker comes too late, or in time: it is not decided
+    monkeypatch.undo()
+    with pytest.raises(Superseded, match="elsewhere"):
+        retain(lease, KEEP_ONE, nothing)
+    assert [folder.name for folder in folders(run)] == ["step-00000010-g0001", "step-00000020-g0001"]
 
 
 def test_a_folder_in_flight_is_not_swept(run: Path) -> None:
