@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from modeling.config import ModelConfig, Refused
-from modeling.huggingface.fields import meaning, same, unexpressed
+from modeling.huggingface.fields import lost, unexpressed
 from modeling.huggingface.llama import LLAMA
 from modeling.huggingface.modernbert import MODERNBERT
 from modeling.huggingface.t5gemma import T5GEMMA
@@ -47,22 +47,18 @@ def restore(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> tup
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:
     """The architecture that publishes a model, and its stock config. Raises Refused naming the dial that none has."""
-    wanted, refusals = meaning(config), []
+    refusals = []
     for architecture in ARCHITECTURES:
         try:
             hf = architecture.write(config, special)
-            said = meaning(ModelConfig.model_construct(**architecture.read(architecture.complete(hf))))
+            said = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
         except Refused as reason:
             refusals.append((1, f"{architecture.stock_class}: {reason}"))
             continue
-        lost = [
-            f"{dial} {wanted.get(dial)!r} (it has {said.get(dial)!r})"
-            for dial in wanted | said
-            if not same(wanted.get(dial), said.get(dial))
-        ]
-        if not lost:
+        dials = lost(config, said)
+        if not dials:
             return architecture, hf
-        refusals.append((len(lost) + 100 * (said["family"] != config.family), f"{architecture.stock_class} has no {', '.join(lost)}"))
+        refusals.append((len(dials) + 100 * (said.family != config.family), f"{architecture.stock_class} has no {', '.join(dials)}"))
     raise Refused(f"no published architecture expresses this model; the nearest, {min(refusals)[1]}")
 
 

@@ -47,7 +47,7 @@ def flat(hf: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def same(a: Any, b: Any) -> bool:
@@ -60,7 +60,7 @@ def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator
     """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a clause each."""
     theirs, ours = dict(flat(hf)), dict(flat(rewritten))
     for name in {**theirs, **ours}:
-        if name.rpartition(".")[2] in _FREE or "dropout" in name or name.startswith("_"):
+        if _FREE & set(name.split(".")) or "dropout" in name or name.startswith("_"):
             continue
         if name not in theirs:
             yield f"lacks {name}"
@@ -68,6 +68,14 @@ def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator
             yield f"sets {name} = {theirs[name]!r}, which Trifold does not have"
         elif name in ours and not same(theirs[name], ours[name]):
             yield f"sets {name} = {theirs[name]!r}, where Trifold has only {ours[name]!r}"
+
+
+def lost(wanted: ModelConfig, said: ModelConfig) -> list[str]:
+    """The dials by which the model that was said is not the one that was wanted, a clause each."""
+    ours, theirs = meaning(wanted), meaning(said)
+    return [
+        f"{dial} {ours.get(dial)!r} (it has {theirs.get(dial)!r})" for dial in ours | theirs if not same(ours.get(dial), theirs.get(dial))
+    ]
 
 
 def meaning(config: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""The model card: what a published model is, what it read, how well it did, where it comes from, and how to load it.
+
+In: a run folder and the checkpoint that is published. Out: the text of README.md.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.checkpoint import Checkpoint
+from pretrain.metrics import read_lines
+from pretrain.published import read_json, recorded_config
+
+_LOADING = {  # the hub's tag, the stock class, an example
+    "decoder": (
+        "text-generation",
+        "AutoModelForCausalLM",
+        """\
+tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=40)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))""",
+    ),
+    "encoder": (
+        "fill-mask",
+        "AutoModelForMaskedLM",
+        """\
+logits = model(**tokenizer("The capital of France is<mask>.", return_tensors="pt")).logits
+print(tokenizer.decode(logits[0].argmax(-1)))""",
+    ),
+    "encoder-decoder": (
+        "text2text-generation",
+        "AutoModelForSeq2SeqLM",
+        """\
+tokens = model.generate(**tokenizer("Once upon a<extra_id_0>.", return_tensors="pt"), max_new_tokens=40)
+print(tokenizer.decode(tokens[0]))""",
+    ),
+}
+
+
+def render(run: Path, source: Checkpoint, record: dict[str, Any], stock_class: str) -> str:
+    """The card, in Markdown with the hub's header."""
+    config, state = recorded_config(record), source.state
+    tag, auto_class, example = _LOADING[config.family]
+    parameters = sum(math.prod(source.shape(name)) for name in source.names)
+    recipe = yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True)
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: {tag}
+tags: [trifold]
+---
+# {stock_class}, trained with Trifold
+
+{parameters:,} parameters, {config.num_layers} layers of {config.dim}, {config.vocab_size:,} pieces, documents up to \
+{config.max_positions:,} tokens. Trained for {state.step:,} steps{_tokens(state.extra)}.
+
+## Load it
+```python
+from transformers import AutoTokenizer, {auto_class}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
+{example}
+```
+
+## Held-out scores
+{_scores(run, state.step)}
+
+## Data
+{_data(run, state.config)}
+
+## Where it comes from
+{
+        _list(
+            {
+                "checkpoint": f"{record['checkpoint']['name']}, sha256 {record['checkpoint']['sha256']}, {record['checkpoint']['time']}",
+                "code": record["code"] or "unknown",
+                "packages": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+                "data fingerprint": record["fingerprints"]["data"],
+                "tokenizer fingerprint": record["fingerprints"]["tokenizer"],
+            }
+        )
+    }
+
+## Recipe
+```yaml
+{recipe}```
+"""
+
+
+def _tokens(extra: dict[str, Any]) -> str:
+    return f", {extra['tokens']:,} tokens" if "tokens" in extra else ""
+
+
+def _scores(run: Path, step: int) -> str:
+    """The last evaluation at or before the checkpoint's step; a later generation's line of the same step counts."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "heldout_loss" in line and line["step"] <= step]
+    if not lines:
+        return "None were taken."
+    last = max(reversed(lines), key=lambda line: (line["step"], line.get("generation", 0)))
+    names = {
+        "heldout_loss": "loss, nats per target",
+        "bits_per_byte": "bits per byte",
+        "accuracy": "accuracy",
+        "heldout_targets": "targets",
+    }
+    return _list({"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}})
+
+
+def _data(run: Path, recipe: dict[str, Any]) -> str:
+    data = recipe["data"]
+    told = {
+        f"{kind}-{i}": source.get("path") or source.get("hub") for kind in ("sources", "heldout") for i, source in enumerate(data[kind])
+    }
+    cache = Path(data["cache"] or run / "shards")
+    for index in sorted(cache.glob("*/*/index.json")):
+        shards = read_json(index)
+        told[str(index.parent.relative_to(cache))] = (
+            f"{shards['documents']:,} documents, {shards['tokens']:,} tokens, {shards['bytes']:,} bytes"
+        )
+    return _list(told)
+
+
+def _list(facts: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())

@@ -1,0 +1,87 @@
+"""From a run's newest verified checkpoint to a folder that stock Hugging Face classes load: published means verified.
+
+In: a run folder. Out: the published folder (pretrain/published.py says what is in it). It is written as a hidden folder beside its
+place and renamed once verify.py has found nothing wrong with it; after a refusal nothing of it is left.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from modeling.config import ModelConfig, Refused
+from pretrain import card, lease, published, storage
+from pretrain.checkpoint import Checkpoint, Damaged, OnEvent, newest_verified, open_checkpoint
+from pretrain.checkpoint import verify as verify_checkpoint
+from pretrain.tokenizer import Tokenizer
+from pretrain.verify import verify
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def publish(
+    run: Path, out: Path, *, on_event: OnEvent, checkpoint: int | None = None, dtype: str = "fp32", shard_bytes: int = published.SHARD_BYTES
+) -> Path:
+    """Publish a run's newest verified checkpoint, or that of step `checkpoint`, as the folder `out`. Returns `out`.
+
+    A newer checkpoint that was passed over is reported to `on_event`. Raises Refused where there is nothing to publish, `out` exists,
+    no published architecture expresses the model, or the gate finds something wrong (each failed check by name).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"{out} exists already and is not overwritten: give another folder, or move it away")
+    source = _newest(run, on_event) if checkpoint is None else _of_step(run, checkpoint)
+    partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        reference = _write(run, source, partial, DTYPES[dtype], shard_bytes)
+        report = verify(partial, reference)
+        if not report.ok:
+            raise Refused(f"{out} was not published, because it is not what it should be: {report.failures}")
+        os.rename(partial, out)
+        storage.sync_folder(out.parent)
+    except OSError as error:
+        raise Refused(f"{out} was not published: {error.strerror} ({error.filename}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _newest(run: Path, on_event: OnEvent) -> Checkpoint:
+    source = newest_verified(run, on_event)
+    if source is None:
+        raise Refused(f"{run} has no checkpoint to publish: train it first (trifold pretrain), at least until checkpoints.every steps")
+    return source
+
+
+def _of_step(run: Path, step: int) -> Checkpoint:
+    committed = lease.committed(run)
+    folders = [folder for folder in committed if lease.numbers(folder.name)[1] == step]
+    if not folders:
+        have = ", ".join(str(lease.numbers(folder.name)[1]) for folder in committed) or "none"
+        raise Refused(f"{run} has no checkpoint of step {step}; there are those of: {have}")
+    try:
+        verify_checkpoint(folders[-1])
+        return open_checkpoint(folders[-1])
+    except Damaged as error:
+        raise Refused(f"{folders[-1]} cannot be published: {error}") from None
+
+
+def _write(
+    run: Path, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Everything that a published folder holds. Returns the model it was made of."""
+    config = ModelConfig.model_validate_json(json.dumps(source.state.config["model"]))
+    state = {name: source.full(name) for name in source.names}
+    tokenizer = Tokenizer.open(run / "tokenizer")
+    hf = published.write(folder, config, state, tokenizer, dtype, shard_bytes)
+    origin = {
+        "checkpoint": {"name": source.folder.name, "sha256": source.record["sha256"], "time": source.record["time"]},
+        "code": source.record["code"],
+        "versions": source.record["versions"],
+    }
+    record = published.seal(folder, config, tokenizer, source.state.fingerprint, origin)
+    (folder / published.CARD).write_text(card.render(run, source, record, hf["architectures"][0]), encoding="utf-8")
+    return config, state

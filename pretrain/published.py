@@ -1,0 +1,144 @@
+"""A published folder: what stock Hugging Face classes load, and what Trifold reads back to train on.
+
+    config.json  generation_config.json  model.safetensors (or shards and model.safetensors.index.json)  the tokenizer's files
+    README.md (the model card)  trifold.json: the exact ModelConfig, fingerprints, provenance, and every other file's size and sha256
+In: tensors under stock names. Out: files, and back. Only safetensors are read, never a pickle.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling.config import ModelConfig, Refused
+from modeling.huggingface import export, restore
+from pretrain import storage
+from pretrain.tokenizer import Tokenizer
+
+RECORD, CARD, INDEX = "trifold.json", "README.md", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # the most in one file
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write what the stock classes load: weights, configs, tokenizer. Returns config.json's content."""
+    hf, tensors = export(config, state, special_ids(tokenizer), dtype)
+    write_tensors(folder, tensors, shard_bytes)
+    write_json(folder / "config.json", hf)
+    if config.family != "encoder":  # greedy, as `trifold generate` does it, up to the longest document the model knows
+        ids = {name: value for name, value in hf.items() if name.endswith("_token_id")}
+        write_json(folder / "generation_config.json", {**ids, "do_sample": False, "max_length": config.max_positions})
+    tokenizer.save(folder, config.family)
+    return hf
+
+
+def seal(folder: Path, config: ModelConfig, tokenizer: Tokenizer, data_fingerprint: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Write trifold.json over all files that are there now. Returns its content."""
+    fingerprints = {"data": data_fingerprint, "tokenizer": tokenizer.fingerprint}
+    record = {"model": config.model_dump(mode="json"), "fingerprints": fingerprints, **origin, "files": measure(folder)}
+    write_json(folder / RECORD, record)
+    return record
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that stock configs name."""
+    return {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
+
+
+def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model of a published folder, ours or anybody's of a known architecture: (config, fp32 state dict).
+
+    Raises Refused naming the file, setting or tensor that does not fit.
+    """
+    config, state = restore(read_json(folder / "config.json"), read_tensors(folder))
+    if (folder / RECORD).exists():  # training settings (dropout) have no place in config.json
+        recorded = recorded_config(read_json(folder / RECORD))
+        config = config.model_copy(update={"dropout": recorded.dropout, "init_std": recorded.init_std})
+    return config, state
+
+
+def recorded_config(record: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig that trifold.json holds."""
+    return ModelConfig.model_validate_json(json.dumps(record["model"]))
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` with an index (a larger tensor is a shard of its own)."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        return save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by stock name. Raises Refused naming the file that is missing, broken or not as its index says."""
+    if not (folder / INDEX).exists():
+        return _read_file(folder / "model.safetensors")
+    where = read_json(folder / INDEX)["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        shard = _read_file(folder / name)
+        indexed = {tensor for tensor, file in where.items() if file == name}
+        if shard.keys() != indexed:
+            raise Refused(f"{folder / name} and {INDEX} disagree on {', '.join(sorted(shard.keys() ^ indexed)[:4])}")
+        tensors |= shard
+    return tensors
+
+
+def measure(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file but trifold.json and the model card, which people edit."""
+    files = sorted(path for path in folder.iterdir() if path.name not in (RECORD, CARD))
+    return {path.name: storage.measure(path)._asdict() for path in files}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise Refused(f"there is no {path}: a published folder holds it") from None
+    except ValueError as error:
+        raise Refused(f"{path} is not whole JSON ({error})") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        pickles = ", ".join(sorted(other.name for other in path.parent.glob("*.bin")))
+        hint = f"; {pickles} may be a pickle, which could run code, and is not read: convert it to safetensors" if pickles else ""
+        raise Refused(f"there is no {path}{hint}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise Refused(f"{path} is not whole ({error}): copy or publish it again") from None
