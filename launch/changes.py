@@ -1,7 +1,8 @@
 """What may change when `pretrain` runs on a run folder that exists: a literal table, and the folder's own recipe compared with it.
 
 In: the old and the new recipe as mappings, and how many steps were taken. Out: each changed key with a verdict. A change is safe when a
-straight run of the new recipe would have taken the same steps so far, up to rounding; anything that is not in the table is unsafe.
+straight run of the new recipe would have taken the same steps so far, up to rounding; anything that is not in the table is unsafe. Before
+the first step all is safe but what the tokenizer was made from.
 """
 
 from collections.abc import Callable
@@ -54,6 +55,8 @@ SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
     "schedule.*": _same_rates_so_far,
 }
 
+TOKENIZER = ("tokenizer.*", "model.vocab_size", "model.family", "data.sources.*", "data.heldout_fraction")  # what it was made from
+
 
 def differences(old: Recipe, new: Recipe, step: int) -> list[Change]:
     """Every dotted key whose value differs between two recipes, after `step` steps of the old one."""
@@ -66,7 +69,7 @@ def settle(recipe: Recipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or refuse each unsafe key."""
     file = Path(recipe.run) / "config.yaml"
     changes: list[Change] = []
-    if file.exists():
+    if (file.parent / "tokenizer").exists():  # made first; before it, nothing depends on the recipe
         steps = [record["step"] for record in read_lines(file.parent / "metrics.jsonl")]
         changes = differences(resolve(file), recipe, max(steps, default=0))
     if unsafe := [change for change in changes if not change.safe]:
@@ -80,5 +83,7 @@ def settle(recipe: Recipe) -> list[Change]:
 
 
 def _safe(key: str, old: Recipe, new: Recipe, step: int) -> bool:
+    if step == 0:
+        return not any(fnmatch(key, pattern) for pattern in TOKENIZER)
     rules = [rule for pattern, rule in SAFE.items() if fnmatch(key, pattern)]
     return bool(rules) and all(rule(old, new, step) for rule in rules)

@@ -1,0 +1,114 @@
+"""The command line: `trifold COMMAND ...`. What a person asked wrongly is one clear message and exit 1; a defect keeps its traceback.
+
+Each command imports what it needs when it runs, so that `trifold --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from launch.config import Recipe, resolve
+from modeling.config import Refused
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain the three transformer families, through any failure.",
+)
+
+Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
+Changes = Annotated[list[str] | None, typer.Argument(help="changes to it, such as optimizer.lr=1e-3", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def tokenizer(config: Config, changes: Changes = None) -> None:
+    """Train the SentencePiece model the recipe names."""
+    from launch.pretrain import make_tokenizer
+
+    made = make_tokenizer(_recipe(config, changes), Console())
+    Console().print(f"{made.vocab_size} pieces, fingerprint {made.fingerprint}", highlight=False)
+
+
+@app.command()
+def prepare(config: Config, changes: Changes = None) -> None:
+    """Turn the corpus into token shards (pretrain does it when they are missing)."""
+    from launch.pretrain import prepare
+
+    prepare(_recipe(config, changes), Console())
+
+
+@app.command()
+def pretrain(
+    config: Config,
+    changes: Changes = None,
+    workers: Annotated[int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster to join; without it one is started on this machine")] = None,
+) -> None:
+    """Train a recipe; on a run folder that exists, continue it."""
+    from launch.pretrain import pretrain
+
+    pretrain(_recipe(config, [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]), Console(), address)
+
+
+@app.command()
+def publish(run: Path, out: Annotated[Path, typer.Option(help="the folder to make")]) -> None:
+    """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
+    from pretrain.publish import publish
+
+    console = Console()
+    publish(run, out, on_event=lambda event, **facts: console.print(f"{event}: {facts}", style="yellow", highlight=False))
+    console.print(f"{out} is published and verified.", highlight=False)
+
+
+@app.command()
+def verify(folder: Path) -> None:
+    """Check a published folder against the stock class: one page, exit 1 on any miss."""
+    from pretrain.verify import verify
+
+    report = verify(folder)
+    for check in report.checks:
+        Console().print(f"{'[green]passed' if check.ok else '[bold red]FAILED'}[/]  {check.name}: {escape(check.detail)}", highlight=False)
+    if not report.ok:
+        raise Refused(f"{folder} is not what it should be: {report.failures}")
+
+
+@app.command()
+def generate(
+    folder: Path,
+    text: str,
+    max_new: Annotated[int, typer.Option(min=1, help="tokens at most")] = 64,
+) -> None:
+    """Let a published model write: a decoder continues the text, an encoder-decoder reads it."""
+    from launch.generate import write
+
+    typer.echo(write(folder, text, max_new))
+
+
+@app.command()
+def demo() -> None:
+    """The whole system on a generated small world: prepared, trained on two workers, one killed, resumed, published, verified, used."""
+    from launch.demo import demo
+
+    demo(Console())
+
+
+def main() -> None:
+    """Run a command; a refusal is printed without a traceback and exits 1."""
+    try:
+        app()
+    except Refused as refusal:
+        Console(stderr=True).print(f"[bold red]trifold:[/] {escape(str(refusal))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _recipe(config: str, changes: list[str] | None) -> Recipe:
+    return resolve(config, changes or [])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""One `trifold pretrain`: the recipe settled with its run folder, data prepared, ranks placed, progress shown, and a stop that saves.
+
+In: a recipe. Out: the trained run folder. With 0 workers the same training function runs in this process, without Ray: for debugging,
+profiling and benchmarks.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from launch.changes import settle
+from launch.config import Recipe
+from launch.progress import Watch
+from pretrain import run
+from pretrain.engine import Place
+from pretrain.tokenizer import Tokenizer
+
+
+def make_tokenizer(recipe: Recipe, console: Console) -> Tokenizer:
+    """Train (or take over) the recipe's tokenizer into its run folder."""
+    with _settled(recipe, console) as watch:
+        return run.make_tokenizer(recipe, watch.prepared)
+
+
+def prepare(recipe: Recipe, console: Console) -> None:
+    """Make tokenizer, token shards and packed rows in the run folder."""
+    with _settled(recipe, console) as watch:
+        run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
+
+
+def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:
+    """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits with 128 + the signal."""
+    folder = Path(recipe.run)
+    with _settled(recipe, console) as watch:
+        run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
+        with stopping(folder) as stop:
+            if recipe.cluster.workers == 0:
+                run.train(recipe, _here(recipe))
+            else:
+                from launch import cluster  # imports Ray: 2 s
+
+                cluster.run(recipe, run.train, address, stop.asked)
+    if stop.number is not None:
+        console.print(f"Continue with: trifold pretrain {folder}/config.yaml", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + stop.number)
+
+
+class Stop:
+    """Whether somebody asked this process to stop, and by which signal. Ranks see the file `stop` in the run folder, on any host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "stop"
+        self.number: int | None = None
+
+    def asked(self) -> bool:
+        return self.number is not None
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if number == self.number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for a save
+        self.number = number
+        self.file.touch()
+
+
+@contextmanager
+def stopping(folder: Path) -> Iterator[Stop]:
+    """While inside, SIGTERM and Ctrl-C ask the run to finish its step, save and return."""
+    stop = Stop(folder)
+    stop.file.unlink(missing_ok=True)
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop.file.unlink(missing_ok=True)
+
+
+def _settled(recipe: Recipe, console: Console) -> Watch:
+    """The recipe agreed with its run folder, and that folder watched."""
+    for change in settle(recipe):
+        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", highlight=False)
+    return Watch(Path(recipe.run), recipe.steps, console)
+
+
+def _here(recipe: Recipe) -> Place:
+    """This process as the only rank."""
+    threads = recipe.cluster.threads_per_worker or os.cpu_count() or 1
+    return Place(
+        rank=0, world=1, local_rank=0, device="cuda" if recipe.cluster.gpus_per_worker else "cpu", init_method=None, threads=threads
+    )

@@ -1,0 +1,138 @@
+"""Real Ray, real processes, a small stand-in for training that steps, records, saves, stops, and can be killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import cluster
+from launch.config import Recipe
+from launch.pretrain import stopping
+from modeling.config import Refused
+from pretrain.metrics import append_line, read_lines
+
+
+def stand_in(refuse_at: int = -1, crash: bool = False):
+    """A training function with an all-reduce in each step and a checkpoint every 5. Made here, so that Ray ships it by value."""
+
+    def train(recipe, place):
+        import json
+        import time
+        from pathlib import Path
+
+        import torch
+        import torch.distributed as dist
+
+        from modeling.config import Refused
+        from pretrain.metrics import append_line
+
+        run = Path(recipe.run)
+        saved = sorted(run.glob("checkpoints/*/commit.json"))
+        first = json.loads(saved[-1].read_text())["step"] if saved else 0
+        if place.rank == 0:
+            append_line(run / "events.jsonl", {"time": time.time(), "event": "started", "step": first, "world": place.world})
+        for step in range(first + 1, recipe.steps + 1):
+            time.sleep(0.05)
+            if step == refuse_at and place.rank == 1:
+                raise Refused("the disk is full: 0 bytes left")
+            if crash and place.rank == 1:
+                raise RuntimeError("something broke")
+            stop = torch.tensor([float((run / "stop").exists())])
+            dist.all_reduce(stop)
+            if place.rank == 0:
+                append_line(run / "metrics.jsonl", {"step": step, "loss": 1 / step, "place": str(place)})
+                if step % 5 == 0 or stop.item():
+                    folder = run / "checkpoints" / f"step-{step:08d}-g0001"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "commit.json").write_text(json.dumps({"step": step}))
+            if stop.item():
+                return
+
+    return train
+
+
+def recipe(run: Path, **cluster_keys: object) -> Recipe:
+    return Recipe.model_validate_json(
+        json.dumps(
+            {
+                "run": str(run),
+                "model": {"family": "decoder", "vocab_size": 300, "dim": 16, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
+                | {"head_dim": 16, "mlp_dim": 16, "max_positions": 16},
+                "data": {"sources": [{"path": "x.txt"}], "heldout_fraction": 0.1, "row_length": 16},
+                "objective": {"kind": "causal"},
+                "optimizer": {"lr": 0.001},
+                "steps": 40,
+                "step_rows": 2,
+                "micro_rows": 1,
+                "cluster": {"workers": 2, **cluster_keys},
+            }
+        )
+    )
+
+
+def kill_when(run: Path, step: int, rank: int = 1) -> threading.Thread:
+    """kill -9 the given rank once `step` was recorded; at most once."""
+
+    def watch() -> None:
+        while not any(record["step"] >= step for record in read_lines(run / "metrics.jsonl")):
+            time.sleep(0.02)
+        os.kill(json.loads((run / "workers" / f"rank-{rank:05d}.json").read_text())["pid"], signal.SIGKILL)
+        append_line(run / "killed.jsonl", {"time": time.time()})
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kinds(run: Path) -> list[str]:
+    return [event["event"] for event in read_lines(run / "events.jsonl")]
+
+
+def test_killed_worker_is_restarted_from_the_newest_checkpoint(ray_cluster, tmp_path):
+    kill_when(tmp_path, 12)
+    cluster.run(recipe(tmp_path), stand_in())
+    events = read_lines(tmp_path / "events.jsonl")
+    assert [event["event"] for event in events] == ["started", "failed", "restarting", "started"]
+    assert events[1]["rank"] == 1 and "killed or crashed" in events[1]["error"]
+    assert events[3]["step"] >= 10 and events[3]["step"] % 5 == 0
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 40
+
+
+def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to_go_on(ray_cluster, tmp_path):
+    with pytest.raises(Refused) as verdict:
+        cluster.run(recipe(tmp_path, max_restarts=0), stand_in(crash=True))
+    said = str(verdict.value)
+    assert "rank 1 of 2 failed" in said and "RuntimeError: something broke" in said and "No checkpoint was saved yet." in said
+    assert said.endswith(f"trifold pretrain {tmp_path}/config.yaml")
+    assert kinds(tmp_path) == ["started", "failed"]
+
+
+def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_cluster, tmp_path):
+    with pytest.raises(Refused, match=r"^the disk is full: 0 bytes left$"):
+        cluster.run(recipe(tmp_path), stand_in(refuse_at=3))
+    assert kinds(tmp_path) == ["started"]
+
+
+def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
+    def terminate() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with stopping(tmp_path) as stop:
+        cluster.run(recipe(tmp_path), stand_in(), asked=stop.asked)
+    assert stop.number == signal.SIGTERM
+    last = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert last < 40 and (tmp_path / "checkpoints" / f"step-{last:08d}-g0001" / "commit.json").exists()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp_path):
+    cluster.connect(recipe(tmp_path))
+    with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there\)"):
+        cluster.connect(recipe(tmp_path, workers=900))

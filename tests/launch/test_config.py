@@ -1,0 +1,159 @@
+"""Recipes are read strictly: each mistake is one sentence that names the place, the value and what is allowed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.config import CLONE, resolve, write
+from modeling.config import Refused
+
+RECIPE = """
+run: runs/x
+model: {family: decoder, vocab_size: 512, dim: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 16,
+  mlp_dim: 64, max_positions: 128}
+data:
+  sources: [{path: a.txt}]
+  heldout_fraction: 0.1
+  row_length: 128
+objective: {kind: causal}
+optimizer: {lr: 1e-3}
+steps: 10
+step_rows: 4
+micro_rows: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+        ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
+        ("objective.rate=0.1", "there is no key `objective.rate`; known there: kind."),
+        ("data.sources.0.paht=x", "there is no key `data.sources.0.paht`; did you mean `data.sources.0.path`?"),
+        ("steps=0", "`steps` is 0 (a whole number); it must be a whole number, above 0."),
+        ("steps=1e3", "`steps` is 1000.0 (a number); it must be a whole number, above 0."),
+        ("steps=true", "`steps` is true (true or false); it must be a whole number"),
+        ("steps=010", '`steps` is "010" (text); it must be a whole number'),
+        ("model.dropout=1", "`model.dropout` is 1 (a whole number); it must be a number, at least 0 and below 1."),
+        ("optimizer.lr=fast", '`optimizer.lr` is "fast" (text); it must be a number, above 0.'),
+        ("optimizer.lr=.inf", '`optimizer.lr` is ".inf" (text); it must be a number'),
+        ("optimizer.betas=[0.9]", "`optimizer.betas.1` is missing; it must be a number."),
+        ("engine.precision=bf17", "it must be one of fp32, bf16, autocast. Did you mean bf16?"),
+        ("objective.kind=casual", '`objective.kind` is "casual" (text); it must be one of causal, masked, spans. Did you mean causal?'),
+        ("objective={}", "`objective.kind` is missing; it must be one of causal, masked, spans."),
+        ("objective.kind=masked", "the masked objective trains a model of family encoder, not decoder."),
+        ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
+        ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, and not both."),
+        ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),
+        ("run.x=1", 'goes through `run`, which holds "runs/x" (text)'),
+        ("model.num_kv_heads=3", "`model`: num_heads (2) must be a multiple of num_kv_heads (3)."),
+        ("micro_rows=8", "micro_rows (8) exceeds step_rows (4)."),
+        ("cluster.workers=-1", "`cluster.workers` is -1 (a whole number); it must be a whole number, at least 0."),
+        ("run=${NOT_SET_HERE}", "the environment variable NOT_SET_HERE is not set"),
+        ("steps", "is not of the form key=value"),
+        ("steps=[1", "expected ',' or ']'"),
+    ],
+)
+def test_each_mistake_is_refused_in_one_sentence(recipe, override, message):
+    with pytest.raises(Refused) as refusal:
+        resolve(recipe, [override])
+    assert message in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: recipe.yaml\noptimizer: {lrr: 3}\n")
+    with pytest.raises(Refused) as refusal:
+        resolve(child, ["steps=0"])
+    lines = sorted(str(refusal.value).splitlines())
+    assert lines[0].startswith(f"{child}: there is no key `optimizer.lrr`")
+    assert lines[1].startswith("the override steps=0: `steps` is 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: a\nsteps: 1\nrun: b\n", "line 3: `run` is already given in line 1."),
+        ("- 1\n", "holds [1] (a list); a recipe is a mapping"),
+        ("a: [1\nb: 2", "line 2: "),
+        ("extends: nowhere.yaml\n", 'extends names "nowhere.yaml" (text), and there is no such file'),
+        ("extends: broken.yaml\n", "extends itself: broken.yaml -> broken.yaml"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("? [a, b]\n: 1\n", "a key must be plain text"),
+    ],
+)
+def test_broken_files_are_refused_by_name_and_line(tmp_path, text, message):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(Refused, match=re.escape(message)) as refusal:
+        resolve(tmp_path / "broken.yaml")
+    assert "broken.yaml" in str(refusal.value)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(Refused, match="there is no recipe"):
+        resolve(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match=r"binary\.yaml cannot be read as UTF-8"):
+        resolve(tmp_path / "binary.yaml")
+
+
+def test_extends_merges_mappings_and_replaces_lists(recipe, tmp_path):
+    (tmp_path / "other.yaml").write_text("steps: 99\nengine: {zero_stage: 2, compile: true}\n")
+    (tmp_path / "child.yaml").write_text(
+        "extends: [recipe.yaml, other.yaml]\nengine: {zero_stage: 3}\ndata: {sources: [{path: b.txt}, {path: c.txt}]}\n"
+    )
+    child = resolve(tmp_path / "child.yaml")
+    assert (child.steps, child.engine.zero_stage, child.engine.compile) == (99, 3, True)
+    assert [source.path for source in child.data.sources] == ["b.txt", "c.txt"]
+    assert child.data.row_length == 128
+
+
+def test_overrides_and_environment_reach_every_place(recipe, monkeypatch):
+    monkeypatch.setenv("PLACE", "/books")
+    made = resolve(
+        recipe, ["optimizer.lr=3e-4", "data.sources.0.path=${PLACE}/x.txt", "optimizer.betas=[0.8, 0.9]", "model.vocab_size=1_000"]
+    )
+    assert (made.optimizer.lr, made.data.sources[0].path, made.optimizer.betas, made.model.vocab_size) == (
+        3e-4,
+        "/books/x.txt",
+        (0.8, 0.9),
+        1000,
+    )
+
+
+def test_plain_values_are_read_as_in_yaml_1_2(recipe):
+    made = resolve(recipe, ["run=no", "data.sources.0.split=2026-11-20", "optimizer.eps=1e-8"])
+    assert (made.run, made.data.sources[0].split, made.optimizer.eps) == ("no", "2026-11-20", 1e-8)
+
+
+def test_resolved_recipe_reads_back_equal(recipe, tmp_path):
+    made = resolve(recipe, ["optimizer.lr=1e-5", "run=naïve"])
+    write(made, tmp_path / "run" / "config.yaml")
+    assert resolve(tmp_path / "run" / "config.yaml") == made
+
+
+RUNNABLE = [file.relative_to(CLONE) for folder in ("pretrain", "demo") for file in sorted((CLONE / "configs" / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("file", RUNNABLE, ids=str)
+def test_every_shipped_recipe_resolves_from_anywhere(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIFOLD_DATA", "/data")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(file).steps > 0
+    assert (CLONE / file).read_text().startswith("# "), "a recipe's header says command, hardware, time and result"
+
+
+@pytest.mark.parametrize("file", sorted((CLONE / "configs" / "model").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_model_resolves_in_a_recipe(file, tmp_path):
+    kind = {"encoder": "masked", "decoder": "causal", "encoder-decoder": "spans"}[re.sub(r"-(tiny|small|base|[0-9.]+[mb])$", "", file.stem)]
+    text = re.sub(r"model: .*\n.*\n", "", RECIPE).replace("causal", kind)
+    (tmp_path / "recipe.yaml").write_text(f"extends: {file}\n{text}")
+    assert resolve(tmp_path / "recipe.yaml").model.dim > 0
