@@ -28,6 +28,7 @@ LENGTHS = [0, 1, 30, 31, 32, 33, 500, *np.random.default_rng(0).integers(1, 60, 
 def small_blocks(monkeypatch):
     monkeypatch.setattr(packing, "BLOCK_TOKENS", 200)
     monkeypatch.setattr(order, "WINDOW", 5)
+    monkeypatch.setattr(order, "PERIOD", 64)
 
 
 def rows_of(dials, corpora=None, split="train", **choices) -> Rows:
