@@ -36,7 +36,8 @@ def test_every_world_sees_the_same_rows_and_the_same_hash(dials, world):
         ranks: list[StepRows] = [share[step] for share in shares]
         assert sum(rank.hash for rank in ranks) % 2**63 == whole.hash
         assert sum(rank.count for rank in ranks) == whole.count == sum(int((m.targets != IGNORE).sum()) for m in whole.micros)
-        assert sum(rank.tokens for rank in ranks) == whole.tokens
+        sides = [side for m in whole.micros for side in (m.segments, m.source_segments) if side is not None]
+        assert sum(rank.tokens for rank in ranks) == whole.tokens == sum(int((side > 0).sum()) for side in sides)
         assert {(rank.first, rank.last) for rank in ranks} == {(10 * step, 10 * step + 9)}
         assert {len(rank.micros) for rank in ranks} == {-(-4 // world)}
         by_index = {index: micro for rank in ranks for index, micro in zip(rank.micro_indices, rank.micros, strict=True)}

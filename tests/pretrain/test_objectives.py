@@ -9,7 +9,7 @@ from pretrain.config import Causal, Masked, Objective, Spans
 from pretrain.objectives import HiddenSpans, HiddenTokens, Segment, objective
 from tests.pretrain.small_corpus import FIRST, SmallVocabulary
 
-VOCABULARY = SmallVocabulary()
+VOCABULARY = SmallVocabulary(2000)
 DOCUMENTS = st.lists(st.sampled_from([0, 1, 2, 29, 30, 31, 32, 33, 100, 1000]) | st.integers(0, 200), min_size=1, max_size=5)
 
 
