@@ -18,6 +18,7 @@ from launch.config import Recipe
 from launch.progress import Watch
 from pretrain import run
 from pretrain.engine import Place
+from pretrain.metrics import read_lines
 from pretrain.tokenizer import Tokenizer
 
 
@@ -45,9 +46,9 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
                 from launch import cluster  # imports Ray: 2 s
 
                 cluster.run(recipe, run.train, address, stop.asked)
-    if stop.number is not None:
+    if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
         console.print(f"Continue with: trifold pretrain {folder}/config.yaml", highlight=False, soft_wrap=True)
-        raise SystemExit(128 + stop.number)
+        raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
 
 
 class Stop:
