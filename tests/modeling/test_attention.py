@@ -60,6 +60,7 @@ def test_a_row_without_segments_is_one_document(causal: bool) -> None:
     torch.testing.assert_close(attend(q, k, v, Visibility(causal), 0.3), expected)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_kernel_of_the_gpu_sees_what_the_dense_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention itself, uncompiled and forward only, which is what it can do on the CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

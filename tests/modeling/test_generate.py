@@ -45,6 +45,18 @@ def test_each_row_ends_with_its_own_eos(name: str) -> None:
     assert ended[0] == free[0][: free[0].index(eos) + 1]
 
 
+def test_the_batch_stops_when_its_last_row_has_ended() -> None:
+    model = build(CONFIGS["llama"], seed=3)
+    eos = generate(model, PROMPTS[:1], max_new=3, bos=BOS, eos=-1, pad=PAD)[0][2]
+    assert model.decoder is not None
+    steps: list[int] = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: steps.append(1))
+    (row,) = generate(model, PROMPTS[:1], max_new=20, bos=BOS, eos=eos, pad=PAD)
+    assert len(steps) == len(row) <= 3
+    longest = max(map(len, generate(model, PROMPTS, max_new=20, bos=BOS, eos=eos, pad=PAD)))
+    assert len(steps) == len(row) + longest
+
+
 def test_padding_tokens_have_no_influence() -> None:
     model = build(CONFIGS["gpt2"], seed=3)
     assert generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=0) == generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=33)

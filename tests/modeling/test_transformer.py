@@ -150,6 +150,27 @@ def test_dropout_follows_the_global_generator_and_stops_in_evaluation() -> None:
     assert loss(5) == loss(6) == build(CONFIGS["t5gemma"], seed=1)(row)
 
 
+def test_attention_drops_its_own_probabilities() -> None:
+    model = build(_with(CONFIGS["llama"], dropout=0.3), seed=1).train()
+    assert model.decoder is not None
+    attention, x = model.decoder.blocks[0].attn.f, torch.randn(1, 9, 32)
+    view = model.decoder._views(x, None, 0, None, None).whole
+    assert not torch.equal(attention(x, view), attention(x, view))
+    model.eval()
+    assert torch.equal(attention(x, view), attention(x, view))
+
+
+def test_the_scales_multiply_embeddings_scores_and_logits() -> None:
+    plain = build(_with(CONFIGS["llama"], tie_embeddings=False), seed=1)
+    (part,) = documents(CONFIGS["llama"], [(9, 0)])
+    scaled = build(_with(plain.config, embed_scale=2.0, attention_scale=4 * 8**-0.5, logit_scale=0.5), seed=1)
+    state = plain.state_dict()
+    halves = {"embed.weight": 0.5} | {f"decoder.blocks.{i}.attn.f.q.weight": 0.25 for i in range(3)} | {"head.weight": 2.0}
+    scaled.load_state_dict({key: value * halves.get(key, 1.0) for key, value in state.items()})
+    torch.testing.assert_close(scaled.logits(part), plain.logits(part))
+    torch.testing.assert_close(scaled(part), plain(part))
+
+
 def test_a_tied_table_collects_both_gradients() -> None:
     """Against two separate tables that hold the same values."""
     tied = build(CONFIGS["llama"], seed=1)
