@@ -11,7 +11,7 @@ from modeling.config import ModelConfig, Settings
 
 
 class Source(Settings):
-    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, .parquet, each also .gz) and `hub` (a data set's id)."""
+    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, each also .gz, .parquet) and `hub` (a data set's id)."""
 
     path: str | None = None
     hub: str | None = None
@@ -49,7 +49,7 @@ class Tokenizer(Settings):
     """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
 
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
-    sample_bytes: int = Field(default=50_000_000, gt=0)  # how much text training reads
+    sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
 
 

@@ -65,14 +65,15 @@ class Recorder:
             self.board.close()
 
 
-def peak_flops(place: Place) -> float:
-    """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else a matrix product timed here (0.1 s)."""
+def peak_flops(place: Place, dtype: torch.dtype) -> float:
+    """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else a matrix product of `dtype` timed here
+    (0.1 s)."""
     if place.device == "cuda":
         name = torch.cuda.get_device_name(place.local_rank)
         for part, peak in PEAK_FLOPS.items():
             if part in name:
                 return peak
-    a = torch.randn(1024, 1024, device=place.device)
+    a = torch.randn(1024, 1024, device=place.device, dtype=dtype)
     a @ a
     start, products = time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < 0.1:

@@ -117,7 +117,13 @@ def train(config: Pretrain, place: Place) -> None:
             score=score,
             describe=describe,
             flops_per_step=config.step_rows * train_flops_per_row(config.model, rows.room.tokens, rows.room.source),
-            peak_flops=float(engine.sum_over_ranks(torch.tensor([peak_flops(place)], dtype=torch.float64))),
+            peak_flops=float(
+                engine.sum_over_ranks(
+                    torch.tensor(
+                        [peak_flops(place, torch.float32 if config.engine.precision == "fp32" else torch.bfloat16)], dtype=torch.float64
+                    )
+                )
+            ),
         )
 
 
@@ -181,7 +187,14 @@ def _loader(config: Pretrain, rows: Rows, place: Place, step: int) -> Loader:
 
 
 def _from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank."""
-    found: list[Any] = [ask() if engine.place.rank == 0 else None]
+    """What rank 0 finds, on every rank; what it refuses, every rank refuses."""
+    found: list[Any] = [None, None]
+    if engine.place.rank == 0:
+        try:
+            found[0] = ask()
+        except Refused as refusal:
+            found[1] = refusal
     dist.broadcast_object_list(found, src=0, device=engine.device)
+    if found[1] is not None:
+        raise found[1]
     return found[0]

@@ -88,17 +88,24 @@ def train(
             scores = score(finished)
             recorder.metrics(progress.step, **scores)
         if finished or progress.step % config.checkpoints.every == 0:
-            checkpointer.save(describe(progress, scores), engine.slices())
+            _save(checkpointer, engine, describe(progress, scores))
             scores, saved = {}, progress.step
     if saved < progress.step:
-        checkpointer.save(describe(progress, scores), engine.slices())
+        _save(checkpointer, engine, describe(progress, scores))
     checkpointer.wait()
+    if checkpointer.failed is not None:
+        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed} Make room and run the same command again.")
     recorder.event("finished" if progress.step == config.steps else "stopped", step=progress.step)
 
 
 def micro_seed(seed: int, micro: int) -> int:
     """The seed of the randomness inside the model (dropout) for one micro of the run, whichever rank computes it."""
     return int(np.random.SeedSequence([seed, micro]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _save(checkpointer: Checkpointer, engine: Engine, state: State) -> None:
+    checkpointer.wait()  # before the copy is made, so that memory never holds two
+    checkpointer.save(state, engine.slices())
 
 
 class StopRequest:
