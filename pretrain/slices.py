@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modeling.config import Refused
+
 Read = Callable[[str, int, int], dict[str, Tensor]]  # (parameter, start, stop) -> that range of {"fp32", moments...}, each flat
 
 
@@ -84,9 +86,15 @@ def read_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]]) -> d
 
 @torch.no_grad()
 def write_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]], read: Read) -> None:
+    """Fill the pieces from `read`. Raises Refused where a moment is missing there."""
     for p in owned:
         values = read(p.name, p.start, p.start + p.numel)
         for key, tensor in _tensors(p, state).items():
+            if key not in values:
+                raise Refused(
+                    f"the checkpoint holds {sorted(values)} of {p.name}, and this recipe needs its {key} too: it was frozen, or trained by"
+                    " another optimizer.kind. Continue with the recipe that wrote it, or start a new run from its weights."
+                )
             p.of(tensor).copy_(values[key])
 
 
