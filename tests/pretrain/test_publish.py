@@ -112,6 +112,11 @@ def test_large_weights_are_sharded_with_an_index_that_stock_classes_read(tmp_pat
     assert sum((out / file).stat().st_size for file in files) > index["metadata"]["total_size"]
     stock = transformers.T5GemmaForConditionalGeneration.from_pretrained(out)
     assert torch.equal(stock.model.encoder.embed_tokens.weight, trained.embed.weight)
+    whole, moved = (out / published.INDEX).read_text(), next(iter(index["weight_map"]))
+    published.write_json(out / published.INDEX, {**index, "weight_map": {**index["weight_map"], moved: files[-1]}})
+    with pytest.raises(Refused, match=re.escape(f"disagree on {moved}")):
+        published.load(out)
+    (out / published.INDEX).write_text(whole)
     (out / files[1]).unlink()
     with pytest.raises(Refused, match=f"there is no .*{files[1]}"):
         published.load(out)

@@ -15,6 +15,7 @@ import torch
 
 from modeling import huggingface
 from modeling.config import ModelConfig, Refused
+from modeling.generate import generate
 from modeling.huggingface.fields import flat
 from pretrain import published
 from pretrain import verify as gate
@@ -241,6 +242,22 @@ def test_a_head_that_the_stock_class_ties_by_mistake_is_seen(folder_of: Any) -> 
     config_json.write_text(config_json.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     reseal(folder)
     assert not verify(folder).ok
+
+
+def test_generation_that_differs_from_the_stock_class_with_its_cache_is_seen(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = folder_of("llama")
+    monkeypatch.setattr(gate, "generate", lambda model, prompts, **_: [[*generate(model, prompts, **_)[0][:-1], 7]])
+    assert failed(verify(folder)) == {"greedy"}
+
+
+def test_tied_weights_are_looked_at_in_memory(folder_of: Any) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder, (config, _) = folder_of("t5gemma")
+    stock = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert gate._tied(stock, config).ok and not gate._tied(stock, config.model_copy(update={"tie_embeddings": False})).ok
+    stock.lm_head.out_proj.weight = torch.nn.Parameter(stock.lm_head.out_proj.weight.clone())
+    assert not gate._tied(stock, config).ok
 
 
 def test_a_folder_made_by_the_stock_class_alone_is_verified_too(folder_of: Any, tmp_path: Path) -> None:
