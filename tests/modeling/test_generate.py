@@ -14,6 +14,11 @@ PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [11, 12], [40, 41, 42, 43, 44]]
 GENERATORS = [name for name, config in CONFIGS.items() if config.family != "encoder"]
 
 
+def _varied(name: str) -> Transformer:
+    """Untied: a tied model of random weights repeats its last token."""
+    return build(ModelConfig(**CONFIGS[name].model_dump() | {"tie_embeddings": False}), seed=4).eval()
+
+
 def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> list[int]:
     """The whole row again for each new token."""
     sources = model.config.family == "encoder-decoder"
@@ -29,15 +34,15 @@ def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_cached_equals_uncached_token_for_token(name: str) -> None:
-    model = build(CONFIGS[name], seed=3).eval()
+    model = _varied(name)
     expected = [_uncached(model, prompt, 12, eos=-1) for prompt in PROMPTS]
     assert generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD) == expected
-    assert len({tuple(row) for row in expected}) > 1  # the prompts matter
+    assert len({tuple(row) for row in expected}) > 1 and any(len(set(row)) > 4 for row in expected)  # prompts and steps matter
 
 
 @pytest.mark.parametrize("name", ["llama", "t5gemma"])
 def test_each_row_ends_with_its_own_eos(name: str) -> None:
-    model = build(CONFIGS[name], seed=3).eval()
+    model = _varied(name)
     free = generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD)
     eos = free[0][2]
     ended = generate(model, PROMPTS, max_new=12, bos=BOS, eos=eos, pad=PAD)
@@ -46,19 +51,18 @@ def test_each_row_ends_with_its_own_eos(name: str) -> None:
 
 
 def test_the_batch_stops_when_its_last_row_has_ended() -> None:
-    model = build(CONFIGS["llama"], seed=3)
-    eos = generate(model, PROMPTS[:1], max_new=3, bos=BOS, eos=-1, pad=PAD)[0][2]
+    model = _varied("llama")
+    first, *_, eos = generate(model, PROMPTS[:1], max_new=3, bos=BOS, eos=-1, pad=PAD)[0]
+    ahead = [*PROMPTS[0], first]  # the same text, one token further: it ends one step earlier
     assert model.decoder is not None
     steps: list[int] = []
     model.decoder.register_forward_hook(lambda module, inputs, output: steps.append(1))
-    (row,) = generate(model, PROMPTS[:1], max_new=20, bos=BOS, eos=eos, pad=PAD)
-    assert len(steps) == len(row) <= 3
-    longest = max(map(len, generate(model, PROMPTS, max_new=20, bos=BOS, eos=eos, pad=PAD)))
-    assert len(steps) == len(row) + longest
+    rows = generate(model, [PROMPTS[0], ahead], max_new=20, bos=BOS, eos=eos, pad=PAD)
+    assert len(steps) == len(rows[0]) == len(rows[1]) + 1 <= 3
 
 
 def test_padding_tokens_have_no_influence() -> None:
-    model = build(CONFIGS["gpt2"], seed=3)
+    model = _varied("gpt2")
     assert generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=0) == generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=33)
 
 
@@ -70,10 +74,10 @@ def test_generation_switches_dropout_off_and_leaves_the_mode_as_it_was() -> None
 
 def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
     for name in ("llama", "t5gemma"):
-        model = build(CONFIGS[name], seed=3)
+        model = _varied(name)
         alone, beside = (generate(model, prompts, max_new=4, bos=BOS, eos=-1, pad=PAD)[0] for prompts in ([[]], [[], [5, 6]]))
         assert alone == beside and len(alone) == 4
-    decoder = build(CONFIGS["llama"], seed=3)
+    decoder = _varied("llama")
     assert generate(decoder, [[]], max_new=4, bos=BOS, eos=-1, pad=PAD) == generate(decoder, [[BOS]], max_new=4, bos=BOS, eos=-1, pad=PAD)
     assert generate(decoder, [], max_new=4, bos=BOS, eos=-1, pad=PAD) == []
 
