@@ -49,6 +49,8 @@ def connect(recipe: Recipe, address: str | None = None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         if address is not None:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
             ray.init(address=address, ignore_reinit_error=True, **quiet)
         elif not ray.is_initialized():
             ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch for "loopback only", which Linux has on
@@ -56,8 +58,8 @@ def connect(recipe: Recipe, address: str | None = None) -> None:
             num_cpus = max(os.cpu_count() or 1, math.ceil(wanted["CPU"]))
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
-        where = f"no Ray cluster answers at {address}" if address else "Ray could not start on this machine"
-        raise Refused(f"{where}: {_first_line(error)}") from error
+        where = f"no Ray cluster answers at {address} (HOST:PORT)" if address else "Ray could not start on this machine"
+        raise Refused(f"{where}: {_first_line(error)}.") from error
     there = ray.cluster_resources()
     if missing := [f"{amount:g} {name}s ({there.get(name, 0):g} there)" for name, amount in wanted.items() if amount > there.get(name, 0)]:
         raise Refused(f"{cluster.workers} workers need {' and '.join(missing)}. Lower cluster.workers or what each worker asks for.")

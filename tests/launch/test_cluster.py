@@ -136,3 +136,9 @@ def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp
     cluster.connect(recipe(tmp_path))
     with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there\)"):
         cluster.connect(recipe(tmp_path, workers=900))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "no-port"])
+def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
+    with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
+        cluster.connect(recipe(tmp_path), address)
