@@ -127,15 +127,11 @@ class Checkpoints(Settings):
     keep_best: bool = True  # the lowest held-out loss
 
 
-class Pretrain(Settings):
-    """A whole run: `steps` optimizer steps of `step_rows` rows of `data.row_length` tokens."""
+class Training(Settings):
+    """What every run of the training loop needs, from text or on a task: `steps` optimizer steps of `step_rows` rows."""
 
     run: str  # the run folder
     seed: int = Field(default=0, ge=0)
-    model: ModelConfig
-    tokenizer: Tokenizer = Tokenizer()
-    data: Data
-    objective: Objective
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     engine: Engine = Engine()
@@ -144,8 +140,28 @@ class Pretrain(Settings):
     step_rows: int = Field(gt=0)  # rows of one optimizer step, over all ranks
     micro_rows: int = Field(gt=0)  # rows of one forward/backward on one rank
     evaluate_every: int = Field(default=500, gt=0)  # steps
-    evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
     nonfinite_limit: int = Field(default=5, gt=0)  # steps in a row before the run stops
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> "Training":
+        if self.micro_rows > self.step_rows:
+            raise ValueError(f"micro_rows ({self.micro_rows}) exceeds step_rows ({self.step_rows})")
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and decay_steps ({self.schedule.decay_steps})"
+                f" together exceed steps ({self.steps})"
+            )
+        return self
+
+
+class Pretrain(Training):
+    """A run that learns from text."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    objective: Objective
+    evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Pretrain":
@@ -154,11 +170,4 @@ class Pretrain(Settings):
             raise ValueError(f"the {self.objective.kind} objective trains a model of family {family}, not {self.model.family}")
         if self.data.row_length > self.model.max_positions:
             raise ValueError(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({self.model.max_positions})")
-        if self.micro_rows > self.step_rows:
-            raise ValueError(f"micro_rows ({self.micro_rows}) exceeds step_rows ({self.step_rows})")
-        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and decay_steps ({self.schedule.decay_steps})"
-                f" together exceed steps ({self.steps})"
-            )
         return self

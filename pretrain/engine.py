@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modeling.batch import Batch
 from modeling.transformer import Transformer
-from pretrain.config import Pretrain
+from pretrain.config import Training
 from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
@@ -50,7 +50,7 @@ class Step:
 class Engine:
     """Trains `model` as the recipe says. Every rank makes the same calls in the same order."""
 
-    def __init__(self, model: Transformer, config: Pretrain, place: Place) -> None:
+    def __init__(self, model: Transformer, config: Training, place: Place) -> None:
         self.place, self.stage = place, config.engine.zero_stage
         torch.set_num_threads(place.threads)
         deepspeed = _deepspeed(place)
@@ -184,7 +184,7 @@ def _deepspeed(place: Place) -> Any:
     return deepspeed
 
 
-def _settings(config: Pretrain, model: Transformer, place: Place) -> dict[str, Any]:
+def _settings(config: Training, model: Transformer, place: Place) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation is ours (set_gradient_accumulation_boundary), hence 1 here."""
     bucket = min(500_000_000, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
     zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}

@@ -17,7 +17,7 @@ import torch
 
 from modeling.config import Refused
 from pretrain.checkpoint import State
-from pretrain.config import Pretrain
+from pretrain.config import Training
 from pretrain.engine import Engine
 from pretrain.loader import Loader, StepRows
 from pretrain.metrics import Recorder
@@ -35,7 +35,7 @@ class Progress:
 
 
 def train(
-    config: Pretrain,
+    config: Training,
     engine: Engine,
     loader: Loader,
     checkpointer: Checkpointer,
@@ -132,7 +132,7 @@ def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, b
     return count, tokens, rows_hash % 2**48, stopping > 0
 
 
-def _refuse_nonfinite(config: Pretrain, recorder: Recorder, progress: Progress, rows: StepRows) -> None:
+def _refuse_nonfinite(config: Training, recorder: Recorder, progress: Progress, rows: StepRows) -> None:
     """Record a step that no rank applied; give up after too many in a row."""
     recorder.event("skipped", step=progress.step, rows=[rows.first, rows.last], in_a_row=progress.nonfinite)
     if progress.nonfinite >= config.nonfinite_limit:

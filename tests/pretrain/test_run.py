@@ -1,0 +1,215 @@
+"""A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any world, refusals that lose nothing."""
+
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modeling.config import ModelConfig, Refused
+from pretrain import config as dials
+from pretrain.checkpoint import newest_verified
+from pretrain.config import Pretrain
+from pretrain.engine import Engine, Place
+from pretrain.metrics import append_line, read_lines
+from pretrain.run import open_rows, prepare, train
+from pretrain.train import micro_seed
+from tests.processes import run_processes
+
+OBJECTIVES = {
+    "decoder": dials.Causal(),
+    "encoder": dials.Masked(),
+    "encoder-decoder": dials.Spans(density=0.3),
+}
+
+
+def write_corpus(path: Path, documents: int = 300) -> None:
+    draw = random.Random(0)
+    names = ["Anna", "Ben", "Cora", "Dan", "Rome", "Paris", "Oslo", "Lima"]
+    verbs = ["lives in", "walks to", "dreams of", "writes about", "left", "remembers"]
+    texts = (
+        " ".join(f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(draw.randint(1, 12)))
+        for _ in range(documents)
+    )
+    path.write_text("\n\n".join(texts))
+
+
+def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> Pretrain:
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        write_corpus(corpus)
+    model = ModelConfig(
+        family=family, vocab_size=400, dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, max_positions=64, dropout=0.1
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "model": model,
+        "data": dials.Data(
+            sources=(dials.Source(path=str(corpus)),), heldout_fraction=0.1, row_length=48, cache=str(folder / f"shards-{family}")
+        ),
+        "objective": OBJECTIVES[family],
+        "optimizer": dials.Optimizer(lr=3e-3),
+        "checkpoints": dials.Checkpoints(every=4, keep_last=3),
+        "steps": 12,
+        "step_rows": 6,
+        "micro_rows": 2,
+        "evaluate_every": 6,
+        "evaluate_rows": 8,
+    }
+    return Pretrain(run=str(folder / run), **(values | changes))
+
+
+def quiet(what: str, done: int) -> None:
+    """No progress to show."""
+
+
+def losses(run: str) -> dict[int, tuple[float, str]]:
+    """The loss and the row hash of each step; the last line of a step counts."""
+    return {r["step"]: (r["loss"], r["rows_hash"]) for r in read_lines(Path(run) / "metrics.jsonl") if "loss" in r}
+
+
+def killed_at(place: Place, config: Pretrain, step: int) -> None:
+    """Train, and let this process's last rank be gone (SIGKILL, no word to anyone) when the step begins."""
+    train_step = Engine.train_step
+
+    def step_or_die(self: Engine, micros: Any, *rest: Any) -> Any:
+        if len(losses(config.run)) >= step and place.rank == place.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, micros, *rest)
+
+    Engine.train_step = step_or_die  # type: ignore[method-assign]
+    train(config, place)
+
+
+def trained(place: Place, config: Pretrain) -> None:
+    train(config, place)
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
+def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: str, tmp_path: Path) -> None:
+    straight, broken = recipe(tmp_path, "straight", family), recipe(tmp_path, "broken", family)
+    for config in (straight, broken):
+        prepare(config, 1, quiet)
+    run_processes(2, trained, straight)
+    with pytest.raises(AssertionError, match="ended without a word|onnection"):
+        run_processes(2, killed_at, broken, 6)
+    assert len(losses(broken.run)) < 12
+    run_processes(2, trained, broken)
+    assert losses(straight.run) == losses(broken.run)
+    events = [event["event"] for event in read_lines(Path(broken.run) / "events.jsonl")]
+    assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
+
+
+def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses(tmp_path: Path) -> None:
+    straight = recipe(tmp_path, "straight")
+    prepare(straight, 1, quiet)
+    run_processes(2, trained, straight)
+    moved = recipe(tmp_path, "moved")
+    prepare(moved, 1, quiet)
+    for stop, world, stage in ((4, 2, 1), (8, 1, 3), (12, 3, 2)):
+        leg = moved.model_copy(update={"engine": dials.Engine(zero_stage=stage)})
+        run_processes(world, _trained_until, leg, stop)
+    assert [rows for _, rows in losses(straight.run).values()] == [rows for _, rows in losses(moved.run).values()]
+    for step, (loss, _) in losses(straight.run).items():
+        assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
+
+
+def _trained_until(place: Place, config: Pretrain, stop: int) -> None:
+    """Train, and ask the run to stop once the step was recorded."""
+    record = Engine.train_step
+
+    def ask(self: Engine, *given: Any) -> Any:
+        result = record(self, *given)
+        if self.optimizer_step >= stop and place.rank == 0:
+            (Path(config.run) / "stop").touch()
+        return result
+
+    Engine.train_step = ask  # type: ignore[method-assign]
+    train(config, place)
+    (Path(config.run) / "stop").unlink(missing_ok=True)
+
+
+def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "stopped")
+    prepare(config, 1, quiet)
+    run_processes(1, _trained_until, config, 3)
+    checkpoint = newest_verified(Path(config.run), lambda event, **facts: None)
+    assert checkpoint is not None and checkpoint.state.step == 3
+    assert read_lines(Path(config.run) / "events.jsonl")[-1]["event"] == "stopped"
+
+
+def _trained_on_nan(place: Place, config: Pretrain, bad: tuple[int, ...]) -> str:
+    forward = Engine.train_step
+
+    def spoiled(self: Engine, micros: Any, seeds: Any, count: int, factor: float) -> Any:
+        step = len(losses(config.run))
+        if step in bad:
+            self._engine.module.embed.weight.data[5] *= math.nan if place.rank == 1 else 1
+        return forward(self, micros, seeds, count, factor)
+
+    Engine.train_step = spoiled  # type: ignore[method-assign]
+    try:
+        train(config, place)
+    except Refused as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_too_many_nonfinite_steps_stop_the_run_naming_step_and_rows(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "spoiled", nonfinite_limit=2)
+    prepare(config, 1, quiet)
+    said = run_processes(2, _trained_on_nan, config, (5, 6, 7, 8))
+    assert "step 7 (rows 36 to 41) is the 2th in a row" in said[0] or "rows 36 to 41" in said[0]
+    skipped = [event for event in read_lines(Path(config.run) / "events.jsonl") if event["event"] == "skipped"]
+    assert [event["rows"] for event in skipped] == [[30, 35], [36, 41]]
+    checkpoint = newest_verified(Path(config.run), lambda event, **facts: None)
+    assert checkpoint is not None and checkpoint.state.step == 4
+    assert all(torch.isfinite(checkpoint.full(name)).all() for name in checkpoint.names)
+
+
+def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "run", steps=4)
+    prepare(config, 1, quiet)
+    run_processes(1, trained, config)
+    write_corpus(tmp_path / "corpus.txt", documents=200)
+    prepare(config, 1, quiet)
+    with pytest.raises(AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"):
+        run_processes(1, trained, config)
+
+
+def test_heldout_loss_does_not_depend_on_the_world(tmp_path: Path) -> None:
+    scores = []
+    for world in (1, 3):
+        config = recipe(tmp_path, f"world-{world}", steps=1, checkpoints=dials.Checkpoints(every=1))
+        prepare(config, 1, quiet)
+        run_processes(world, trained, config)
+        scores.append([r["heldout_loss"] for r in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in r])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_heldout_documents_are_never_trained_on(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "run")
+    prepare(config, 1, quiet)
+    rows, heldout = open_rows(config)
+    (train_corpus,), (heldout_corpus,) = ([stream.corpus for stream in side.streams] for side in (rows, heldout))
+    documents = [{bytes(c.document(i)) for i in range(c.num_documents)} for c in (train_corpus, heldout_corpus)]
+    assert documents[1] and not documents[0] & documents[1]
+
+
+def test_dropout_seeds_differ_between_micros_and_seeds() -> None:
+    seeds = {micro_seed(seed, micro) for seed in range(10) for micro in range(100)}
+    assert len(seeds) == 1000
+
+
+def test_half_a_line_of_a_killed_writer_does_not_swallow_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, {"step": 1})
+    with file.open("a") as torn:
+        torn.write('{"step": 2, "lo')
+    append_line(file, {"step": 3})
+    assert read_lines(file) == [{"step": 1}, {"step": 3}]
+    assert json.loads(file.read_text().splitlines()[-1]) == {"step": 3}
