@@ -1,4 +1,4 @@
-"""A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any world, refusals that lose nothing."""
+"""A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any world, clear refusals."""
 
 import json
 import math
@@ -43,9 +43,8 @@ def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> P
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         write_corpus(corpus)
-    model = ModelConfig(
-        family=family, vocab_size=400, dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, max_positions=64, dropout=0.1
-    )  # fmt: skip
+    shape: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_dim": 48}
+    model = ModelConfig(family=family, vocab_size=400, max_positions=64, dropout=0.1, **shape)
     values: dict[str, Any] = {
         "model": model,
         "data": dials.Data(
@@ -95,7 +94,7 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     for config in (straight, broken):
         prepare(config, 1, quiet)
     run_processes(2, trained, straight)
-    with pytest.raises(AssertionError, match="ended without a word|onnection"):
+    with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
         run_processes(2, killed_at, broken, 6)
     assert len(losses(broken.run)) < 12
     run_processes(2, trained, broken)
