@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling.batch import Batch
+from modeling.config import Refused
 from modeling.transformer import Transformer
 from pretrain.config import Training
 from pretrain.muon import Muon, Share, tabulate
@@ -52,6 +53,11 @@ class Engine:
 
     def __init__(self, model: Transformer, config: Training, place: Place) -> None:
         self.place, self.stage = place, config.engine.zero_stage
+        if self.stage == 3 and config.engine.compile:
+            raise Refused(
+                "engine.compile does not work at engine.zero_stage 3: in the compiled head the weights that ZeRO gathers have 0 elements."
+                " Set compile to false, or zero_stage to 1 or 2."
+            )
         torch.set_num_threads(place.threads)
         deepspeed = _deepspeed(place)
         low = config.engine.precision != "fp32"

@@ -17,7 +17,7 @@ from pretrain.muon import Muon
 def make_optimizer(model: nn.Module, config: Optimizer, muon_dtype: torch.dtype) -> torch.optim.AdamW:
     """AdamW, or Muon for the matrices inside blocks. Groups carry `base_lr`, the rate at factor 1; frozen parameters are in none."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = {name for name, p in trained if config.kind == "muon" and _in_block(model, name, p)}
+    matrices = {name for name, p in trained if config.kind == "muon" and _in_block(name, p)}
     adam = {"lr": config.lr, "base_lr": config.lr}
     muon = {"lr": config.muon_lr, "base_lr": config.muon_lr, "momentum": config.muon_momentum}
     groups: list[dict[str, Any]] = [
@@ -38,10 +38,9 @@ def initial_state(flat: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     return {"step": torch.zeros((), dtype=torch.float32, device=flat.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
-def _in_block(model: nn.Module, name: str, p: nn.Parameter) -> bool:
-    """A matrix of a numbered layer. Embeddings, heads and position tables are no linear maps between hidden states."""
-    module = name.rpartition(".")[0]
-    return p.ndim == 2 and any(part.isdigit() for part in module.split(".")) and not isinstance(model.get_submodule(module), nn.Embedding)
+def _in_block(name: str, p: nn.Parameter) -> bool:
+    """A matrix of a numbered layer. Embeddings, heads and position tables stand outside: they map no hidden states to hidden states."""
+    return p.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

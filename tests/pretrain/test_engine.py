@@ -274,3 +274,8 @@ def test_frozen_parameters_stay_and_are_held_once_and_recompute_and_scores_agree
         assert repeatable and after[0].finite and nll.dtype == torch.float32 and correct.dtype == torch.bool
         torch.testing.assert_close(nll, found["scores", 1][0], rtol=1e-5, atol=1e-5)
         assert after[0].loss == pytest.approx(two(1)[0]["adamw", 1, "fp32", False]["start"][1].loss, rel=1e-5)  # recomputed or not
+
+
+def test_compile_at_stage_3_is_refused() -> None:
+    with pytest.raises(Refused, match="zero_stage 3"):
+        engine_of(recipe(stage=3, compile=True), Place(0, 1, 0, "cpu", None, threads=1))
