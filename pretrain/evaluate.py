@@ -1,12 +1,14 @@
 """Held-out loss, the same at any world size.
 
-In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "bits_per_byte" (causal), "accuracy"}. Rows are dealt out round
-by round, so that all ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
+In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "bits_per_byte" (causal), "accuracy"}, and beside them what a
+unigram scores on the same targets. Rows are dealt out round by round, so that all ranks make the same number of forward passes (ZeRO-3
+gathers weights in each).
 """
 
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from pretrain.batches import Rows, stack
@@ -30,3 +32,21 @@ def evaluate(engine: Engine, rows: Rows, place: Place, *, num_rows: int, micro_r
     if rows.targets_per_byte is not None:
         scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
     return scores
+
+
+def unigram_loss(rows: Rows, heldout: Rows, vocab_size: int, *, sample: int = 2000) -> float:
+    """Nats per target of the simplest model there is: each token's share (add one) among the targets of the first `sample` training rows.
+
+    The whole held-out set is scored. Cost: a row in 0.1 to 0.3 ms.
+    """
+    counts = np.ones(vocab_size) + _target_counts(rows, range(sample), vocab_size)
+    found = _target_counts(heldout, range(heldout.num_rows), vocab_size)
+    return float(-(found * np.log(counts / counts.sum())).sum() / found.sum())
+
+
+def _target_counts(rows: Rows, numbers: range, vocab_size: int) -> np.ndarray:
+    counts = np.zeros(vocab_size)
+    for number in numbers:
+        targets = rows.row(number).targets
+        counts += np.bincount(targets[targets >= 0], minlength=vocab_size)
+    return counts
