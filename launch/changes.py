@@ -50,6 +50,7 @@ SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
     "evaluate_rows": _always,
     "nonfinite_limit": _always,
     "cluster.*": _always,
+    "ema": _always,  # an average beside the weights; turned on, it starts from where they are
     "micro_rows": _no_dropout,
     "steps": _same_rates_so_far,
     "schedule.*": _same_rates_so_far,

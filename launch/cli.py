@@ -5,7 +5,7 @@ Each command imports what it needs when it runs, so that `trifold --help` answer
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -56,12 +56,16 @@ def pretrain(
 
 
 @app.command()
-def publish(run: Path, out: Annotated[Path, typer.Option(help="the folder to make")]) -> None:
+def publish(
+    run: Path,
+    out: Annotated[Path, typer.Option(help="the folder to make")],
+    weights: Annotated[Literal["ema", "trained"] | None, typer.Option(help="averaged (the default where there are any) or trained")] = None,
+) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
     from pretrain.publish import publish
 
     console = Console()
-    publish(run, out, on_event=lambda event, **facts: console.print(f"{event}: {facts}", style="yellow", highlight=False))
+    publish(run, out, weights=weights, on_event=lambda event, **facts: console.print(f"{event}: {facts}", style="yellow", highlight=False))
     console.print(f"{out} is published and verified.", highlight=False)
 
 

@@ -53,7 +53,7 @@ tags: [trifold]
 # {stock_class}, trained with Trifold
 
 {parameters:,} parameters, {config.num_layers} layers of {config.dim}, {config.vocab_size:,} pieces, documents up to \
-{config.max_positions:,} tokens. Trained for {state.step:,} steps{_tokens(state.extra)}.
+{config.max_positions:,} tokens. Trained for {state.step:,} steps{_tokens(state.extra)}.{_averaged(record, state.config)}
 
 ## Load it
 ```python
@@ -92,6 +92,12 @@ def _tokens(extra: dict[str, Any]) -> str:
     return f", {extra['tokens']:,} tokens" if "tokens" in extra else ""
 
 
+def _averaged(record: dict[str, Any], recipe: dict[str, Any]) -> str:
+    if record["weights"] == "trained":
+        return ""
+    return f" These weights are the exponential moving average of the trained ones, with a decay of {recipe['ema']:g} per step."
+
+
 def _scores(run: Path, step: int) -> str:
     """The last evaluation at or before the checkpoint's step; a later generation's line of the same step counts."""
     lines = [line for line in read_lines(run / "metrics.jsonl") if "heldout_loss" in line and line["step"] <= step]
@@ -104,6 +110,7 @@ def _scores(run: Path, step: int) -> str:
         "accuracy": "accuracy",
         "heldout_targets": "targets",
     }
+    names |= {f"{name}_ema": f"{said}, averaged weights" for name, said in names.items()}
     return _list({"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}})
 
 

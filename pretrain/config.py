@@ -139,6 +139,7 @@ class Training(Settings):
     steps: int = Field(gt=0)
     step_rows: int = Field(gt=0)  # rows of one optimizer step, over all ranks
     micro_rows: int = Field(gt=0)  # rows of one forward/backward on one rank
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay per step of the averaged weights, such as 0.999; 0: none are kept
     evaluate_every: int = Field(default=500, gt=0)  # steps
     nonfinite_limit: int = Field(default=5, gt=0)  # steps in a row before the run stops
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class Engine:
     """Trains `model` as the recipe says. Every rank makes the same calls in the same order."""
 
     def __init__(self, model: Transformer, config: Training, place: Place) -> None:
-        self.place, self.stage = place, config.engine.zero_stage
+        self.place, self.stage, self._decay = place, config.engine.zero_stage, config.ema
         if self.stage == 3 and config.engine.compile:
             raise Refused(
                 "engine.compile does not work at engine.zero_stage 3: in the compiled head the weights that ZeRO gathers have 0 elements."
@@ -96,6 +97,8 @@ class Engine:
         self._engine.step()
         finite = self._engine.was_step_applied()
         self.optimizer_step += finite
+        if finite and self._decay:
+            self._average()
         if not finite and hasattr(self._zero, "averaged_gradients"):
             for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
@@ -128,10 +131,45 @@ class Engine:
                 state["step"].fill_(optimizer_step)
         self._refresh_weights()
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While inside, the model has the averaged weights; afterwards its own again, bit for bit. Only to evaluate.
+
+        Cost: twice the gathering of the model's weights from the masters, and one flat tensor more while it swaps.
+        """
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for flat, _ in flats(self._zero, self.stage):
+            average = self._base.state[flat]["ema"]
+            kept = flat.detach().clone()
+            flat.copy_(average)
+            average.copy_(kept)
+        self._refresh_weights()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged weights towards the trained ones: an exponential moving average without a share of the initial weights.
+
+        After t applied steps it is sum d^(t-i) w_i / sum d^(t-i) over steps i = 1..t: Adam's correction of the bias (Kingma and Ba 2015,
+        section 3) as a rate that depends on t. Turned on for an older run, the loaded weights stand for the average so far.
+        Memory: 4 bytes a parameter, shared among the ranks, and as much in a checkpoint; cost: one pass over the masters.
+        """
+        rate = (1 - self._decay) / (1 - self._decay**self.optimizer_step)
+        for flat, _ in flats(self._zero, self.stage):
+            self._base.state[flat]["ema"].lerp_(flat.detach(), rate)
+
     def _make_state(self) -> None:
         shared = flats(self._zero, self.stage)
         for flat, group in shared:
             self._base.state[flat] = initial_state(flat, group)
+            if self._decay:
+                self._base.state[flat]["ema"] = flat.detach().clone()
         if isinstance(self._base, Muon):
             mine = [{p.name: (p.shape, Share(p.start, p.numel, p.offset)) for p in self._pieces if p.flat is flat} for flat, _ in shared]
             everyone: list[Any] = [None] * self.place.world

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 import torch
@@ -19,15 +20,24 @@ from pretrain.checkpoint import verify as verify_checkpoint
 from pretrain.tokenizer import Tokenizer
 from pretrain.verify import verify
 
+Weights = Literal["ema", "trained"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def publish(
-    run: Path, out: Path, *, on_event: OnEvent, checkpoint: int | None = None, dtype: str = "fp32", shard_bytes: int = published.SHARD_BYTES
+    run: Path,
+    out: Path,
+    *,
+    on_event: OnEvent,
+    checkpoint: int | None = None,
+    weights: Weights | None = None,
+    dtype: str = "fp32",
+    shard_bytes: int = published.SHARD_BYTES,
 ) -> Path:
     """Publish a run's newest verified checkpoint, or that of step `checkpoint`, as the folder `out`. Returns `out`.
 
-    A newer checkpoint that was passed over is reported to `on_event`. Raises Refused where there is nothing to publish, `out` exists,
+    `weights` are those of the moving average ("ema", the default where the checkpoint has them) or the "trained" ones. A newer checkpoint
+    that was passed over is reported to `on_event`. Raises Refused where there is nothing to publish, no average was kept, `out` exists,
     no published architecture expresses the model, or the gate finds something wrong (each failed check by name).
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -36,7 +46,7 @@ def publish(
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        reference = _write(run, source, partial, DTYPES[dtype], shard_bytes)
+        reference = _write(run, source, _weights(source, weights), partial, DTYPES[dtype], shard_bytes)
         report = verify(partial, reference)
         if not report.ok:
             raise Refused(f"{out} was not published, because it is not what it should be: {report.failures}")
@@ -69,16 +79,26 @@ def _of_step(run: Path, step: int) -> Checkpoint:
         raise Refused(f"{folders[-1]} cannot be published: {error}") from None
 
 
+def _weights(source: Checkpoint, asked: Weights | None) -> Weights:
+    """Which weights to publish."""
+    kept = any("ema" in source.keys(name) for name in source.names)
+    if asked == "ema" and not kept:
+        raise Refused(f"{source.folder} holds no averaged weights, because its recipe's `ema` was 0: publish the trained ones")
+    return asked or ("ema" if kept else "trained")
+
+
 def _write(
-    run: Path, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int
+    run: Path, source: Checkpoint, weights: Weights, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Everything that a published folder holds. Returns the model it was made of."""
     config = ModelConfig.model_validate_json(json.dumps(source.state.config["model"]))
-    state = {name: source.full(name) for name in source.names}
+    averaged = {name for name in source.names if weights == "ema" and "ema" in source.keys(name)}  # frozen ones have no average
+    state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
     tokenizer = Tokenizer.open(run / "tokenizer")
     hf = published.write(folder, config, state, tokenizer, dtype, shard_bytes)
     origin = {
         "checkpoint": {"name": source.folder.name, "sha256": source.record["sha256"], "time": source.record["time"]},
+        "weights": weights,
         "code": source.record["code"],
         "versions": source.record["versions"],
     }

@@ -90,7 +90,12 @@ def train(config: Pretrain, place: Place) -> None:
 
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
-        return evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+        scores = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+        if config.ema:
+            with engine.averaged():
+                averaged = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+            scores |= {f"{name}_ema": averaged[name] for name in averaged if name != "heldout_targets"}
+        return scores
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(

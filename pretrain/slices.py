@@ -19,7 +19,8 @@ Read = Callable[[str, int, int], dict[str, Tensor]]  # (parameter, start, stop) 
 
 @dataclass(frozen=True)
 class Slice:
-    """`tensors` are flat host copies of elements [start, start + numel) of a parameter: "fp32", and its moments unless it is frozen."""
+    """`tensors` are flat host copies of elements [start, start + numel) of a parameter: "fp32", and unless it is frozen its moments, and
+    "ema" (the averaged weights) where that is kept."""
 
     start: int
     shape: tuple[int, ...]  # of the whole parameter
@@ -89,6 +90,7 @@ def write_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]], rea
     """Fill the pieces from `read`. Raises Refused where a moment is missing there."""
     for p in owned:
         values = read(p.name, p.start, p.start + p.numel)
+        values = {"ema": values["fp32"], **values}  # where no average was kept, it starts from here
         for key, tensor in _tensors(p, state).items():
             if key not in values:
                 raise Refused(

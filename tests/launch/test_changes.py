@@ -63,6 +63,10 @@ def test_micro_rows_are_safe_only_without_dropout():
     assert not verdict(old=old, model__dropout=0.1, micro_rows=4)
 
 
+def test_an_average_beside_the_weights_may_begin_and_end_at_any_step():
+    assert verdict(ema=0.99)
+
+
 def test_steps_are_safe_while_no_used_rate_would_have_been_another():
     assert verdict(step=10, steps=40)  # wsd, before its decay
     assert not verdict(step=18, steps=40)  # within it

@@ -223,6 +223,83 @@ def test_steps_equal_plain_torch() -> None:
     assert [(s.loss, s.grad_norm) for s in found] == [pytest.approx(e, rel=1e-5) for e in expected]
 
 
+DECAY = 0.7
+
+
+def _averages(place: Place) -> dict[Any, Any]:
+    """Weights and averages after each step in several cells; what evaluates while they are swapped; an average turned on late."""
+    found: dict[Any, Any] = {}
+    for kind, stage, precision, offload in [
+        ("adamw", 1, "bf16", False), ("muon", 2, "autocast", True), ("adamw", 3, "fp32", False), ("muon", 3, "bf16", True),
+    ]:  # fmt: skip
+        plain = recipe(kind, stage, precision, offload)
+        config = plain.model_copy(update={"ema": DECAY})
+        spoilt: list[str] = []
+
+        def spoil(model: Transformer, spoilt: list[str] = spoilt) -> None:
+            freeze(model)
+            forward = model.forward
+            model.forward = lambda *a, **k: SPOIL[spoilt.pop()](forward(*a, **k)) if spoilt else forward(*a, **k)
+
+        engine = engine_of(config, place, spoil)
+        states = [gathered(engine.slices())]
+        steps = []
+        for step in range(4):
+            if step == 2:
+                before = engine.slices()
+                spoilt.append("loss")
+                train(engine, 9)
+                kept = changed(before, engine.slices())
+            steps += train(engine, step)
+            states.append(gathered(engine.slices()))
+        own = engine.evaluate(rows(0))[0]
+        with engine.averaged():
+            averaged = engine.evaluate(rows(0))[0]
+        restored = engine.evaluate(rows(0))[0].equal(own), changed(states[-1][place.rank], engine.slices())
+        as_trained = engine_of(plain, place, freeze)
+        trained = train(as_trained, 0, 1, 2, 3)
+        as_trained.load(_averages_as_weights(reader(states[-1])), 4)
+        late = engine_of(config, place, freeze)
+        late.load(_without_averages(reader(states[2])), 2)
+        begun = gathered(late.slices())
+        found[kind, stage, precision] = {
+            "states": states, "kept": kept, "restored": restored, "averaged": averaged, "own": own, "begun": begun, "steps": steps,
+            "trained": trained, "as_trained": as_trained.evaluate(rows(0))[0],
+        }  # fmt: skip
+    return found
+
+
+def _without_averages(read: Any) -> Any:
+    """A checkpoint of a run that kept none."""
+    return lambda *a: {key: values for key, values in read(*a).items() if key != "ema"}
+
+
+def _averages_as_weights(read: Any) -> Any:
+    return lambda *a: (values := read(*a)) | {"fp32": values.get("ema", values["fp32"])}
+
+
+def test_averaged_weights_are_the_formula_and_change_no_training() -> None:
+    for cell, found in run_processes(2, _averages, timeout=280)[0].items():
+        wholes = [reader(state) for state in found["states"]]
+        names = {name for rank in found["states"][0] for name in rank}
+        for name in names:
+            tensors = [whole(name, 0, None) for whole in wholes]
+            if name.startswith(FROZEN):
+                assert all(values.keys() == {"fp32"} for values in tensors)
+                continue
+            assert tensors[0]["ema"].equal(tensors[0]["fp32"])
+            for t in range(1, len(tensors)):
+                weights = [DECAY ** (t - i) for i in range(1, t + 1)]
+                expected = sum(w * values["fp32"].double() for w, values in zip(weights, tensors[1 : t + 1], strict=True)) / sum(weights)
+                torch.testing.assert_close(tensors[t]["ema"].double(), expected, rtol=1e-6, atol=1e-7)
+            begun = reader(found["begun"])(name, 0, None)
+            assert begun["ema"].equal(tensors[2]["fp32"]) and begun["fp32"].equal(tensors[2]["fp32"])
+        assert found["kept"] == [], cell  # a step that was not finite
+        assert found["restored"] == (True, []), cell
+        assert found["averaged"].equal(found["as_trained"]) and not found["averaged"].equal(found["own"]), cell
+        assert found["steps"] == found["trained"], cell
+
+
 FROZEN = ("embed.weight", "decoder.blocks.0.")
 
 

@@ -27,15 +27,18 @@ def no_event(kind: str, **facts: Any) -> None:
     raise AssertionError(f"{kind}: {facts}")
 
 
-def save(run: Path, model: Transformer, step: int) -> Path:
-    """A real checkpoint of a model, as a run of one rank writes it."""
+def save(run: Path, model: Transformer, step: int, average: Transformer | None = None) -> Path:
+    """A real checkpoint of a model, as a run of one rank writes it; with an average, all but its first parameter are trained."""
     held = lease.take_generation(run)
     folder = lease.folder_of(run, step, held.generation)
     slices = {name: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for name, p in model.named_parameters()}
+    for name, p in list(average.named_parameters())[1:] if average else []:
+        slices[name].tensors["ema"] = p.detach().flatten()
     write_rank(folder, held, 0, 1, slices)
     recipe = {
         "run": str(run),
         "model": model.config.model_dump(mode="json"),
+        "ema": 0.99 if average else 0.0,
         "data": {"sources": [{"path": "books.txt", "hub": None}], "heldout": [], "cache": None},
     }
     state = State(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
@@ -87,6 +90,23 @@ def test_the_newest_checkpoint_is_published_or_the_one_that_is_asked_for(tmp_pat
         assert torch.equal(published.load(out)[1]["decoder.norm.weight"], model.state_dict()["decoder.norm.weight"])
     with pytest.raises(Refused, match="no checkpoint of step 15; there are those of: 10, 20"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event, checkpoint=15)
+
+
+def test_averaged_weights_are_published_where_there_are_any_unless_the_trained_ones_are_asked_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config, model = make_run(run, "llama")
+    with pytest.raises(Refused, match="holds no averaged weights, because its recipe's `ema` was 0"):
+        publish(run, tmp_path / "out", on_event=no_event, weights="ema")
+    average = random_model(config, seed=77)
+    save(run, model, 20, average)
+    frozen = next(iter(dict(model.named_parameters())))
+    for asked, expected in ((None, average), ("ema", average), ("trained", model)):
+        out = publish(run, tmp_path / f"out-{asked}", on_event=no_event, weights=asked)
+        state, trained = published.load(out)[1], model.state_dict()
+        assert all(torch.equal(state[name], trained[name] if name == frozen else p) for name, p in expected.state_dict().items())
+        told = "exponential moving average of the trained ones, with a decay of 0.99 per step" in (out / published.CARD).read_text()
+        assert told == (asked != "trained")
+        assert json.loads((out / published.RECORD).read_text())["weights"] == (asked or "ema")
 
 
 def test_a_broken_newest_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None:
