@@ -14,6 +14,7 @@ from launch.config import Recipe, flatten, resolve, write
 from modeling.config import Refused
 from pretrain.metrics import read_lines
 from pretrain.optimizer import lr_factor
+from pretrain.stages import Part, parts, where
 
 
 class Change(NamedTuple):
@@ -27,9 +28,16 @@ def _always(old: Recipe, new: Recipe, step: int) -> bool:
     return True
 
 
-def _no_dropout(old: Recipe, new: Recipe, step: int) -> bool:
-    """Dropout is keyed by the micro's index in the run, so without it a micro's size is only a matter of rounding."""
-    return old.model.dropout == new.model.dropout == 0
+def _same_rows_so_far(old: Recipe, new: Recipe, step: int) -> bool:
+    """Stages that are yet to come may change. Dropout is keyed by micros, and without it a micro's size is only a matter of rounding."""
+    before, after = parts(old), parts(new)
+    keyed = max(old.model.dropout, new.model.dropout) > 0
+
+    def read(plan: list[Part], i: int) -> tuple[int, ...]:
+        part, row, micro = where(plan, i)
+        return part.row_length, part.step_rows, row, *((part.micro_rows, micro) if keyed else ())
+
+    return all(read(before, i) == read(after, i) for i in range(step))
 
 
 def _same_rates_so_far(old: Recipe, new: Recipe, step: int) -> bool:
@@ -51,7 +59,10 @@ SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
     "nonfinite_limit": _always,
     "cluster.*": _always,
     "ema": _always,  # an average beside the weights; turned on, it starts from where they are
-    "micro_rows": _no_dropout,
+    "stages*": _same_rows_so_far,  # none at all is the key `stages`
+    "data.row_length": _same_rows_so_far,
+    "step_rows": _same_rows_so_far,
+    "micro_rows": _same_rows_so_far,
     "steps": _same_rates_so_far,
     "schedule.*": _same_rates_so_far,
 }

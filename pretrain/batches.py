@@ -153,19 +153,23 @@ class Rows:
         vocabulary: Vocabulary,
         corpora: Sequence[Corpus],
         split: Literal["train", "heldout"],
-        *,
         cache: Path | None = None,
         processes: int = 1,
+        row_length: int | None = None,
+        after: "tuple[Rows, int] | None" = None,
     ) -> None:
         """`corpora` belong to recipe.data.sources one by one, or are the held-out ones; row tables are kept in the folder `cache`.
 
+        `row_length` is that of a stage, None the recipe's. `after` (rows, i): these are the run's rows from number i on, and go on in the
+        text where `rows` stopped, each source at the first window of blocks (order.py) that it had not finished.
         Raises Refused where a corpus has no text.
         """
         for number, corpus in enumerate(corpora):
             if corpus.num_tokens == 0:
                 raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: give more text.")
-        goal = objective(recipe.objective, vocabulary, recipe.data.row_length)
-        dials = [recipe.data.row_length, recipe.objective.model_dump(), vocabulary.fingerprint]
+        self.row_length = row_length or recipe.data.row_length
+        goal = objective(recipe.objective, vocabulary, self.row_length)
+        dials = [self.row_length, recipe.objective.model_dump(), vocabulary.fingerprint]
         seed = (recipe.seed, 0) if split == "train" else (0, 1)
         self.room, self.pad = goal.room, vocabulary.pad
         self.streams = [
@@ -181,10 +185,16 @@ class Rows:
         targets = sum(corpus.num_tokens + corpus.num_documents for corpus in corpora)
         self.targets_per_byte = targets / self.num_bytes if recipe.objective.kind == "causal" else None
         self._turns = turns(weights) if split == "train" else None
+        self.first, self._begins = 0, [0] * len(self.streams)
+        if after is not None:
+            before, self.first = after
+            reached = zip(self.streams, before.streams, before._reached(self.first), strict=True)
+            self._begins = [mine.order.after(other.order, index) for mine, other, index in reached]
+            self.fingerprint = _digest(before.fingerprint, self.first, self.fingerprint)
         self._ends = np.cumsum([stream.order.num_rows for stream in self.streams])
 
     def row(self, i: int) -> Row:
-        """Row i of the run; held-out rows end at `num_rows`."""
+        """Row i of the run, not before `first`; held-out rows end at `num_rows`."""
         stream, index = self._place(i)
         return assemble(self.streams[stream].segments(index), self.room, self.pad)
 
@@ -199,9 +209,17 @@ class Rows:
             assert stream < len(self.streams), f"held-out row {i} of {self.num_rows}"
             return stream, i - int(self._ends[stream]) + self.streams[stream].order.num_rows
         streams, before, counts = self._turns
-        period, turn = divmod(i, len(streams))
+        period, turn = divmod(i - self.first, len(streams))
         stream = int(streams[turn])
-        return stream, period * int(counts[stream]) + int(before[turn])
+        return stream, self._begins[stream] + period * int(counts[stream]) + int(before[turn])
+
+    def _reached(self, i: int) -> list[int]:
+        """The next row of each stream, once all rows before i were read."""
+        assert self._turns is not None
+        streams, _, counts = self._turns
+        period, turn = divmod(i - self.first, len(streams))
+        had = period * counts + np.bincount(streams[:turn], minlength=len(counts))
+        return [begin + int(more) for begin, more in zip(self._begins, had, strict=True)]
 
 
 def _digest(*parts: Any) -> str:

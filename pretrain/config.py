@@ -155,6 +155,15 @@ class Training(Settings):
         return self
 
 
+class Stage(Settings):
+    """An earlier part of a run: its first steps, or those after the stage before. What is not given is the recipe's own."""
+
+    steps: int = Field(gt=0)
+    row_length: int | None = Field(default=None, gt=1)
+    step_rows: int | None = Field(default=None, gt=0)
+    micro_rows: int | None = Field(default=None, gt=0)
+
+
 class Pretrain(Training):
     """A run that learns from text."""
 
@@ -162,6 +171,7 @@ class Pretrain(Training):
     tokenizer: Tokenizer = Tokenizer()
     data: Data
     objective: Objective
+    stages: tuple[Stage, ...] = ()  # short rows first, small steps first; after the last one the recipe's own values hold
     evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
     @model_validator(mode="after")
@@ -171,4 +181,20 @@ class Pretrain(Training):
             raise ValueError(f"the {self.objective.kind} objective trains a model of family {family}, not {self.model.family}")
         if self.data.row_length > self.model.max_positions:
             raise ValueError(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({self.model.max_positions})")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Pretrain":
+        for number, stage in enumerate(self.stages):
+            step_rows, micro_rows = stage.step_rows or self.step_rows, stage.micro_rows or self.micro_rows
+            if micro_rows > step_rows:
+                raise ValueError(f"stages.{number} has micro_rows {micro_rows}, which exceeds its step_rows {step_rows}")
+            if (stage.row_length or 0) > self.model.max_positions:
+                raise ValueError(
+                    f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions ({self.model.max_positions})"
+                )
+        if (earlier := sum(stage.steps for stage in self.stages)) >= self.steps:
+            raise ValueError(
+                f"the stages take {earlier} steps together and leave none of `steps` ({self.steps}) to the recipe's own values"
+            )
         return self

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from modeling.batch import Batch
 from pretrain.batches import Rows, stack
 from pretrain.order import row_of
+from pretrain.stages import Part, where
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StepRows:
     """One rank's share of an optimizer step, and the first and last row (included) of the whole step."""
 
     step: int
+    stage: int
     first: int
     last: int
     micros: list[Batch]
@@ -34,20 +36,20 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Sequence[Rows],
+        parts: Sequence[Part],
         *,
         start: int,
         stop: int,
-        step_rows: int,
-        micro_rows: int,
         rank: int,
         world: int,
         prefetch: int,
         skips: Sequence[tuple[int, int]] = (),
         pin: bool = False,
     ) -> None:
-        """`skips`: rows first to last, both included, that are left out (later rows move up). `pin`: batches in pinned memory."""
-        self.rows, self.start, self.stop, self.step_rows, self.micro_rows = rows, start, stop, step_rows, micro_rows
+        """`rows` of each of `parts`. `skips`: rows first to last, both included, that are left out (later rows move up, and so each part
+        takes as many beyond its last). `pin`: batches in pinned memory."""
+        self.rows, self.parts, self.start, self.stop = rows, parts, start, stop
         self.rank, self.world, self.prefetch, self.skips, self.pin = rank, world, prefetch, skips, pin
 
     def __iter__(self) -> Iterator[StepRows]:
@@ -85,19 +87,20 @@ class Loader:
 
     def share(self, step: int) -> StepRows:
         """This rank's share of a step: a pure function of the step."""
-        per_step = -(-self.step_rows // self.micro_rows)
-        cursor = step * self.step_rows
+        part, cursor, first_micro = where(self.parts, step)
+        source = self.rows[part.stage]
         micros, indices, mine = [], [], []
-        for micro in range(self.rank, -(-per_step // self.world) * self.world, self.world):
-            cursors = range(micro * self.micro_rows, min((micro + 1) * self.micro_rows, self.step_rows))
-            rows = [self.rows.row(row_of(cursor + place, self.skips)) for place in cursors]
-            micros.append(stack(rows + [self.rows.empty_row()] * (self.micro_rows - len(rows)), self.pin))
-            indices.append(step * per_step + micro)
+        for micro in range(self.rank, -(-part.micros // self.world) * self.world, self.world):
+            cursors = range(micro * part.micro_rows, min((micro + 1) * part.micro_rows, part.step_rows))
+            rows = [source.row(row_of(cursor + place, self.skips)) for place in cursors]
+            micros.append(stack(rows + [source.empty_row()] * (part.micro_rows - len(rows)), self.pin))
+            indices.append(first_micro + micro)
             mine += rows
         return StepRows(
             step,
+            part.stage,
             row_of(cursor, self.skips),
-            row_of(cursor + self.step_rows - 1, self.skips),
+            row_of(cursor + part.step_rows - 1, self.skips),
             micros,
             indices,
             sum(row.count for row in mine),

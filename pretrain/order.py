@@ -29,12 +29,20 @@ class Order:
         """(epoch, place in the epoch, block, row in the block) of a row; every row of every block comes once per epoch."""
         epoch, place = divmod(index, self.num_rows)
         blocks, ends = self._epoch(epoch)
-        window = int(np.searchsorted(ends, place, side="right")) // WINDOW
-        first, drawn = self._window(epoch, window)
+        first, drawn = self._window(epoch, self._window_of(epoch, place))
         drawn_place = first + int(drawn[place - first])
         at = int(np.searchsorted(ends, drawn_place, side="right"))
         block = int(blocks[at])
         return epoch, place, block, drawn_place - int(ends[at]) + int(self.rows[block])
+
+    def after(self, before: "Order", index: int) -> int:
+        """Where to go on when `before`, other rows of the same blocks under the same key, stopped ahead of its row `index`: the first
+        row of the window in which that one lies. Both visit the same windows of blocks, so no earlier window comes again."""
+        epoch, place = divmod(index, before.num_rows)
+        return epoch * self.num_rows + self._window(epoch, before._window_of(epoch, place))[0]
+
+    def _window_of(self, epoch: int, place: int) -> int:
+        return int(np.searchsorted(self._epoch(epoch)[1], place, side="right")) // WINDOW
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in this epoch's order, and the rows up to the end of each."""

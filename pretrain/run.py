@@ -30,6 +30,7 @@ from pretrain.loader import Loader
 from pretrain.metrics import Recorder, peak_flops
 from pretrain.saving import Checkpointer
 from pretrain.shards import Shards
+from pretrain.stages import parts, where
 from pretrain.tokenizer import Tokenizer
 from pretrain.train import Progress
 from pretrain.train import train as train_loop
@@ -85,8 +86,10 @@ def train(config: Pretrain, place: Place) -> None:
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
     folder = _from_first_rank(engine, lambda: _newest(run, recorder))
-    progress = _resume(open_checkpoint(Path(folder)), engine, rows, recorder) if folder else Progress()
-    recorder.event("data", rows_per_epoch=rows.num_rows, waste=rows.waste, heldout_rows=heldout.num_rows, fingerprint=rows.fingerprint)
+    progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, recorder) if folder else Progress()
+    plan = parts(config)
+    facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
+    recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
@@ -100,14 +103,18 @@ def train(config: Pretrain, place: Place) -> None:
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
             step=progress.step,
-            cursor=progress.step * config.step_rows,
+            cursor=where(plan, progress.step).row,
             optimizer_step=engine.optimizer_step,
             skips=[],
-            fingerprint=rows.fingerprint,
+            fingerprint=_read_so_far(config, rows, progress.step).fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
             extra={**asdict(progress), "scores": scores},
         )
+
+    def flops(step: int) -> float:
+        part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
+        return part.step_rows * train_flops_per_row(config.model, room.tokens, room.source)
 
     with closing(recorder):
         if progress.step == 0:
@@ -121,7 +128,7 @@ def train(config: Pretrain, place: Place) -> None:
             progress,
             score=score,
             describe=describe,
-            flops_per_step=config.step_rows * train_flops_per_row(config.model, rows.room.tokens, rows.room.source),
+            flops=flops,
             peak_flops=float(
                 engine.sum_over_ranks(
                     torch.tensor(
@@ -132,18 +139,20 @@ def train(config: Pretrain, place: Place) -> None:
         )
 
 
-def open_rows(config: Pretrain, processes: int = 1) -> tuple[Rows, Rows]:
-    """The rows of a prepared run: to train on, and held out."""
+def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
+    """The rows of a prepared run: to train on, for each of its parts (stages.py), and held out."""
     vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), _cache(config)
     made = [(Shards(folder / "train"), Shards(folder / "heldout")) for _, folder, _ in _sources(config)]
     training = [shards for shards, _ in made[: len(config.data.sources)]]
     heldout = [shards for _, shards in made if shards.num_documents] or [made[0][1]]
     if config.data.heldout:  # corpora of their own: all of their documents
         heldout = [shards for shards, _ in made[len(config.data.sources) :]]
-    return (
-        Rows(config, vocabulary, training, "train", cache=cache, processes=processes),
-        Rows(config, vocabulary, heldout, "heldout", cache=cache, processes=processes),
-    )
+    rows: list[Rows] = []
+    for part in parts(config):
+        after = (rows[-1], part.first_row) if rows else None
+        same = bool(rows) and rows[-1].row_length == part.row_length  # the same rows in other steps
+        rows.append(rows[-1] if same else Rows(config, vocabulary, training, "train", cache, processes, part.row_length, after))
+    return rows, Rows(config, vocabulary, heldout, "heldout", cache, processes)
 
 
 def _cache(config: Pretrain) -> Path:
@@ -164,26 +173,35 @@ def _newest(run: Path, recorder: Recorder) -> str | None:
     return None if checkpoint is None else str(checkpoint.folder)
 
 
-def _resume(checkpoint: Checkpoint, engine: Engine, rows: Rows, recorder: Recorder) -> Progress:
+def _read_so_far(config: Pretrain, rows: list[Rows], step: int) -> Rows:
+    """Those that the last of `step` finished steps read. A stage that is yet to come is no part of their fingerprint."""
+    return rows[where(parts(config), max(step - 1, 0)).part.stage]
+
+
+def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list[Rows], recorder: Recorder) -> Progress:
     """Put a checkpoint's weights and moments into the engine; where it stood."""
-    state = checkpoint.state
-    if state.fingerprint != rows.fingerprint:
+    state, fingerprint = checkpoint.state, _read_so_far(config, rows, checkpoint.state.step).fingerprint
+    if state.fingerprint != fingerprint:
         raise Refused(
             f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe and its text make rows of"
-            f" {rows.fingerprint}: corpus, tokenizer, row length, objective or weights have changed. Give another `run` folder."
+            f" {fingerprint}: corpus, tokenizer, row length, stages, objective or weights have changed. Give another `run` folder."
+        )
+    if state.cursor != (cursor := where(parts(config), state.step).row):
+        raise Refused(
+            f"{checkpoint.folder} had read {state.cursor} rows in its {state.step} steps, and this recipe reads {cursor} in as many:"
+            " step_rows or stages have changed. Give another `run` folder."
         )
     engine.load(checkpoint.read, state.optimizer_step)
     recorder.event("resumed", step=state.step, checkpoint=checkpoint.folder.name)
     return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"])
 
 
-def _loader(config: Pretrain, rows: Rows, place: Place, step: int) -> Loader:
+def _loader(config: Pretrain, rows: list[Rows], place: Place, step: int) -> Loader:
     return Loader(
         rows,
+        parts(config),
         start=step,
         stop=config.steps,
-        step_rows=config.step_rows,
-        micro_rows=config.micro_rows,
         rank=place.rank,
         world=place.world,
         prefetch=config.data.prefetch,

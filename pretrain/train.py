@@ -44,13 +44,13 @@ def train(
     *,
     score: Callable[[bool], dict[str, Any]],
     describe: Callable[[Progress, dict[str, Any]], State],
-    flops_per_step: float,
+    flops: Callable[[int], float],
     peak_flops: float,
 ) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (SIGTERM, or a file `stop` in the run folder).
 
-    `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records. Raises Refused after
-    `nonfinite_limit` steps in a row whose loss or gradient was not finite.
+    `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records; `flops(step)` are those of all ranks.
+    Raises Refused after `nonfinite_limit` steps in a row whose loss or gradient was not finite.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
@@ -74,8 +74,9 @@ def train(
             grad_norm=step.grad_norm,
             tokens=progress.tokens,
             tokens_per_s=tokens / seconds,
-            mfu=flops_per_step / seconds / peak_flops,
+            mfu=flops(rows.step) / seconds / peak_flops,
             seconds=seconds,
+            stage=rows.stage,
             rows=[rows.first, rows.last],
             rows_hash=f"{rows_hash:012x}",
             skipped=not step.finite,

@@ -63,6 +63,23 @@ def test_micro_rows_are_safe_only_without_dropout():
     assert not verdict(old=old, model__dropout=0.1, micro_rows=4)
 
 
+def test_stages_are_safe_while_every_step_so_far_read_the_same_rows():
+    stages = [{"steps": 10, "step_rows": 2, "micro_rows": 1}]
+    staged, short = recipe(stages=stages), recipe(data__row_length=64)
+    longer = [{"steps": 10, "row_length": 64}], [{"steps": 9, "row_length": 64}]
+    for old, new, safe_until in (
+        (short, recipe(stages=longer[0]), 10),  # short rows until then, as they were
+        (short, recipe(stages=longer[1]), 9),
+        (staged, recipe(stages=stages, step_rows=6), 10),
+        (staged, recipe(), 0),
+    ):
+        for step in (9, 10, 11):
+            assert all(change.safe for change in differences(old, new, step)) == (step <= safe_until), (new.stages, step)
+    other_micros = [stages[0] | {"micro_rows": 2}]
+    assert verdict(old=staged, stages=other_micros)
+    assert not verdict(old=recipe(model__dropout=0.1, stages=stages), model__dropout=0.1, stages=other_micros)
+
+
 def test_an_average_beside_the_weights_may_begin_and_end_at_any_step():
     assert verdict(ema=0.99)
 

@@ -9,6 +9,7 @@ from modeling.batch import IGNORE
 from pretrain.batches import Rows
 from pretrain.config import Causal, Masked, Spans
 from pretrain.loader import Loader, StepRows
+from pretrain.stages import Part
 from tests.pretrain.small_corpus import SmallCorpus, SmallVocabulary, recipe
 
 KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans()], ids=lambda dials: dials.kind)
@@ -19,8 +20,8 @@ def rows_of(dials) -> Rows:
 
 
 def loader_of(rows: Rows, rank: int = 0, world: int = 1, **choices) -> Loader:
-    settings = {"start": 0, "stop": 4, "step_rows": 10, "micro_rows": 3, "prefetch": 2} | choices
-    return Loader(rows, rank=rank, world=world, **settings)
+    settings = {"start": 0, "stop": 4, "prefetch": 2} | choices
+    return Loader([rows], [Part(row_length=32, step_rows=10, micro_rows=3)], rank=rank, world=world, **settings)
 
 
 def loading() -> list[threading.Thread]:

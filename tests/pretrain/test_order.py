@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,18 @@ def test_rows_of_at_most_one_window_of_blocks_mix(rows):
     assert np.mean(np.diff(blocks) != 0) > 0.4  # of three blocks, a neighbour is from another one two times in three
     for i in range(0, len(blocks)):
         assert len(set(blocks[i : i + 3])) <= 6
+
+
+def test_other_rows_of_the_same_blocks_go_on_at_the_window_that_was_not_finished(rows):
+    shorter, longer = Order(3 * rows, (5, 0)), Order(rows, (5, 0))
+    for index in range(0, 2 * shorter.num_rows, 7):
+        epoch = index // shorter.num_rows
+        begin = longer.after(shorter, index)
+        read = {shorter.locate(i)[2] for i in range(epoch * shorter.num_rows, index)}
+        rest = Counter(longer.locate(i)[2] for i in range(begin, (epoch + 1) * longer.num_rows))
+        assert rest == {block: rows[block] for block in rest}  # whole blocks, from here to the end of the same epoch
+        assert read | set(rest) == set(range(len(rows))) and shorter.locate(index)[2] in rest
+        assert len(read & set(rest)) <= 3  # one window
 
 
 def test_the_place_of_a_row_depends_on_nothing_that_was_asked_before(rows):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modeling.config import ModelConfig, Refused
+from modeling.counts import train_flops_per_row
 from pretrain import config as dials
 from pretrain.checkpoint import newest_verified
 from pretrain.config import Pretrain
@@ -128,8 +129,82 @@ def _trained_until(place: Place, config: Pretrain, stop: int) -> None:
         return result
 
     Engine.train_step = ask  # type: ignore[method-assign]
-    train(config, place)
+    try:
+        train(config, place)
+    finally:
+        Engine.train_step = record  # type: ignore[method-assign]
     (Path(config.run) / "stop").unlink(missing_ok=True)
+
+
+def state_of(config: Pretrain) -> dict[str, torch.Tensor]:
+    """All that the newest checkpoint holds of weights, moments and averages."""
+    found = newest_verified(Path(config.run), lambda event, **facts: None)
+    assert found is not None and found.state.step == config.steps
+    return {f"{name} {key}": found.full(name, key) for name in found.names for key in found.keys(name)}
+
+
+def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_within_rounding(tmp_path: Path) -> None:
+    stages = (dials.Stage(steps=3, row_length=16, step_rows=4, micro_rows=1), dials.Stage(steps=4, row_length=32))
+    straight, broken, moved = (recipe(tmp_path, run, stages=stages, ema=0.8) for run in ("straight", "broken", "moved"))
+    for config in (straight, broken, moved):
+        prepare(config, 1, quiet)
+    assert len(list((tmp_path / "shards-decoder").glob("rows-*"))) == 4  # three to train on, one held out: nothing is left to the ranks
+
+    run_processes(2, trained, straight, timeout=280)
+    with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
+        run_processes(2, _in_legs, broken, (2, 3), 6, timeout=280)  # in the first stage, at its end, in the second after a save
+    run_processes(2, _in_legs, broken, (7, 12), timeout=280)  # at the second's end
+    assert losses(straight.run) == losses(broken.run) and len(losses(straight.run)) == 12
+    expected, found = state_of(straight), state_of(broken)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+    run_processes(3, _trained_until, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}), 2)
+    run_processes(1, trained, moved)
+    assert [rows for _, rows in losses(moved.run).values()] == [rows for _, rows in losses(straight.run).values()]
+    for step, (loss, _) in losses(straight.run).items():
+        assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
+
+    steps = [record for record in read_lines(Path(straight.run) / "metrics.jsonl") if "loss" in record]
+    assert [record["stage"] for record in steps] == [0] * 3 + [1] * 4 + [2] * 5
+    assert [record["rows"] for record in steps[2:5]] == [[8, 11], [12, 17], [18, 23]]
+    assert [record["tokens"] <= most for record, most in zip(steps, (64, 128, 192, 384), strict=False)] == [True] * 4
+    work = [record["mfu"] * record["seconds"] for record in steps]
+    expected_work = [rows * train_flops_per_row(straight.model, length) for rows, length in ((4, 16), (6, 32), (6, 48))]
+    assert [work[0] / work[-1], work[3] / work[-1]] == pytest.approx([flops / expected_work[-1] for flops in expected_work[:2]])
+    scores = [record for record in read_lines(Path(straight.run) / "metrics.jsonl") if "heldout_loss" in record]
+    assert scores[0]["heldout_loss_ema"] == scores[0]["heldout_loss"] and scores[-1]["heldout_loss_ema"] != scores[-1]["heldout_loss"]
+
+    with pytest.raises(AssertionError, match=r"Refused: .*rows of fingerprint"):
+        run_processes(1, trained, straight.model_copy(update={"stages": stages[:1]}))
+
+
+def _in_legs(place: Place, config: Pretrain, stops: tuple[int, ...], killed: int = 0) -> None:
+    """Train anew up to each of `stops`, then until `killed`."""
+    for stop in stops:
+        _trained_until(place, config, stop)
+    if killed:
+        killed_at(place, config, killed)
+
+
+def _all_in_legs(place: Place, configs: list[Pretrain]) -> None:
+    for config in configs:
+        _in_legs(place, config, (3, 7))
+
+
+def test_every_schedule_ends_at_its_final_rate_in_a_resumed_run(tmp_path: Path) -> None:
+    kinds = [
+        dials.Schedule(kind="cosine", warmup_steps=2, final=0.2),
+        dials.Schedule(kind="wsd", warmup_steps=2, decay_steps=3, final=0.2),
+        dials.Schedule(kind="inverse_sqrt", warmup_steps=2, final=0.2),
+    ]
+    configs = [recipe(tmp_path, schedule.kind, schedule=schedule, steps=7) for schedule in kinds]
+    for config in configs:
+        prepare(config, 1, quiet)
+    run_processes(1, _all_in_legs, configs)
+    for config in configs:
+        rates = [record["lr"] / 3e-3 for record in read_lines(Path(config.run) / "metrics.jsonl") if "lr" in record]
+        assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.2) and len(rates) == 7
+        assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-2] > 0.2
 
 
 def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
@@ -174,6 +249,8 @@ def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run", steps=4)
     prepare(config, 1, quiet)
     run_processes(1, trained, config)
+    with pytest.raises(AssertionError, match=r"Refused: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many"):
+        run_processes(1, trained, config.model_copy(update={"step_rows": 8}))
     write_corpus(tmp_path / "corpus.txt", documents=200)
     prepare(config, 1, quiet)
     with pytest.raises(AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"):
@@ -194,7 +271,7 @@ def test_heldout_documents_are_never_trained_on(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run")
     prepare(config, 1, quiet)
     rows, heldout = open_rows(config)
-    (train_corpus,), (heldout_corpus,) = ([stream.corpus for stream in side.streams] for side in (rows, heldout))
+    (train_corpus,), (heldout_corpus,) = ([stream.corpus for stream in side.streams] for side in (rows[-1], heldout))
     documents = [{bytes(c.document(i)) for i in range(c.num_documents)} for c in (train_corpus, heldout_corpus)]
     assert documents[1] and not documents[0] & documents[1]
 
