@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.table import Table
 
 from launch.changes import settle
 from launch.config import Recipe
@@ -49,6 +50,20 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
     if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
         console.print(f"Continue with: trifold pretrain {folder}/config.yaml", highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
+    console.print(scores(recipe))
+
+
+def scores(recipe: Recipe) -> Table:
+    """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model there is."""
+    found = [record for record in read_lines(Path(recipe.run) / "metrics.jsonl") if "heldout_loss" in record]
+    table = Table(title=f"{recipe.run}: {recipe.objective.kind} on held-out text")
+    for name in ("step", "nats per target", "a unigram", "right", "bits per byte"):
+        table.add_column(name, justify="right")
+    for record in dict.fromkeys((0, min(range(len(found)), key=lambda i: found[i]["heldout_loss"]), len(found) - 1)):
+        shown = found[record]
+        values = [f"{shown[name]:.3f}" if name in shown else "" for name in ("heldout_loss", "unigram_loss", "accuracy", "bits_per_byte")]
+        table.add_row(str(shown["step"]), *values)
+    return table
 
 
 class Stop:

@@ -74,7 +74,7 @@ def peak_flops(place: Place, dtype: torch.dtype) -> float:
             if part in name:
                 return peak
     a = torch.randn(1024, 1024, device=place.device, dtype=dtype)
-    seconds = []
+    seconds: list[float] = []
     while sum(seconds) < 0.2:
         start = time.perf_counter()
         (a @ a)[0, 0].item()

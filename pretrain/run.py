@@ -24,7 +24,7 @@ from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpo
 from pretrain.config import Pretrain, Source
 from pretrain.corpus import documents, is_heldout
 from pretrain.engine import Engine, Place
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import evaluate, unigram_loss
 from pretrain.lease import Lease, take_generation
 from pretrain.loader import Loader
 from pretrain.metrics import Recorder, peak_flops
@@ -94,6 +94,8 @@ def train(config: Pretrain, place: Place) -> None:
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
         scores = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+        if complete and place.rank == 0:
+            scores["unigram_loss"] = unigram_loss(rows[-1], heldout, config.model.vocab_size)
         if config.ema:
             with engine.averaged():
                 averaged = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
@@ -116,6 +118,8 @@ def train(config: Pretrain, place: Place) -> None:
         part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
         return part.step_rows * train_flops_per_row(config.model, room.tokens, room.source)
 
+    arithmetic = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    peak = float(engine.sum_over_ranks(torch.tensor(peak_flops(place, arithmetic), dtype=torch.float64)))
     with closing(recorder):
         if progress.step == 0:
             recorder.metrics(0, **score(False))
@@ -129,13 +133,7 @@ def train(config: Pretrain, place: Place) -> None:
             score=score,
             describe=describe,
             flops=flops,
-            peak_flops=float(
-                engine.sum_over_ranks(
-                    torch.tensor(
-                        [peak_flops(place, torch.float32 if config.engine.precision == "fp32" else torch.bfloat16)], dtype=torch.float64
-                    )
-                )
-            ),
+            peak_flops=peak,
         )
 
 
