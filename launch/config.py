@@ -43,6 +43,8 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Re
     """The recipe of a file (found from here, else from the clone), with overrides applied and `${NAME}` filled in, checked."""
     file = _found(Path(path))
     values, origins = _read(file, ())
+    if file.name == "config.yaml" and (file.parent / "lease").is_dir():  # a run's own recipe: that run, wherever it was moved to
+        values["run"] = str(file.parent)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -70,10 +72,16 @@ def flatten(values: Any, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
 # ---- reading
 
 
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
 class _Yaml(yaml.SafeLoader):
     """Safe YAML with the plain values of YAML 1.2 (1e-3 is a number; no, on and 2026-11-20 are text) that refuses a key given twice."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_constructors = {  # noqa: RUF012 (no dates, sets or bytes, which no recipe can hold)
+        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag is None or tag.rpartition(":")[2] in _PLAIN
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -128,9 +136,9 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     bases = values.pop("extends", [])
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not (file.parent / base).is_file():
-            raise Refused(f"{file}: extends names {_shown(base)}, and there is no such file beside it in {file.parent}.")
+            raise Refused(f"{file}: extends names {_shown(base)}, and there is no such file beside it in {here.parent}.")
         below, below_origins = _read(file.parent / base, (*chain, here))
         merged, origins = _merged(merged, below), origins | below_origins
     return _merged(merged, values), origins | dict.fromkeys(flatten(values), str(file))
@@ -271,7 +279,7 @@ def _wanted(annotation: Any, bounds: list[Any]) -> str:
     words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     word = "a list" if get_origin(annotation) is tuple else words.get(annotation, "a mapping of keys to values")
     signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"} if annotation in (int, float) else {}
-    signs = {"min_length": "its length at least"} if word == "a list" else signs
+    signs = {"min_length": "its length at least"} if word in ("a list", "text") else signs
     said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in signs.items() if getattr(bound, name, None) is not None]
     return ", ".join([word, *([" and ".join(said)] if said else [])])
 

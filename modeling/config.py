@@ -21,7 +21,7 @@ class Refused(ValueError):
 class Settings(BaseModel):
     """A frozen, strictly typed group of settings that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Settings):

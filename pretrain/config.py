@@ -98,6 +98,12 @@ class Optimizer(Settings):
     weight_decay: float = Field(default=0.1, ge=0)  # matrices only, never norms and biases
     clip: float = Field(default=1.0, ge=0)  # largest gradient norm; 0: no clipping
 
+    @model_validator(mode="after")
+    def _averages(self) -> "Optimizer":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must each be at least 0 and below 1")
+        return self
+
 
 class Schedule(Settings):
     """The learning rate as a function of the step, as a factor of the optimizer's `lr`."""
@@ -130,7 +136,7 @@ class Checkpoints(Settings):
 class Training(Settings):
     """What every run of the training loop needs, from text or on a task: `steps` optimizer steps of `step_rows` rows."""
 
-    run: str  # the run folder
+    run: str = Field(min_length=1)  # the run folder
     seed: int = Field(default=0, ge=0)
     optimizer: Optimizer
     schedule: Schedule = Schedule()

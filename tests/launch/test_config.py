@@ -44,6 +44,9 @@ def recipe(tmp_path) -> Path:
         ("model.dropout=1", "`model.dropout` is 1 (a whole number); it must be a number, at least 0 and below 1."),
         ("optimizer.lr=fast", '`optimizer.lr` is "fast" (text); it must be a number, above 0.'),
         ("optimizer.lr=.inf", '`optimizer.lr` is ".inf" (text); it must be a number'),
+        ("optimizer.lr=1e400", "`optimizer.lr` is Infinity (a number); it must be a number, above 0."),
+        ("optimizer.betas=[2, -1]", "`optimizer`: betas [2.0, -1.0] must each be at least 0 and below 1."),
+        ("run=''", '`run` is "" (text); it must be text, its length at least 1.'),
         ("optimizer.betas=[0.9]", "`optimizer.betas.1` is missing; it must be a number."),
         ("engine.precision=bf17", "it must be one of fp32, bf16, autocast. Did you mean bf16?"),
         ("objective.kind=casual", '`objective.kind` is "casual" (text); it must be one of causal, masked, spans. Did you mean causal?'),
@@ -85,6 +88,8 @@ def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
         ("- 1\n", "holds [1] (a list); a recipe is a mapping"),
         ("a: [1\nb: 2", "line 2: "),
         ("extends: nowhere.yaml\n", 'extends names "nowhere.yaml" (text), and there is no such file'),
+        ("extends: 5\n", "extends names 5 (a whole number), and there is no such file"),
+        ("run: !!timestamp 2026-11-20\n", "could not determine a constructor"),
         ("extends: broken.yaml\n", "extends itself: broken.yaml -> broken.yaml"),
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("? [a, b]\n: 1\n", "a key must be plain text"),
@@ -103,6 +108,16 @@ def test_missing_and_binary_files_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(Refused, match=r"binary\.yaml cannot be read as UTF-8"):
         resolve(tmp_path / "binary.yaml")
+
+
+def test_the_recipe_in_a_run_folder_means_that_run_wherever_it_was_moved(recipe, tmp_path):
+    run = tmp_path / "moved"
+    (run / "lease").mkdir(parents=True)
+    write(resolve(recipe), run / "config.yaml")
+    assert resolve(run / "config.yaml").run == str(run)
+    assert resolve(run / "config.yaml", ["run=runs/another"]).run == "runs/another"
+    (run / "lease").rmdir()  # not a run: a recipe that happens to have this name
+    assert resolve(run / "config.yaml").run == resolve(recipe).run
 
 
 def test_extends_merges_mappings_and_replaces_lists(recipe, tmp_path):
