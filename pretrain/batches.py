@@ -166,7 +166,8 @@ class Rows:
         """
         for number, corpus in enumerate(corpora):
             if corpus.num_tokens == 0:
-                raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: give more text.")
+                advice = "give more text" if split == "train" else "raise data.heldout_fraction, or give data.heldout or more text"
+                raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: {advice}.")
         self.row_length = row_length or recipe.data.row_length
         goal = objective(recipe.objective, vocabulary, self.row_length)
         dials = [self.row_length, recipe.objective.model_dump(), vocabulary.fingerprint]

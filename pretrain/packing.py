@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from multiprocessing import get_context
@@ -169,7 +170,8 @@ def table(lengths: np.ndarray, starts: np.ndarray, cutter: Cutter, file: Path | 
     `file` must be named by the fingerprint of everything that it follows from. It appears whole or not at all.
     """
     if file is not None and file.exists():
-        return np.load(file, allow_pickle=False)
+        with suppress(ValueError, EOFError):  # cut short when the machine died: packed again
+            return np.load(file, allow_pickle=False)
     parts = [starts[b : b + BLOCKS_AT_ONCE + 1] for b in range(0, len(starts) - 1, BLOCKS_AT_ONCE)]
     jobs = [(cutter, lengths[part[0] : part[-1]], part - part[0]) for part in parts]
     if min(processes, len(jobs)) > 1:
@@ -182,6 +184,8 @@ def table(lengths: np.ndarray, starts: np.ndarray, cutter: Cutter, file: Path | 
         part = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}")
         with part.open("wb") as out:
             np.save(out, rows)
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(file)
     return rows
 

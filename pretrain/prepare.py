@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from errno import ENOSPC
 from hashlib import blake2b, sha256
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ def prepare(
             except OSError as error:
                 if error.errno != ENOSPC:
                     raise
+                shutil.rmtree(fresh, ignore_errors=True)
                 raise Refused(f"no space is left for token shards in {folder.parent}: free some, or move data.cache") from None
             fresh.rename(folder)
     return Shards(folder / "train"), Shards(folder / "heldout")
@@ -125,7 +128,7 @@ def _tokenized(batches: Iterator[list[str]], tokenizer: Tokenizer, fraction: flo
         _start(tokenizer, fraction)
         yield from map(_tokenize, batches)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (tokenizer, fraction)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer, fraction)) as pool:
         pending = deque(pool.submit(_tokenize, batch) for batch in islice(batches, 2 * workers))
         while pending:
             yield pending.popleft().result()
@@ -138,6 +141,18 @@ _work: tuple[Tokenizer, float]  # of this process
 def _start(tokenizer: Tokenizer, fraction: float) -> None:
     global _work
     _work = (tokenizer, fraction)
+
+
+def _start_process(tokenizer: Tokenizer, fraction: float) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when that was killed: the pool's own would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    _start(tokenizer, fraction)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize(texts: list[str]) -> _Tokenized:

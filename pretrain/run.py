@@ -3,6 +3,7 @@
 In: a Pretrain recipe and rank facts. Out: the run folder. `train` continues by itself from the newest checkpoint that verifies.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -60,17 +61,20 @@ def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]
 def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> Tokenizer:
     """The run's tokenizer: the one that stands in its folder, else a copy of the recipe's, else one trained on all its sources."""
     folder = Path(config.run) / "tokenizer"
-    if not folder.exists():
-        progress("training the tokenizer", 0)
-        unfinished = folder.with_name("tokenizer.incomplete")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if config.tokenizer.path is not None:
-            Tokenizer.open(config.tokenizer.path).save(unfinished, config.model.family)
-        else:
-            texts = (text for source in config.data.sources for text in documents(source))
-            kept = (text for text in texts if not is_heldout(text, config.data.heldout_fraction))
-            tokenizer.train(kept, config.tokenizer, config.model.vocab_size, unfinished)
-        unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name("tokenizer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
+        if not folder.exists():
+            progress("training the tokenizer", 0)
+            unfinished = folder.with_name("tokenizer.incomplete")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if config.tokenizer.path is not None:
+                Tokenizer.open(config.tokenizer.path).save(unfinished, config.model.family)
+            else:
+                texts = (text for source in config.data.sources for text in documents(source))
+                kept = (text for text in texts if not is_heldout(text, config.data.heldout_fraction))
+                tokenizer.train(kept, config.tokenizer, config.model.vocab_size, unfinished)
+            unfinished.rename(folder)
     found = Tokenizer.open(folder)
     if found.vocab_size > config.model.vocab_size:
         raise Refused(f"the tokenizer in {folder} has {found.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}: raise it")

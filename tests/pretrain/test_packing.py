@@ -120,6 +120,9 @@ def test_the_table_is_the_same_from_many_processes_and_from_its_file(monkeypatch
     file = tmp_path / "cache" / "rows.npy"
     assert (table(lengths, starts, cutter, file, processes=2) == alone).all()
     assert [path.name for path in file.parent.iterdir()] == ["rows.npy"]
+    for damage in (0, 30, 200):
+        file.write_bytes(file.read_bytes()[:damage])  # the machine died before it was on disk
+        assert (table(lengths, starts, cutter, file) == alone).all()
     monkeypatch.setattr(packing, "pack", None)  # from here on only the file can answer
     assert (table(lengths, starts, cutter, file) == alone).all()
 

@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +167,20 @@ def test_a_bad_file_in_the_middle_and_a_full_disk_are_refused(
     monkeypatch.setattr(module._Hashed, "write", full)
     with pytest.raises(Refused, match="no space is left"):
         prepare(source, tokenizer, tmp_path / "s")
+    assert not (tmp_path / "s.incomplete").exists()  # it would fill the disk that is full
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path, tokenizer: Tokenizer, source: Source) -> None:
+    tokenizer.save(tmp_path / "tokenizer", "decoder")
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pretrain.prepare import *\n"
+        f"prepare(Source(path={source.path!r}), Tokenizer.open({str(tmp_path / 'tokenizer')!r}), {str(tmp_path / 's')!r},"
+        " workers=2, progress=lambda *_: (print('begun', flush=True), time.sleep(600)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    process.kill()
+    process.communicate(timeout=60)  # returns when nobody holds the other end of its output any more
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"the real corpora are not at {DATA} (set TRIFOLD_DATA)")
