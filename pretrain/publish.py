@@ -12,6 +12,7 @@ from typing import Literal
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 
 from modeling.config import ModelConfig, Refused
 from pretrain import card, lease, published, storage
@@ -52,8 +53,9 @@ def publish(
             raise Refused(f"{out} was not published, because it is not what it should be: {report.failures}")
         os.rename(partial, out)
         storage.sync_folder(out.parent)
-    except OSError as error:
-        raise Refused(f"{out} was not published: {error.strerror} ({error.filename}); nothing was left behind") from error
+    except (OSError, SafetensorError) as error:  # a full disk, most often
+        said = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
+        raise Refused(f"{out} was not published: {said}; nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out

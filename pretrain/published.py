@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -62,15 +63,19 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises Refused naming the file, setting or tensor that does not fit.
     """
     config, state = restore(read_json(folder / "config.json"), read_tensors(folder))
-    if (folder / RECORD).exists():  # training settings (dropout) have no place in config.json
-        recorded = recorded_config(read_json(folder / RECORD))
+    if record := read_record(folder):  # training settings (dropout) have no place in config.json
+        recorded = recorded_config(record)
         config = config.model_copy(update={"dropout": recorded.dropout, "init_std": recorded.init_std})
     return config, state
 
 
 def recorded_config(record: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that trifold.json holds."""
-    return ModelConfig.model_validate_json(json.dumps(record["model"]))
+    try:
+        return ModelConfig.model_validate_json(json.dumps(record["model"]))
+    except ValidationError as error:
+        wrong = ", ".join(dict.fromkeys(".".join(map(str, mistake["loc"])) or mistake["msg"] for mistake in error.errors()))
+        raise Refused(f"{RECORD} describes a model that this version of Trifold does not know ({wrong})") from None
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
@@ -91,7 +96,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, by stock name. Raises Refused naming the file that is missing, broken or not as its index says."""
     if not (folder / INDEX).exists():
         return _read_file(folder / "model.safetensors")
-    where = read_json(folder / INDEX)["weight_map"]
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise Refused(f"{folder / INDEX} has no weight_map that names a file for each tensor: copy or publish it again")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         shard = _read_file(folder / name)
@@ -104,17 +111,30 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def measure(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file but trifold.json and the model card, which people edit."""
-    files = sorted(path for path in folder.iterdir() if path.name not in (RECORD, CARD))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (RECORD, CARD))
     return {path.name: storage.measure(path)._asdict() for path in files}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"there is no {path}: a published folder holds it") from None
     except ValueError as error:
         raise Refused(f"{path} is not whole JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path} holds a {type(content).__name__}, not an object of names and values")
+    return content
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """trifold.json, with all that is read from it; {} where there is none, in a folder made elsewhere."""
+    if not (folder / RECORD).exists():
+        return {}
+    record = read_json(folder / RECORD)
+    if missing := {"model", "fingerprints", "files"} - record.keys():
+        raise Refused(f"{folder / RECORD} lacks {', '.join(sorted(missing))}: publish again, or copy the file again")
+    return record
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -78,13 +78,20 @@ class Tokenizer:
         """Raises Refused where tokenizer.json or tokenizer_config.json is missing or broken, or does not name a special token."""
         folder = Path(folder)
         spec, settings = (_read_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
-        for role in _MARKS:
-            mark = settings.get(f"{role}_token")
-            settings[f"{role}_token"] = mark = mark["content"] if isinstance(mark, dict) else mark
-            if mark not in [token["content"] for token in spec["added_tokens"]]:
-                raise Refused(f"{folder}: tokenizer_config.json gives {mark!r} as {role}_token, which is no added token of tokenizer.json")
         model = folder / "tokenizer.model"
-        return cls(spec, settings, model.read_bytes() if model.exists() else None)
+        try:
+            for role in _MARKS:
+                mark = settings.get(f"{role}_token")
+                settings[f"{role}_token"] = mark = mark["content"] if isinstance(mark, dict) else mark
+                if mark not in [token["content"] for token in spec["added_tokens"]]:
+                    said = f"tokenizer_config.json gives {mark!r} as {role}_token, which is no added token of tokenizer.json"
+                    raise Refused(f"{folder}: {said}")
+            return cls(spec, settings, model.read_bytes() if model.exists() else None)
+        except (Refused, OSError):
+            raise
+        except Exception as error:  # `tokenizers` raises nothing narrower for what it cannot read
+            said = f"{type(error).__name__}: {error}"
+            raise Refused(f"{folder / 'tokenizer.json'} is JSON, but no tokenizer ({said}); train or copy the tokenizer again") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without begin and end marks."""
@@ -210,7 +217,8 @@ def _to_fast(model: bytes) -> Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         raise Refused(f"there is no {path}: a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
     except ValueError as error:

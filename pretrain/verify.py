@@ -72,7 +72,13 @@ def verify(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | N
     """
     if not folder.is_dir():
         raise Refused(f"there is no folder {folder}")
-    return Report(folder, tuple(_checks(folder, reference, _transformers())))
+    transformers, checks = _transformers(), []
+    try:
+        for check in _checks(folder, reference, transformers):
+            checks.append(check)
+    except Refused as reason:
+        checks.append(Check("folder", False, str(reason)))
+    return Report(folder, tuple(checks))
 
 
 def _transformers() -> Any:
@@ -86,17 +92,13 @@ def _transformers() -> Any:
 
 
 def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | None, transformers: Any) -> Iterator[Check]:
-    """The checks in order; those that an earlier failure leaves without material are not reached."""
-    try:
-        yield _files(folder)
-        hf, tensors = published.read_json(folder / "config.json"), published.read_tensors(folder)
-        config, state = restore(hf, tensors)
-        tokenizer = Tokenizer.open(folder)
-    except Refused as reason:
-        yield Check("folder", False, str(reason))
-        return
+    """The checks in order; those that an earlier failure leaves without material are not reached. Raises Refused: a failure too."""
+    recorded = published.read_record(folder)
+    yield _files(folder, recorded)
+    hf, tensors = published.read_json(folder / "config.json"), published.read_tensors(folder)
+    config, state = restore(hf, tensors)
+    tokenizer = Tokenizer.open(folder)
     special = published.special_ids(tokenizer)
-    recorded = published.read_json(folder / published.RECORD) if (folder / published.RECORD).exists() else None
     trained = published.recorded_config(recorded) if recorded else config
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     yield _dtype(dtype, tensors)
@@ -122,7 +124,7 @@ def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | 
     yield names
     if not names.ok:  # the stock class then has random weights
         return
-    yield _settings(hf, stock.config.to_dict(), express(trained, special)[1], all_written=recorded is not None)
+    yield _settings(hf, stock.config.to_dict(), express(trained, special)[1], all_written=bool(recorded))
     yield _tied(stock, trained)
     ours = Transformer(trained).eval()
     ours.load_state_dict(state)
@@ -131,10 +133,10 @@ def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | 
         yield _greedy(ours, stock, special)
 
 
-def _files(folder: Path) -> Check:
-    if not (folder / published.RECORD).exists():
+def _files(folder: Path, record: Mapping[str, Any]) -> Check:
+    if not record:
         return Check("files", True, f"no {published.RECORD} here: made elsewhere, nothing to compare hashes with")
-    recorded, found = published.read_json(folder / published.RECORD)["files"], published.measure(folder)
+    recorded, found = record["files"], published.measure(folder)
     wrong = [f"{name} is missing" for name in recorded.keys() - found.keys()]
     wrong += [f"{name} is not what was published (sha256 differs)" for name in recorded if name in found and found[name] != recorded[name]]
     return Check("files", not wrong, "; ".join(sorted(wrong)) or f"{len(recorded)} files as {published.RECORD} says")
@@ -160,7 +162,7 @@ def _dtype(said: str, tensors: Mapping[str, Tensor]) -> Check:
     return Check("dtype", not wrong, f"config.json says {said}, but {', '.join(wrong[:4])}" if wrong else f"{said}, as config.json says")
 
 
-def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mapping[str, Any] | None) -> Check:
+def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mapping[str, Any]) -> Check:
     """The stock tokenizer gives the ids that training read; ours, whose fingerprint is recorded, also adds the marks and loses nothing."""
     wrong = []
     end = [] if family == "decoder" else [tokenizer.eos]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from modeling import huggingface
 from modeling.config import ModelConfig, Refused
@@ -208,5 +209,13 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(published, "write_json", full)
     with pytest.raises(Refused, match=r"was not published: No space left on device \(config.json\); nothing was left behind"):
+        publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
+    monkeypatch.undo()
+
+    def full_too(*_: Any, **__: Any) -> None:  # how safetensors says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(published, "save_file", full_too)
+    with pytest.raises(Refused, match=r"was not published: .*No space left on device .*; nothing was left behind"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})

@@ -142,6 +142,12 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:1000])
     with pytest.raises(Refused, match="not whole JSON"):
         Tokenizer.open(tmp_path)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    for other in ("{}", "[]", '{"added_tokens": 3}', json.dumps(whole | {"model": 3})):
+        (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer.json").write_text(other)
+        with pytest.raises(Refused, match=r"tokenizer\.json is JSON, but no tokenizer"):
+            Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": None}))

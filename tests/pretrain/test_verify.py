@@ -198,6 +198,10 @@ def test_a_flipped_byte_is_seen_and_its_file_named(folder_of: Any) -> None:
         ("config.json", lambda path: path.write_text("{"), r"config\.json is not whole JSON"),
         ("config.json", lambda path: path.unlink(), r"there is no .*config\.json"),
         ("tokenizer.json", lambda path: path.unlink(), r"there is no .*tokenizer\.json"),
+        ("tokenizer.json", lambda path: path.write_text("{}"), r"tokenizer\.json is JSON, but no tokenizer"),
+        ("config.json", lambda path: path.write_text("[]"), r"config\.json holds a list"),
+        ("generation_config.json", lambda path: path.write_text("{"), r"generation_config\.json is not whole JSON"),
+        ("model.safetensors.index.json", lambda path: path.write_text("{}"), r"index\.json has no weight_map"),
         (
             "generation_config.json",
             lambda path: path.write_text(path.read_text().replace('"eos_token_id": 2', '"eos_token_id": 3')),
@@ -216,6 +220,26 @@ def test_a_spoilt_file_is_named(file: str, spoil: Any, message: str, folder_of: 
     reseal(folder)
     report = verify(folder)
     assert not report.ok and re.search(message, report.failures), report
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "lacks files, fingerprints, model"),
+        ("[1]", "holds a list"),
+        ('{"model": {"x": 1}, "files": {}, "fingerprints": {}}', "not know"),
+    ],
+)
+def test_a_spoilt_record_is_named(content: str, message: str, folder_of: Any) -> None:
+    folder, _ = folder_of("llama")
+    (folder / published.RECORD).write_text(content)
+    assert message in verify(folder).failures
+
+
+def test_folders_beside_the_files_are_not_part_of_what_was_published(folder_of: Any) -> None:
+    folder, _ = folder_of("llama")
+    (folder / ".git").mkdir()
+    assert verify(folder).ok
 
 
 def test_another_tokenizer_than_the_one_trained_with_is_seen(folder_of: Any) -> None:
