@@ -3,16 +3,20 @@
 Each command imports what it needs when it runs, so that `trifold --help` answers at once.
 """
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from launch.config import Recipe, resolve
 from modeling.config import Refused
+
+MACHINE = (  # a full disk, a folder that may not be written or is a file: not a defect, though nobody asked for it
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
+)  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,11 +66,11 @@ def publish(
     weights: Annotated[Literal["ema", "trained"] | None, typer.Option(help="averaged (the default where there are any) or trained")] = None,
 ) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
+    from launch.progress import EVENTS
     from pretrain.publish import publish
 
-    console = Console()
-    publish(run, out, weights=weights, on_event=lambda event, **facts: console.print(f"{event}: {facts}", style="yellow", highlight=False))
-    console.print(f"{out} is published and verified.", highlight=False)
+    publish(run, out, weights=weights, on_event=lambda event, **facts: typer.echo(EVENTS[event].format_map(facts)))
+    typer.echo(f"{out} is published and verified.")
 
 
 @app.command()
@@ -76,7 +80,8 @@ def verify(folder: Path) -> None:
 
     report = verify(folder)
     for check in report.checks:
-        Console().print(f"{'[green]passed' if check.ok else '[bold red]FAILED'}[/]  {check.name}: {escape(check.detail)}", highlight=False)
+        verdict = typer.style("passed", "green") if check.ok else typer.style("FAILED", "red", bold=True)
+        typer.echo(f"{verdict}  {check.name}: {check.detail}")
     if not report.ok:
         raise Refused(f"{folder} is not what it should be: {report.failures}")
 
@@ -102,12 +107,20 @@ def demo() -> None:
 
 
 def main() -> None:
-    """Run a command; a refusal is printed without a traceback and exits 1."""
+    """Run a command; a refusal, or the machine's, is printed without a traceback and exits 1."""
     try:
         app()
     except Refused as refusal:
-        Console(stderr=True).print(f"[bold red]trifold:[/] {escape(str(refusal))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        said = str(refusal)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        said = f"{error.strerror}{where}. What was saved is not lost: mend that, and run the same command again."
+    else:
+        return
+    typer.echo(f"{typer.style('trifold:', 'red', bold=True)} {said}", err=True)
+    sys.exit(1)
 
 
 def _recipe(config: str, changes: list[str] | None) -> Recipe:

@@ -48,7 +48,7 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
 
                 cluster.run(recipe, run.train, address, stop.asked)
     if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
-        console.print(f"Continue with: trifold pretrain {folder}/config.yaml", highlight=False, soft_wrap=True)
+        console.print(f"Continue with: trifold pretrain {folder}/config.yaml", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
     console.print(scores(recipe))
 
@@ -100,7 +100,7 @@ def stopping(folder: Path) -> Iterator[Stop]:
 def _settled(recipe: Recipe, console: Console) -> Watch:
     """The recipe agreed with its run folder, and that folder watched."""
     for change in settle(recipe):
-        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", highlight=False)
+        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", markup=False, highlight=False, soft_wrap=True)
     return Watch(Path(recipe.run), recipe.steps, console)
 
 

@@ -26,7 +26,8 @@ EVENTS = {
     "skipped": "step {step} was skipped by all ranks: its loss or gradient is not finite ({in_a_row} in a row)",
     "failed": "rank {rank} failed: {error}",
     "restarting": "starting the workers again (restart {attempt})",
-    "stopped": "stopped at step {step}, saved",
+    "stopped": "stopped at step {step}",
+    "finished": "finished: all {step} steps are done",
 }
 
 

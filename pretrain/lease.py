@@ -17,12 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling.config import Refused
 from pretrain import storage
 
 COMMIT = "commit.json"  # the marker
 
 
-class Superseded(RuntimeError):
+class Superseded(Refused):
     """A later generation of this run has begun: this process may not commit any more, and should end."""
 
 
@@ -40,7 +41,7 @@ class Lease:
             holder = json.loads((self.run / "lease" / f"{newest:06d}").read_text())
             raise Superseded(
                 f"{self.run}: generation {newest} began on {holder['host']} (process {holder['pid']}) at {holder['time']};"
-                f" generation {self.generation} may not commit any more"
+                f" generation {self.generation} may not commit any more, so this attempt ends here and that one goes on"
             )
 
 

@@ -95,7 +95,7 @@ def train(
         _save(checkpointer, engine, describe(progress, scores))
     checkpointer.wait()
     if checkpointer.failed is not None:
-        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed} Make room and run the same command again.")
+        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Make room and run the same command again.")
     recorder.event("finished" if progress.step == config.steps else "stopped", step=progress.step)
 
 

@@ -46,6 +46,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
         (["pretrain", "tiny.yaml", "optimizer.lrr=1"], "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         (["pretrain", "none.yaml"], "there is no recipe none.yaml"),
         (["pretrain", "tiny.yaml", "data.sources.0.path=nowhere.txt"], "nowhere.txt"),
+        (["pretrain", "tiny.yaml", "run=tiny.yaml"], "File exists (tiny.yaml)"),
         (["publish", "nowhere", "--out", "out"], "nowhere"),
         (["verify", "nowhere"], "nowhere"),
         (["generate", "nowhere", "text"], "nowhere"),
