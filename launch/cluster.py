@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ os.environ |= {
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.backend import Backend
+from ray.train.torch.config import _TorchBackend
 
 Train = Callable[[Recipe, Place], None]
 
@@ -70,7 +73,8 @@ def run(recipe: Recipe, train: Train, address: str | None = None, asked: Callabl
     connect(recipe, address)
     folder = Path(recipe.run).resolve()
     for attempt in itertools.count():
-        failure = _attempt(recipe, train, attempt)
+        with tempfile.TemporaryDirectory(prefix="trifold-") as here:
+            failure = _attempt(recipe, train, attempt, None if address else f"file://{here}/meet")
         if failure is None:
             return
         if isinstance(failure[1], Refused):
@@ -82,13 +86,27 @@ def run(recipe: Recipe, train: Train, address: str | None = None, asked: Callabl
         append_line(folder / "events.jsonl", {"time": round(time.time(), 3), "event": "restarting", "attempt": attempt + 1})
 
 
-def _attempt(recipe: Recipe, train: Train, attempt: int) -> tuple[int | None, BaseException] | None:
-    """One fixed-size group of workers. None when all ranks returned, else the rank that failed first and its error."""
+class _MeetByFile(ray.train.torch.TorchConfig):
+    """Ranks of one machine, which meet through a file: torch's own meeting point listens on every network this machine is in."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _NoMeeting
+
+
+class _NoMeeting(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: the training function makes the process group."""
+
+
+def _attempt(recipe: Recipe, train: Train, attempt: int, meet: str | None) -> tuple[int | None, BaseException] | None:
+    """One fixed-size group of workers, which meet at `meet`, or where Ray says. None when all returned, else who failed first and how."""
     cluster = recipe.cluster
+    torch_config = _MeetByFile if meet else ray.train.torch.TorchConfig
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={"recipe": recipe, "train": train, "here": os.getcwd()},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=600),
+        train_loop_config={"recipe": recipe, "train": train, "here": os.getcwd(), "meet": meet},
+        torch_config=torch_config(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -132,7 +150,7 @@ def _on_worker(given: dict[str, Any]) -> None:
             world=context.get_world_size(),
             local_rank=context.get_local_rank(),
             device="cuda" if recipe.cluster.gpus_per_worker else "cpu",
-            init_method=None,  # Ray Train has made the process group
+            init_method=given["meet"],  # None: Ray Train has made the process group
             threads=recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // beside),
         ),
     )

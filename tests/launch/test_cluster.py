@@ -30,6 +30,8 @@ def stand_in(refuse_at: int = -1, crash: bool = False):
         from modeling.config import Refused
         from pretrain.metrics import append_line
 
+        if place.init_method:
+            dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
         run = Path(recipe.run)
         saved = sorted(run.glob("checkpoints/*/commit.json"))
         first = json.loads(saved[-1].read_text())["step"] if saved else 0
@@ -100,6 +102,24 @@ def test_killed_worker_is_restarted_from_the_newest_checkpoint(ray_cluster, tmp_
     assert events[1]["rank"] == 1 and "killed or crashed" in events[1]["error"]
     assert events[3]["step"] >= 10 and events[3]["step"] % 5 == 0
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 40
+
+
+def test_a_run_on_this_machine_listens_on_its_loopback_alone(ray_cluster, tmp_path):
+    def train(recipe, place):
+        import torch.distributed as dist
+
+        if place.init_method:
+            dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
+        dist.barrier()
+        mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
+        for line in [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]:
+            if line[3] == "0A" and f"socket:[{line[9]}]" in mine:  # listening; addresses are hexadecimal words, as they lie in memory
+                append_line(tmp_path / "listening.jsonl", {"loopback": line[1].split(":")[0].endswith("0100007F")})
+        dist.barrier()
+
+    cluster.run(recipe(tmp_path), train)
+    found = [record["loopback"] for record in read_lines(tmp_path / "listening.jsonl")]
+    assert found and all(found)
 
 
 def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to_go_on(ray_cluster, tmp_path):
