@@ -119,5 +119,10 @@ class Cache:
         self.v[:, :, begin : self.used] = v_BGTH
         return self.kept()
 
+    def select(self, rows_B: Tensor) -> None:
+        """Go on with these rows of the batch, in this order."""
+        if self.used:
+            self.k, self.v = self.k[rows_B], self.v[rows_B]
+
     def kept(self) -> tuple[Tensor, Tensor]:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]

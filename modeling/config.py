@@ -56,8 +56,10 @@ class ModelConfig(Settings):
     head_dense: bool = False  # dense, activation, norm before the logits
     logit_bias: bool = False
     tie_embeddings: bool = True
-    num_labels: int = Field(default=0, ge=0)  # > 0: a label head stands in place of the vocabulary head
+    labels: tuple[str, ...] = ()  # names; a label head stands in place of the vocabulary head
+    spans: bool = False  # a head of two logits stands there: does an answer begin here, does it end here
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the training loss of the vocabulary and label heads
     init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
@@ -68,4 +70,39 @@ class ModelConfig(Settings):
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of numbers")
         if len(set(self.norm_places)) != len(self.norm_places):
             raise ValueError(f"norm_places {list(self.norm_places)} names a place twice")
+        if self.labels and self.spans:
+            raise ValueError(f"a model has one head: give labels ({len(self.labels)} of them) or spans, and not both")
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Logits per position of a task's head; 0: the vocabulary head."""
+        return 2 if self.spans else len(self.labels)
+
+
+class Generation(Settings):
+    """How text is generated. The most likely next token each time, unless `sample` or `beams` says otherwise."""
+
+    max_new: int = Field(default=128, gt=0)  # tokens at most
+    min_new: int = Field(default=0, ge=0)  # tokens before the text may end
+    no_repeat: int = Field(default=0, ge=0)  # n-grams of this length come once, the prompt's included; 0: they may come again
+    beams: int = Field(default=1, gt=0)
+    length_penalty: float = 1.0  # a beam's score is the sum of its log-probabilities / length ** this
+    num_best: int = Field(default=1, gt=0)  # how many of the beams `hypotheses` returns
+    sample: bool = False
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int = Field(default=0, ge=0)  # draw among the k most likely tokens; 0: among all
+    top_p: float = Field(default=1.0, gt=0, le=1)  # draw among the most likely tokens that together have this probability
+    seed: int = Field(default=0, ge=0)
+
+
+class Lora(Settings):
+    """Which linear maps of the blocks get an adapter, and how large."""
+
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16.0, gt=0)  # the product counts alpha / rank times
+    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # of q, k, v, o, gate, up, down
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank

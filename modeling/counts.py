@@ -58,7 +58,7 @@ def _position(config: ModelConfig) -> int:
 
 def _head(config: ModelConfig) -> int:
     dense = config.dim * (config.dim + config.bias) + _norm(config) if config.head_dense else 0
-    if config.num_labels:
-        return dense + config.num_labels * (config.dim + 1)
+    if config.outputs:
+        return dense + config.outputs * (config.dim + 1)
     table = 0 if config.tie_embeddings else config.vocab_size * config.dim
     return dense + table + config.vocab_size * config.logit_bias

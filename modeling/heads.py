@@ -19,25 +19,30 @@ CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits that exist at a time
 
 
 class Head(nn.Module):
-    """The vocabulary head, tied to the embeddings or not, or the label head; either after an optional dense transform."""
+    """The vocabulary head, tied to the embeddings or not, or a task's head (labels, spans); each after an optional dense transform."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.logit_scale = config.logit_scale
+        self.logit_scale, self.smoothing, self.spans = config.logit_scale, config.label_smoothing, config.spans
         self.dense = nn.Linear(config.dim, config.dim, config.bias) if config.head_dense else None
         self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, config.head_dense)
-        self.labels = nn.Linear(config.dim, config.num_labels) if config.num_labels else None
-        words = config.num_labels == 0
+        self.labels = nn.Linear(config.dim, config.outputs) if config.outputs else None
+        words = self.labels is None
         untied = words and not config.tie_embeddings
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
         self.bias: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size)) if words and config.logit_bias else None
 
     def forward(
-        self, h_BPD: Tensor, embed: nn.Embedding, targets_BP: Tensor | None = None, per_token: bool = False
+        self,
+        h_BPD: Tensor,
+        embed: nn.Embedding,
+        targets_BP: Tensor | None = None,
+        segments_BP: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right.
 
-        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone.
+        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Only spans need the segments.
         """
         if self.dense is not None:
             h_BPD = self.norm(self.act(self.dense(h_BPD)))
@@ -46,11 +51,15 @@ class Head(nn.Module):
             h_BPD = h_BPD * self.logit_scale
         if targets_BP is None:
             return F.linear(h_BPD, weight, bias)
+        if self.spans:
+            assert segments_BP is not None
+            nll, correct = span_losses(F.linear(h_BPD, weight, bias), segments_BP, targets_BP)
+            return (nll, correct) if per_token else nll.sum()
         h, targets = h_BPD.flatten(0, 1), targets_BP.flatten()
         if per_token:
             nll, correct = token_losses(h, weight, bias, targets)
             return nll.view_as(targets_BP), correct.view_as(targets_BP)
-        return loss_sum(h, weight, bias, targets)
+        return loss_sum(h, weight, bias, targets, self.smoothing)
 
     def _table(self, embed: nn.Embedding) -> tuple[Tensor, Tensor | None]:
         if self.labels is not None:
@@ -58,11 +67,37 @@ class Head(nn.Module):
         return embed.weight if self.weight is None else self.weight, self.bias
 
 
-def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> Tensor:
-    """Sum of cross-entropies in nats over the targets that are not IGNORE: an fp32 scalar, 0 where there is none."""
+def span_losses(logits_BP2: Tensor, segments_BP: Tensor, targets_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of an answer's start and end, each a choice among the positions of one segment: (B, P) fp32 and whether right, bool.
+
+    A segment's first two targets are where the answer starts and where its last token stands, counted from the segment's first
+    position; all others are IGNORE. So a segment counts as two targets.
+    """
+    logits, at = logits_BP2.float(), torch.arange(segments_BP.shape[1], device=segments_BP.device).expand_as(segments_BP)
+    room = (len(logits), segments_BP.shape[1] + 1)  # a row has at most as many segments as positions, numbered from 1
+    first = at.new_full(room, room[1]).scatter_reduce(1, segments_BP, at, "amin").gather(1, segments_BP)
+    index = segments_BP[..., None].expand(-1, -1, 2)
+    top = logits.detach().new_full((*room, 2), float("-inf")).scatter_reduce(1, index, logits.detach(), "amax").gather(1, index)
+    total = logits.new_zeros(*room, 2).scatter_add(1, index, (logits - top).exp()).gather(1, index)
+    valid = targets_BP != IGNORE
+    answer, which = (first + targets_BP).where(valid, 0), (at > first).long()[..., None]  # 0 at a segment's first position, else 1
+
+    def chosen(x_BP2: Tensor) -> Tensor:
+        return x_BP2.gather(1, answer[..., None].expand(-1, -1, 2)).gather(2, which)[..., 0]
+
+    best = top.gather(2, which)[..., 0]
+    log_total = (top + total.log()).gather(2, which)[..., 0]
+    return (log_total - chosen(logits)) * valid, (chosen(logits) >= best) & valid
+
+
+def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum of cross-entropies in nats over the targets that are not IGNORE: an fp32 scalar, 0 where there is none.
+
+    `smoothing` spreads that share of each target over all V (Szegedy et al. 2016); without gradient the loss is the plain one.
+    """
     if not torch.is_grad_enabled():
         return token_losses(h_PD, weight_VD, bias_V, targets_P)[0].sum()
-    return _LossSum.apply(h_PD, weight_VD, bias_V, targets_P)
+    return _LossSum.apply(h_PD, weight_VD, bias_V, targets_P, smoothing)
 
 
 @torch.no_grad()
@@ -84,16 +119,20 @@ class _LossSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> Tensor:
+    def forward(ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float) -> Tensor:
         exact = torch.promote_types(weight_VD.dtype, torch.float32)
         total, grad_h = h_PD.new_zeros((), dtype=exact), []
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
         for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
             logp = _log_softmax(h, weight, bias)
-            total += _nll(logp, targets).sum()
             valid = (targets != IGNORE)[:, None]
-            grad = logp.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], -torch.ones_like(logp[:, :1])).to(h.dtype)
+            total += (1 - smoothing) * _nll(logp, targets).sum()
+            if smoothing:
+                total -= smoothing * (logp.mean(-1, keepdim=True) * valid).sum()
+            hit = logp.new_full((len(logp), 1), smoothing - 1)
+            grad = logp.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], hit)
+            grad = (grad - smoothing / logp.shape[1] if smoothing else grad).to(h.dtype)
             grad_h.append((grad @ weight * valid).to(h_PD.dtype))
             if grad_weight is not None:
                 grad_weight += grad.T @ (h * valid)
@@ -111,6 +150,7 @@ class _LossSum(torch.autograd.Function):
             grad_h * scale.to(grad_h.dtype),
             None if grad_weight is None else (grad_weight * scale).to(ctx.dtype),
             None if grad_bias is None else (grad_bias * scale).to(ctx.dtype),
+            None,
             None,
         )
 
@@ -133,5 +173,4 @@ def _log_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _nll(logp_PV: Tensor, targets_P: Tensor) -> Tensor:
-    """The loss of each position: label smoothing would go here, and into the gradient above."""
     return -logp_PV.gather(1, targets_P.clamp(min=0)[:, None])[:, 0] * (targets_P != IGNORE)

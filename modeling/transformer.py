@@ -32,16 +32,18 @@ class Transformer(nn.Module):
         self.decoder = Stack(config, causal=True, cross=both) if config.family != "encoder" else None
         self.head = Head(config)
 
-    def forward(self, batch: Batch, per_token: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool, without gradient."""
+    def forward(self, batch: Batch, per_token: bool = False, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool; `logits`: (B, T, V)."""
         h, targets = self.hidden(batch), batch.targets
+        if logits:
+            return self.head(h, self.embed)
         if batch.picked is not None:
             at = batch.picked.clamp(min=0)
             h = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
             targets = targets.gather(1, at).masked_fill(batch.picked < 0, IGNORE)
         if not per_token:
-            return self.head(h, self.embed, targets)
-        nll, correct = self.head(h, self.embed, targets, per_token=True)
+            return self.head(h, self.embed, targets, batch.segments)
+        nll, correct = self.head(h, self.embed, targets, batch.segments, per_token=True)
         if batch.picked is not None:  # back to their places; the padding of `picked` adds nothing to place 0
             zeros = nll.new_zeros(batch.targets.shape)
             nll, correct = zeros.scatter_add(1, at, nll), zeros.scatter_add(1, at, correct.float()) > 0
@@ -49,7 +51,7 @@ class Transformer(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every position, (B, T, V): for comparisons and generation, not for training."""
-        return self.head(self.hidden(batch), self.embed)
+        return self(batch, logits=True)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The final hidden states (B, T, D) of the stack that predicts."""
@@ -163,6 +165,10 @@ def initialise(model: Transformer, seed: int) -> None:
                 std /= math.sqrt(2 * config.num_layers)
             elif name == "embed.weight" and config.embed_scale != 1:
                 std = 1 / config.embed_scale
-            key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))
-            parameter.normal_(0, std, generator=generator)
+            parameter.normal_(0, std, generator=generator(seed, name))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one parameter."""
+    key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))

@@ -13,6 +13,7 @@ from modeling.transformer import Transformer, build
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.tokenizer import Tokenizer, train
 
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
 _DECODER = ModelConfig(
     family="decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40, max_positions=64
@@ -38,6 +39,11 @@ MODELS = {
     "t5gemma": _BOTH,
     "t5gemma, own head, own scale": _BOTH.model_copy(update={"tie_embeddings": False, "attention_scale": 32**-0.5, "norm_eps": 1e-5}),
     "t5gemma, three layers, two groups": _BOTH.model_copy(update={"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}),
+    "llama, tags": _DECODER.model_copy(update={"labels": TAGS}),
+    "llama, answers": _DECODER.model_copy(update={"spans": True}),
+    "modernbert, tags": _ENCODER.model_copy(update={"labels": TAGS, "bias": True}),
+    "modernbert, answers": _ENCODER.model_copy(update={"spans": True}),
+    "t5gemma's encoder, tags": _BOTH.model_copy(update={"labels": TAGS, "family": "encoder"}),
 }
 
 

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from modeling.config import ModelConfig, Refused
 from modeling.huggingface.fields import lost, unexpressed
-from modeling.huggingface.llama import LLAMA
-from modeling.huggingface.modernbert import MODERNBERT
-from modeling.huggingface.t5gemma import T5GEMMA
+from modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
+from modeling.huggingface.modernbert import MODERNBERT, MODERNBERT_SPANS, MODERNBERT_TOKENS
+from modeling.huggingface.t5gemma import T5GEMMA, T5GEMMA_TOKENS
 from modeling.huggingface.tables import Architecture, from_stock, to_stock
 from modeling.transformer import Transformer
 
-ARCHITECTURES = (LLAMA, MODERNBERT, T5GEMMA)
+ARCHITECTURES = (
+    *(LLAMA, MODERNBERT, T5GEMMA),
+    *(LLAMA_TOKENS, MODERNBERT_TOKENS, T5GEMMA_TOKENS),
+    *(LLAMA_SPANS, MODERNBERT_SPANS),
+)
 
 
 def export(

@@ -35,6 +35,17 @@ def rope(theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
+def label_fields(config: ModelConfig) -> dict[str, Any]:
+    """The names of a task head's outputs, by which stock classes know how many there are."""
+    names = ("start", "end") if config.spans else config.labels
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names back, in the order of their numbers."""
+    return tuple(name for _, name in sorted(hf["id2label"].items(), key=lambda item: int(item[0])))
+
+
 def whole_heads(config: ModelConfig) -> None:
     """Stock configs insist on this, even where head_dim is given."""
     if config.dim % config.num_heads:
@@ -80,7 +91,7 @@ def lost(wanted: ModelConfig, said: ModelConfig) -> list[str]:
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
     """The dials that bear on the logits, in a form where equal models are equal."""
-    dials = config.model_dump(exclude={"dropout", "init_std", "global_every"})
+    dials = config.model_dump(exclude={"dropout", "label_smoothing", "init_std", "global_every"})
     dials["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     dials["norm_places"] = tuple(sorted(config.norm_places))
     dials["local_layers"] = [i for i in range(config.num_layers) if config.local_window and i % config.global_every]

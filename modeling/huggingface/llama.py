@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, rope, token_ids, whole_heads
+from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
 from modeling.huggingface.tables import Architecture
 
-TABLE = """
+BODY = """
 model.embed_tokens.weight = embed.weight
 model.layers.{i}.input_layernorm.weight = decoder.blocks.{i}.attn.pre.weight
 model.layers.{i}.self_attn.q_proj.{p} = decoder.blocks.{i}.attn.f.q.{p}
@@ -19,7 +19,16 @@ model.layers.{i}.mlp.gate_proj.{p} = decoder.blocks.{i}.mlp.f.gate.{p}
 model.layers.{i}.mlp.up_proj.{p} = decoder.blocks.{i}.mlp.f.up.{p}
 model.layers.{i}.mlp.down_proj.{p} = decoder.blocks.{i}.mlp.f.down.{p}
 model.norm.weight = decoder.norm.weight
-lm_head.weight? = head.weight
+"""
+
+TABLE = BODY + "lm_head.weight? = head.weight\n"
+TOKENS = BODY + """
+score.weight = head.labels.weight
+score.bias = head.labels.bias
+"""
+SPANS = BODY.replace("model.", "transformer.") + """
+qa_outputs.weight = head.labels.weight
+qa_outputs.bias = head.labels.bias
 """
 
 
@@ -84,4 +93,22 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
+    return {**write(config, special), "architectures": ["LlamaForTokenClassification"], **label_fields(config), "classifier_dropout": 0.0}
+
+
+def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
+    return {**read(hf), "labels": labels(hf)}
+
+
+def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
+    return {**write(config, special), "architectures": ["LlamaForQuestionAnswering"], **label_fields(config)}
+
+
+def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
+    return {**read(hf), "spans": True}
+
+
 LLAMA = Architecture("LlamaForCausalLM", "llama", TABLE, write, complete, read)
+LLAMA_TOKENS = Architecture("LlamaForTokenClassification", "llama", TOKENS, write_tokens, complete, read_tokens)
+LLAMA_SPANS = Architecture("LlamaForQuestionAnswering", "llama", SPANS, write_spans, complete, read_spans)

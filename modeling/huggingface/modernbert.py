@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from modeling.config import ModelConfig, Refused
-from modeling.huggingface.fields import ACTIVATIONS, activation, rope, token_ids, whole_heads
+from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
 from modeling.huggingface.tables import Architecture
 
-TABLE = """
+BODY = """
 model.embeddings.tok_embeddings.weight = embed.weight
 model.embeddings.norm.{p} = encoder.embed_norm.{p}
 model.layers.{i}.attn_norm.{p}? = encoder.blocks.{i}.attn.pre.{p}
@@ -22,8 +22,15 @@ model.layers.{i}.mlp.Wo.{p} = encoder.blocks.{i}.mlp.f.down.{p}
 model.final_norm.{p} = encoder.norm.{p}
 head.dense.{p} = head.dense.{p}
 head.norm.{p} = head.norm.{p}
+"""
+
+TABLE = BODY + """
 decoder.weight? = head.weight
 decoder.bias? = head.bias
+"""
+CLASSIFIER = BODY + """
+classifier.weight = head.labels.weight
+classifier.bias = head.labels.bias
 """
 
 
@@ -117,4 +124,22 @@ def _layer_types(layers: int, every: int) -> list[str]:
     return ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
 
 
+def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
+    return {**write(config, special), "architectures": ["ModernBertForTokenClassification"], **label_fields(config)}
+
+
+def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
+    return {**read(hf), "labels": labels(hf)}
+
+
+def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
+    return {**write(config, special), "architectures": ["ModernBertForQuestionAnswering"], **label_fields(config)}
+
+
+def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
+    return {**read(hf), "spans": True}
+
+
 MODERNBERT = Architecture("ModernBertForMaskedLM", "modernbert", TABLE, write, complete, read)
+MODERNBERT_TOKENS = Architecture("ModernBertForTokenClassification", "modernbert", CLASSIFIER, write_tokens, complete, read_tokens)
+MODERNBERT_SPANS = Architecture("ModernBertForQuestionAnswering", "modernbert", CLASSIFIER, write_spans, complete, read_spans)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, rope, token_ids, whole_heads
+from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
 from modeling.huggingface.tables import Architecture
 
 STACK = """
@@ -35,6 +35,13 @@ model.decoder.layers.{i}.cross_attn.o_proj.weight = decoder.blocks.{i}.cross.f.o
 model.decoder.layers.{i}.post_cross_attn_layernorm.weight = decoder.blocks.{i}.cross.inner.weight | minus1
 """
 TABLE = STACK.replace("<s>", "encoder") + STACK.replace("<s>", "decoder") + CROSS + "lm_head.out_proj.weight? = head.weight\n"
+TOKENS = (
+    STACK.replace("<s>", "encoder")
+    + """
+score.out_proj.weight = head.labels.weight
+score.out_proj.bias = head.labels.bias
+"""
+)
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
@@ -124,4 +131,15 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
+    """The encoder alone under a label head; the stock config describes a decoder all the same."""
+    alone = {"architectures": ["T5GemmaForTokenClassification"], "is_encoder_decoder": False}
+    return {**write(config, special), **alone, **label_fields(config)}
+
+
+def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
+    return {**read(hf), "family": "encoder", "labels": labels(hf)}
+
+
 T5GEMMA = Architecture("T5GemmaForConditionalGeneration", "t5gemma", TABLE, write, complete, read)
+T5GEMMA_TOKENS = Architecture("T5GemmaForTokenClassification", "t5gemma", TOKENS, write_tokens, complete, read_tokens)

@@ -22,7 +22,8 @@ def _preset(path: Path) -> ModelConfig:
 
 
 def _variants(config: ModelConfig) -> list[ModelConfig]:
-    updates = [{}, {"tie_embeddings": False}, {"num_labels": 5}, {"bias": not config.bias}, {"head_dense": True, "logit_bias": True}]
+    updates = [{}, {"tie_embeddings": False}, {"bias": not config.bias}, {"head_dense": True, "logit_bias": True}]
+    updates += [{"labels": tuple("abcde")}, {"spans": True}]
     return [ModelConfig(**config.model_dump() | update) for update in updates]
 
 

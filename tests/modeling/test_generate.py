@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling.batch import Batch
-from modeling.config import ModelConfig, Refused
+from modeling.config import Generation, ModelConfig, Refused
 from modeling.generate import generate
 from modeling.transformer import Transformer, build
 from tests.modeling.families import CONFIGS
@@ -36,55 +36,57 @@ def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> 
 def test_cached_equals_uncached_token_for_token(name: str) -> None:
     model = _varied(name)
     expected = [_uncached(model, prompt, 12, eos=-1) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD) == expected
+    assert generate(model, PROMPTS, Generation(max_new=12), bos=BOS, eos=-1, pad=PAD) == expected
     assert len({tuple(row) for row in expected}) > 1 and any(len(set(row)) > 4 for row in expected)  # prompts and steps matter
 
 
 @pytest.mark.parametrize("name", ["llama", "t5gemma"])
 def test_each_row_ends_with_its_own_eos(name: str) -> None:
     model = _varied(name)
-    free = generate(model, PROMPTS, max_new=12, bos=BOS, eos=-1, pad=PAD)
+    free = generate(model, PROMPTS, Generation(max_new=12), bos=BOS, eos=-1, pad=PAD)
     eos = free[0][2]
-    ended = generate(model, PROMPTS, max_new=12, bos=BOS, eos=eos, pad=PAD)
+    ended = generate(model, PROMPTS, Generation(max_new=12), bos=BOS, eos=eos, pad=PAD)
     assert ended == [row[: row.index(eos) + 1] if eos in row else row for row in free]
     assert ended[0] == free[0][: free[0].index(eos) + 1]
 
 
 def test_the_batch_stops_when_its_last_row_has_ended() -> None:
     model = _varied("local decoder")
-    first, *_, eos = generate(model, PROMPTS[:1], max_new=3, bos=BOS, eos=-1, pad=PAD)[0]
+    first, *_, eos = generate(model, PROMPTS[:1], Generation(max_new=3), bos=BOS, eos=-1, pad=PAD)[0]
     assert eos != first
     ahead = [*PROMPTS[0], first]  # the same text, one token further: it ends one step earlier
     assert model.decoder is not None
     steps: list[int] = []
     model.decoder.register_forward_hook(lambda module, inputs, output: steps.append(1))
-    rows = generate(model, [PROMPTS[0], ahead], max_new=20, bos=BOS, eos=eos, pad=PAD)
+    rows = generate(model, [PROMPTS[0], ahead], Generation(max_new=20), bos=BOS, eos=eos, pad=PAD)
     assert len(steps) == len(rows[0]) == len(rows[1]) + 1 == 3
 
 
 def test_padding_tokens_have_no_influence() -> None:
     model = _varied("gpt2")
-    assert generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=0) == generate(model, PROMPTS, max_new=6, bos=BOS, eos=-1, pad=33)
+    one, other = (generate(model, PROMPTS, Generation(max_new=6), bos=BOS, eos=-1, pad=pad) for pad in (0, 33))
+    assert one == other
 
 
 def test_generation_switches_dropout_off_and_leaves_the_mode_as_it_was() -> None:
     model = build(ModelConfig(**CONFIGS["llama"].model_dump() | {"dropout": 0.5}), seed=3).train()
-    first, second = (generate(model, PROMPTS, max_new=8, bos=BOS, eos=-1, pad=PAD) for _ in range(2))
+    first, second = (generate(model, PROMPTS, Generation(max_new=8), bos=BOS, eos=-1, pad=PAD) for _ in range(2))
     assert first == second and model.training
 
 
 def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
     for name in ("llama", "t5gemma"):
         model = _varied(name)
-        alone, beside = (generate(model, prompts, max_new=4, bos=BOS, eos=-1, pad=PAD)[0] for prompts in ([[]], [[], [5, 6]]))
+        alone, beside = (generate(model, prompts, Generation(max_new=4), bos=BOS, eos=-1, pad=PAD)[0] for prompts in ([[]], [[], [5, 6]]))
         assert alone == beside and len(alone) == 4
     decoder = _varied("llama")
-    assert generate(decoder, [[]], max_new=4, bos=BOS, eos=-1, pad=PAD) == generate(decoder, [[BOS]], max_new=4, bos=BOS, eos=-1, pad=PAD)
-    assert generate(decoder, [], max_new=4, bos=BOS, eos=-1, pad=PAD) == []
+    empty, begun = (generate(decoder, [prompt], Generation(max_new=4), bos=BOS, eos=-1, pad=PAD) for prompt in ([], [BOS]))
+    assert empty == begun
+    assert generate(decoder, [], Generation(max_new=4), bos=BOS, eos=-1, pad=PAD) == []
 
 
 def test_an_encoder_and_a_full_table_of_positions_are_refused() -> None:
     with pytest.raises(Refused, match="encoder does not generate"):
-        generate(build(CONFIGS["modernbert"], 0), PROMPTS, max_new=2, bos=BOS, eos=EOS, pad=PAD)
+        generate(build(CONFIGS["modernbert"], 0), PROMPTS, Generation(max_new=2), bos=BOS, eos=EOS, pad=PAD)
     with pytest.raises(Refused, match="35 positions, and this model has learned 32"):
-        generate(build(CONFIGS["gpt2"], 0), PROMPTS, max_new=28, bos=BOS, eos=EOS, pad=PAD)
+        generate(build(CONFIGS["gpt2"], 0), PROMPTS, Generation(max_new=28), bos=BOS, eos=EOS, pad=PAD)

@@ -199,7 +199,7 @@ def test_low_precision_runs_forward_and_backward_close_to_fp32(name: str, mode: 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_labels_take_the_place_of_the_vocabulary(name: str) -> None:
-    config = _with(CONFIGS[name], num_labels=5)
+    config = _with(CONFIGS[name], labels=("a", "b", "c", "d", "e"))
     model = build(config, seed=1)
     row = packed(documents(config, LENGTHS), length=26, source_length=24)
     row = replace(row, targets=torch.where(row.targets == IGNORE, IGNORE, row.targets % 5))
@@ -273,7 +273,7 @@ def test_parameters_have_the_names_that_the_tables_read() -> None:
     assert {"encoder.position.table.weight", "decoder.position.table.weight"} <= names["t5"]
     assert {"decoder.position.weight", "decoder.blocks.0.attn.f.q.bias"} <= names["gpt2"] and "head.weight" in names["nllb"]
     assert {"decoder.blocks.0.cross.inner.weight", "decoder.blocks.0.cross.pre.weight"} <= names["t5gemma"]
-    labels = set(build(_with(CONFIGS["modernbert"], num_labels=3), 0).state_dict())
+    labels = set(build(_with(CONFIGS["modernbert"], labels=("a", "b", "c")), 0).state_dict())
     assert {"head.labels.weight", "head.labels.bias"} <= labels and "head.bias" not in labels
 
 
