@@ -74,6 +74,16 @@ class Row:
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
+class Numbered(Protocol):
+    """Rows by number: all that a loader and an evaluation need of them."""
+
+    num_rows: int
+    targets_per_byte: float | None
+
+    def row(self, i: int) -> Row: ...
+    def empty_row(self) -> Row: ...
+
+
 def assemble(segments: Sequence[Segment], room: Room, pad: int) -> Row:
     """Segments side by side in a row, numbered from 1; the rest is padding (segment 0, target IGNORE, picked -1)."""
     row = Row(

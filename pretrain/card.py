@@ -35,13 +35,29 @@ print(tokenizer.decode(logits[0].argmax(-1)))""",
 tokens = model.generate(**tokenizer("Once upon a<extra_id_0>.", return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))""",
     ),
+    "labels": (
+        "token-classification",
+        "AutoModelForTokenClassification",
+        """\
+labels = model(**tokenizer("Ada went to Rome", return_tensors="pt")).logits[0].argmax(-1)
+print([model.config.id2label[int(label)] for label in labels])""",
+    ),
+    "spans": (
+        "question-answering",
+        "AutoModelForQuestionAnswering",
+        """\
+out = model(**(asked := tokenizer("Where did Ada go?", "Ada went to Rome.", return_tensors="pt")))
+print(tokenizer.decode(asked.input_ids[0, out.start_logits.argmax() : out.end_logits.argmax() + 1]))""",
+    ),
 }
 
 
 def render(run: Path, source: Checkpoint, record: dict[str, Any], stock_class: str) -> str:
     """The card, in Markdown with the hub's header."""
     config, state = recorded_config(record), source.state
-    tag, auto_class, example = _LOADING[config.family]
+    kind = "labels" if config.labels else "spans" if config.spans else config.family
+    tag, auto_class, example = _LOADING[kind]
+    auto_class = "T5GemmaForTokenClassification" if stock_class.startswith("T5GemmaForToken") else auto_class
     parameters = sum(math.prod(source.shape(name)) for name in source.names)
     recipe = yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True)
     return f"""\
@@ -111,10 +127,26 @@ def _scores(run: Path, step: int) -> str:
         "heldout_targets": "targets",
     }
     names |= {f"{name}_ema": f"{said}, averaged weights" for name, said in names.items()}
-    return _list({"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}})
+    held_out = _list({"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}})
+    return held_out + (_task_scores(read_json(run / "scores.json")) if (run / "scores.json").exists() else "")
+
+
+def _task_scores(found: dict[str, Any]) -> str:
+    """What a fine-tuning run reached on all of its dev examples, beside a trivial system."""
+    intervals, trivial = found["intervals"], found["trivial"]
+    rows = "\n".join(
+        f"| {name} | {score:.2f} | {intervals[name][0]:.2f} to {intervals[name][1]:.2f} | {trivial['scores'][name]:.2f} |"
+        for name, score in found["scores"].items()
+    )
+    head = f"| {found['task']}, {found['examples']:,} examples, step {found['step']} | score | 95 % interval | {trivial['system']} |"
+    return f"\n\n{head}\n|---|---|---|---|\n{rows}"
 
 
 def _data(run: Path, recipe: dict[str, Any]) -> str:
+    if "data" not in recipe:
+        tasks = [recipe["task"], *recipe["more"]]
+        told = {f"{task['kind']}, {side}": ", ".join(task[side]) for task in tasks for side in ("train", "dev")}
+        return _list({"started from": recipe["model"].get("from") or "new weights", **told})
     data = recipe["data"]
     told = {
         f"{kind}-{i}": source.get("path") or source.get("hub") for kind in ("sources", "heldout") for i, source in enumerate(data[kind])

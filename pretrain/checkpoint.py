@@ -42,6 +42,7 @@ class State:
     config: dict[str, Any]  # the resolved recipe
     heldout_loss: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    judged: float | None = None  # what the best checkpoint has the lowest of; None: the held-out loss
 
 
 class Damaged(Exception):

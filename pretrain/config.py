@@ -97,6 +97,7 @@ class Optimizer(Settings):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)  # matrices only, never norms and biases
     clip: float = Field(default=1.0, ge=0)  # largest gradient norm; 0: no clipping
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # each layer learns this much slower than the one above it, embeddings slowest
 
     @model_validator(mode="after")
     def _averages(self) -> "Optimizer":

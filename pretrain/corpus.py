@@ -97,7 +97,7 @@ def _file(path: Path, source: Source) -> Iterator[str]:
 
 def _plain(path: Path, rule: str) -> Iterator[str]:
     block: list[str] = []
-    for line in _lines(path):
+    for line in lines(path):
         if line not in ("\n", "\r\n"):
             block.append(line)
         if block and (rule == "line" or line in ("\n", "\r\n")):
@@ -113,7 +113,7 @@ def _without_end(lines: list[str]) -> str:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         if line.isspace():
             continue
         where = f"{path}, line {number}"
@@ -138,7 +138,7 @@ def _text(value: object, column: str, where: str) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
     """Lines as they are, ended by "\\n" alone, without a byte order mark."""
     offset = 0
     try:

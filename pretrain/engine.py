@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling.batch import Batch
-from modeling.config import Refused
+from modeling.config import Generation, Refused
+from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain.config import Training
 from pretrain.muon import Muon, Share, tabulate
@@ -73,7 +74,7 @@ class Engine:
             self._engine.compile()
         self.device: torch.device = self._engine.device
         self.optimizer_step = 0
-        self._loss_finite = True
+        self._loss_finite, self._autocast = True, config.engine.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
         self._pieces = pieces(self._zero, self._engine.module, self.stage)
         self._make_state()
@@ -112,6 +113,34 @@ class Engine:
         self._engine.train()
         return nll_BT, correct_BT
 
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, T, V) of this rank's batch, without dropout; ranks call it equally often, and the larger calls cost memory."""
+        self._engine.eval()
+        logits_BTV = self._engine(batch.to(self.device), logits=True)
+        self._engine.train()
+        return logits_BTV
+
+    def generate(self, prompts: list[list[int]], how: Generation, *, bos: int, eos: int, pad: int) -> list[list[int]]:
+        """This rank's texts. Ranks call it equally often and take as many steps as the rank that needs most (stage 3 gathers weights in
+        each); the forward passes go past DeepSpeed's own `forward`, to the model's parts."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return generate(self._engine.module, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._anyone)
+
+    def gather(self, mine: list[Any]) -> list[list[Any]]:
+        """Every rank's list, on every rank."""
+        everyone: list[Any] = [None] * self.place.world
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world(self) -> int:
+        return self.place.world
+
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's `tensor`, on the device where it lay."""
         total = tensor.to(self.device, copy=True)
@@ -130,6 +159,9 @@ class Engine:
             if "step" in state:
                 state["step"].fill_(optimizer_step)
         self._refresh_weights()
+
+    def _anyone(self, going: bool) -> bool:
+        return self.sum_over_ranks(torch.tensor([float(going)])).item() > 0
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

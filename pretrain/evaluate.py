@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.batches import Rows, stack
+from pretrain.batches import Numbered, Rows, stack
 from pretrain.engine import Engine, Place
 
 
-def evaluate(engine: Engine, rows: Rows, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
+def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
     """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an estimate from them."""
     num_rows = min(num_rows, rows.num_rows)
     totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, targets, correct ones
@@ -34,7 +34,7 @@ def evaluate(engine: Engine, rows: Rows, place: Place, *, num_rows: int, micro_r
     return scores
 
 
-def unigram_loss(rows: Rows, heldout: Rows, vocab_size: int, *, sample: int = 2000) -> float:
+def unigram_loss(rows: Rows, heldout: Numbered, vocab_size: int, *, sample: int = 2000) -> float:
     """Nats per target of the simplest model there is: each token's share (add one) among the targets of the first `sample` training rows.
 
     The whole held-out set is scored. Cost: a row in 0.1 to 0.3 ms.
@@ -44,7 +44,7 @@ def unigram_loss(rows: Rows, heldout: Rows, vocab_size: int, *, sample: int = 20
     return float(-(found * np.log(counts / counts.sum())).sum() / found.sum())
 
 
-def _target_counts(rows: Rows, numbers: range, vocab_size: int) -> np.ndarray:
+def _target_counts(rows: Numbered, numbers: range, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size)
     for number in numbers:
         targets = rows.row(number).targets

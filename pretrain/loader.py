@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from modeling.batch import Batch
-from pretrain.batches import Rows, stack
+from pretrain.batches import Numbered, stack
 from pretrain.order import row_of
 from pretrain.stages import Part, where
 
@@ -36,7 +36,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Sequence[Rows],
+        rows: Sequence[Numbered],
         parts: Sequence[Part],
         *,
         start: int,

@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, config: Optimizer, muon_dtype: torch.dtype)
         {"params": [p for n, p in trained if n not in matrices and p.ndim >= 2], "weight_decay": config.weight_decay, **adam},
         {"params": [p for n, p in trained if n not in matrices and p.ndim < 2], "weight_decay": 0.0, **adam},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [part for group in groups if group["params"] for part in _by_depth(model, group, config.layer_decay)]
     settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}  # on one CPU core 9 times the speed of the default
     return Muon(groups, muon_dtype, **settings) if matrices else torch.optim.AdamW(groups, **settings)
 
@@ -36,6 +36,28 @@ def initial_state(flat: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     if "momentum" in group:
         return {"momentum": zeros}
     return {"step": torch.zeros((), dtype=torch.float32, device=flat.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _by_depth(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
+    """The group, or where layers learn at rates of their own (Clark et al. 2020, ELECTRA) one for each depth below the head."""
+    if decay == 1:
+        return [group]
+    depths = {parameter: _depth(model, name) for name, parameter in model.named_parameters()}
+    parts = []
+    for depth in sorted({depths[p] for p in group["params"]}):
+        rate = group["base_lr"] * decay**depth
+        parts.append({**group, "params": [p for p in group["params"] if depths[p] == depth], "lr": rate, "base_lr": rate})
+    return parts
+
+
+def _depth(model: nn.Module, name: str) -> int:
+    """Layers above a parameter, itself included: none for heads and final norms, one more than there are for what stands before them."""
+    blocks = {f"{stack}.": len(list(module.children())) for stack, module in model.named_modules() if stack.endswith("blocks")}
+    for stack, size in blocks.items():
+        if name.startswith(stack):
+            return size - int(name.removeprefix(stack).split(".")[0])
+    before = name.startswith("embed.") or ".position." in name or ".embed_norm." in name
+    return max(blocks.values(), default=0) + 1 if before else 0
 
 
 def _in_block(name: str, p: nn.Parameter) -> bool:

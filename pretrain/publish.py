@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from modeling.config import ModelConfig, Refused
+from modeling.lora import merged
 from pretrain import card, lease, published, storage
 from pretrain.checkpoint import Checkpoint, Damaged, OnEvent, newest_verified, open_checkpoint
 from pretrain.checkpoint import verify as verify_checkpoint
@@ -93,9 +94,11 @@ def _write(
     run: Path, source: Checkpoint, weights: Weights, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Everything that a published folder holds. Returns the model it was made of."""
-    config = ModelConfig.model_validate_json(json.dumps(source.state.config["model"]))
+    config = ModelConfig.model_validate_json(json.dumps(source.state.extra.get("model") or source.state.config["model"]))
     averaged = {name for name in source.names if weights == "ema" and "ema" in source.keys(name)}  # frozen ones have no average
     state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
+    if (scale := source.state.extra.get("lora_scale")) is not None:
+        state = merged(state, scale)
     tokenizer = Tokenizer.open(run / "tokenizer")
     hf = published.write(folder, config, state, tokenizer, dtype, shard_bytes)
     origin = {

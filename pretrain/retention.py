@@ -25,7 +25,7 @@ def kept(found: list[tuple[Path, int, float | None]], keep: Checkpoints) -> set[
 
 def retain(lease: Lease, keep: Checkpoints, on_event: OnEvent) -> None:
     """Delete what need not stay, once the newest checkpoint has been read back and verifies; else delete nothing and say so."""
-    found = [(folder, numbers(folder.name)[1], _heldout_loss(folder)) for folder in committed(lease.run)]
+    found = [(folder, numbers(folder.name)[1], _judged(folder)) for folder in committed(lease.run)]
     stay = kept(found, keep)
     doomed = [folder for folder, _, _ in found if folder not in stay]
     if not doomed:
@@ -52,9 +52,10 @@ def sweep(lease: Lease, step: int, on_event: OnEvent) -> None:
             on_event("checkpoint_swept", checkpoint=folder.name)
 
 
-def _heldout_loss(folder: Path) -> float | None:
+def _judged(folder: Path) -> float | None:
     try:
-        loss = read_marker(folder)["state"]["heldout_loss"]
+        state = read_marker(folder)["state"]
     except Damaged:  # not the best of anything; reading it for a resume says what is wrong
         return None
+    loss = state["heldout_loss"] if state.get("judged") is None else state["judged"]
     return None if loss is None else float(loss)

@@ -22,7 +22,7 @@ from pretrain import prepare as preparation
 from pretrain import tokenizer
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
-from pretrain.config import Pretrain, Source
+from pretrain.config import Pretrain, Source, Training
 from pretrain.corpus import documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
@@ -86,10 +86,10 @@ def train(config: Pretrain, place: Place) -> None:
     run = Path(config.run)
     rows, heldout = open_rows(config)
     engine = Engine(build(config.model, config.seed), config, place)
-    lease = Lease(run, _from_first_rank(engine, lambda: take_generation(run).generation))
+    lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
-    folder = _from_first_rank(engine, lambda: _newest(run, recorder))
+    folder = from_first_rank(engine, lambda: newest(run, recorder))
     progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, recorder) if folder else Progress()
     plan = parts(config)
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
@@ -122,8 +122,6 @@ def train(config: Pretrain, place: Place) -> None:
         part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
         return part.step_rows * train_flops_per_row(config.model, room.tokens, room.source)
 
-    arithmetic = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
-    peak = float(engine.sum_over_ranks(torch.tensor(peak_flops(place, arithmetic), dtype=torch.float64)))
     with closing(recorder):
         if progress.step == 0:
             recorder.metrics(0, **score(False))
@@ -137,7 +135,7 @@ def train(config: Pretrain, place: Place) -> None:
             score=score,
             describe=describe,
             flops=flops,
-            peak_flops=peak,
+            peak_flops=peak(engine, config),
         )
 
 
@@ -169,7 +167,7 @@ def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
         yield source, _cache(config) / f"heldout-{number}", 0.0
 
 
-def _newest(run: Path, recorder: Recorder) -> str | None:
+def newest(run: Path, recorder: Recorder) -> str | None:
     """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
     checkpoint = newest_verified(run, recorder.event)
     return None if checkpoint is None else str(checkpoint.folder)
@@ -211,7 +209,13 @@ def _loader(config: Pretrain, rows: list[Rows], place: Place, step: int) -> Load
     )
 
 
-def _from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
+def peak(engine: Engine, config: Training) -> float:
+    """FLOP/s of all ranks' devices together, in the precision in use."""
+    dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    return float(engine.sum_over_ranks(torch.tensor([peak_flops(engine.place, dtype)], dtype=torch.float64)))
+
+
+def from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank; what it refuses, every rank refuses."""
     found: list[Any] = [None, None]
     if engine.place.rank == 0:

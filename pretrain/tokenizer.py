@@ -40,6 +40,7 @@ _CUT = {
     ],
 }
 _WORD = re.compile("\n|[ ▁]?[^ ▁\n]+|[ ▁]")  # the first two cuts, made before spaces have become "▁"
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _REMEMBERED = 4_000_000  # characters of words: about 120 MB
 _PASSES = 20  # training looks at no more than this many times the text that it samples
 
@@ -106,6 +107,19 @@ class Tokenizer:
         if self._remembered > _REMEMBERED:
             self._ids_of, self._remembered = {}, 0
         return ids
+
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of one text, as `encode_batch` gives them, and the characters that each stands for: from, up to (a space belongs to
+        the piece after it; the bytes of one character all stand for it)."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        spans: list[tuple[int, int]] = []
+        for piece, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+            if byte := _BYTE.fullmatch(piece):  # `tokenizers` gives each byte the whole run of unknown characters
+                again = bool(spans) and start <= spans[-1][0] < end
+                at = spans[-1][0] + (int(byte[1], 16) < 0x80 or int(byte[1], 16) >= 0xC0) if again else start
+                start, end = at, at + 1
+            spans.append((start, end))
+        return encoding.ids, spans
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens written out."""
@@ -237,7 +251,7 @@ def _starts_word(piece: str) -> bool:
     characters (Chinese, Japanese, Korean: each piece is a word) and special tokens; letters, digits and marks go on with one.
     A byte is judged alike: an ASCII byte as its character, a UTF-8 lead byte begins a word, the bytes after it do not.
     """
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+    if byte := _BYTE.fullmatch(piece):
         value = int(byte[1], 16)
         return value >= 0xC0 or (value < 0x80 and not chr(value).isalnum())
     first = piece[:1]

@@ -46,11 +46,13 @@ def train(
     describe: Callable[[Progress, dict[str, Any]], State],
     flops: Callable[[int], float],
     peak_flops: float,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (SIGTERM, or a file `stop` in the run folder).
 
-    `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records; `flops(step)` are those of all ranks.
-    Raises Refused after `nonfinite_limit` steps in a row whose loss or gradient was not finite.
+    `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records; `flops(step)` are those of all ranks;
+    `enough()` ends training before its last step, on all ranks alike. Raises Refused after `nonfinite_limit` steps in a row whose loss or
+    gradient was not finite.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
@@ -58,7 +60,7 @@ def train(
     for rows in loader:
         start = time.perf_counter()
         count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
-        if stopping:
+        if stopping or enough():
             break
         factor = lr_factor(config.schedule, rows.step, config.steps)
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
@@ -96,7 +98,7 @@ def train(
     checkpointer.wait()
     if checkpointer.failed is not None:
         raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Make room and run the same command again.")
-    recorder.event("finished" if progress.step == config.steps else "stopped", step=progress.step)
+    recorder.event("finished" if progress.step == config.steps or enough() else "stopped", step=progress.step)
 
 
 def micro_seed(seed: int, micro: int) -> int:
