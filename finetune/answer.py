@@ -1,0 +1,83 @@
+"""What a published model says to a text: its task's natural output, found from its head. In: texts. Out: a mapping for each, JSON as it is.
+
+Without a task's head a decoder continues the text, an encoder-decoder answers it, an encoder fills in each `<mask>`. A label head gives
+entities with their spans and types. A span head wants "question<TAB>context" and gives the answer, where it stands, and its score.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from finetune.evaluate import Opened
+from finetune.ner import iob2
+from finetune.qa import Pointer, Question
+from finetune.scores import entities
+from finetune.task import placed
+from modeling.batch import Batch
+from modeling.config import Generation, Refused
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+TOGETHER = 16  # texts that are answered at a time
+
+
+def answers(opened: Opened, texts: Iterable[str], how: Generation) -> Iterator[dict[str, Any]]:
+    """An answer for each text, in order."""
+    work = _entities if opened.config.labels else _spans if opened.config.spans else _filled if opened.config.family == "encoder" else _text
+    remaining = iter(texts)
+    while batch := list(islice(remaining, TOGETHER)):
+        yield from work(opened, batch, how)
+
+
+def plain(said: dict[str, Any]) -> str:
+    """An answer as a line of text."""
+    if "entities" in said:
+        return "  ".join(f"{entity['text']} [{entity['type']} {entity['start']}-{entity['end']}]" for entity in said["entities"])
+    return f"{said['answer']}  ({said['start']}, {said['score']:.2f})" if "answer" in said else str(said["text"])
+
+
+def _text(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    marks, alone = opened.tokenizer, opened.config.family == "decoder"
+    end = [] if alone else [marks.eos]
+    prompts = [[marks.bos, *ids.tolist(), *end] for ids in marks.encode_batch(texts)]
+    for text, ids in zip(texts, opened.generate(prompts, how, bos=marks.bos, eos=marks.eos, pad=marks.pad), strict=True):
+        made = marks.decode([i for i in ids if i not in (marks.bos, marks.eos, marks.pad)])
+        yield {"text": text + made if alone else made}
+
+
+def _filled(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    """The likeliest token in place of each mask."""
+    marks = opened.tokenizer
+    for text in texts:
+        tokens = torch.tensor([[marks.bos, *marks.encode_batch([text])[0].tolist(), marks.eos]])
+        best = opened.logits(Batch(tokens, None, tokens)).argmax(-1)
+        yield {"text": marks.decode(torch.where(tokens == marks.mask, best, tokens)[0, 1:-1].tolist())}
+
+
+def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    """Words are runs of letters and digits, and single signs; a word's first piece says its tag."""
+    for text in texts:
+        spans = [match.span() for match in _WORD.finditer(text)]
+        tokens, places = placed(opened.tokenizer, opened.config.family, text, [begin for begin, _ in spans])
+        batch = torch.from_numpy(tokens)[None]
+        best = opened.logits(Batch(batch, None, batch))[0].argmax(-1).numpy()
+        found = entities(list(iob2([opened.config.labels[best[place]] for place in places])))
+        yield {
+            "entities": [
+                {"text": text[spans[first][0] : spans[last][1]], "type": kind, "start": spans[first][0], "end": spans[last][1]}
+                for kind, first, last in sorted(found, key=lambda entity: entity[1])
+            ]
+        }
+
+
+def _spans(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    for text in texts:
+        question, tab, context = text.partition("\t")
+        if not tab:
+            raise Refused(f"this folder answers questions: give `question<TAB>context`, not {text[:60]!r}.")
+        length = min(opened.config.max_positions, 512)
+        pointer = Pointer(opened.tokenizer, opened.config.family, length, stride=length // 6)
+        [found] = pointer.answers(opened, [Question("the question", "", question, context, ())], tokens=4 * length)
+        yield {"answer": found.text, "start": found.start, "score": found.score}

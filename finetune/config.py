@@ -1,0 +1,107 @@
+"""What a fine-tuning run is, as plain values: a published folder (or new weights), a task, and pretraining's own training settings."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from modeling.config import Generation, Lora, ModelConfig, Settings
+from pretrain.config import Tokenizer, Training
+
+
+class Start(Settings):
+    """Where the model comes from: a published folder, or a configuration with new weights."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    folder: str | None = Field(default=None, alias="from")  # a published folder: its shape, tokenizer and weights ...
+    random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
+    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Start":
+        if (self.folder is None) == (self.config is None):
+            raise ValueError("give either model.from (a published folder) or model.config (new weights), and not both")
+        return self
+
+
+class Columns(Settings):
+    """The names of a record's columns, for JSONL, TSV, Parquet and hub sets."""
+
+    source: str = "source"
+    target: str = "target"
+
+
+class Translation(Settings):
+    """Pairs of sentences: two parallel line files joined by a comma, or one file of pairs (.jsonl, .tsv, .parquet), or hub:NAME:SPLIT."""
+
+    kind: Literal["translation"] = "translation"
+    train: tuple[str, ...] = Field(min_length=1)
+    dev: tuple[str, ...] = Field(min_length=1)
+    columns: Columns = Columns()
+    prompt: str | None = None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
+    truncate: bool = False  # cut what does not fit instead of refusing it
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Summarization(Settings):
+    """Documents and their summaries, in the same files as translation's pairs. An encoder picks sentences of the document."""
+
+    kind: Literal["summarization"] = "summarization"
+    train: tuple[str, ...] = Field(min_length=1)
+    dev: tuple[str, ...] = Field(min_length=1)
+    columns: Columns = Columns(source="document", target="summary")
+    prompt: str | None = None
+    truncate: bool = True
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Ner(Settings):
+    """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag)."""
+
+    kind: Literal["ner"] = "ner"
+    train: tuple[str, ...] = Field(min_length=1)
+    dev: tuple[str, ...] = Field(min_length=1)
+
+
+class Qa(Settings):
+    """Answers as spans of a context, from SQuAD 1.1 or 2.0 JSON."""
+
+    kind: Literal["qa"] = "qa"
+    train: tuple[str, ...] = Field(min_length=1)
+    dev: tuple[str, ...] = Field(min_length=1)
+    stride: int = Field(default=64, ge=0)  # tokens that two windows over a long context share
+    longest: int = Field(default=30, gt=0)  # tokens of an answer
+    prompted: bool = False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
+    prompt: str | None = None
+    weight: float = Field(default=1.0, gt=0)
+
+
+Task = Annotated[Translation | Summarization | Ner | Qa, Field(discriminator="kind")]
+
+
+class Finetune(Training):
+    """A run that learns a task."""
+
+    model: Start
+    tokenizer: Tokenizer = Tokenizer()  # of a model.config: trained on the task's own text, or a trained one's folder
+    task: Task
+    more: tuple[Task, ...] = ()  # text-to-text tasks learned along, each as often as its weight says; `task` alone is chosen by
+    row_length: int = Field(gt=1)  # tokens of a row (of its source side for an encoder-decoder)
+    generation: Generation = Generation()
+    evaluate_examples: int = Field(default=200, gt=0)  # dev examples during training; the end scores them all
+    patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score before training ends; 0: never
+    best: str | None = None  # the score that chooses the best checkpoint; None: the task's own
+    freeze: tuple[str, ...] = ()  # patterns of parameter names that are not trained, such as embed.* or encoder.blocks.0.*
+    lora: Lora | None = None  # train low-rank adapters (and a task's head) alone; what is published has them merged in
+    prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
+
+    @model_validator(mode="after")
+    def _choosable(self) -> "Finetune":
+        if self.evaluate_every % self.checkpoints.every:
+            raise ValueError(
+                f"evaluate_every ({self.evaluate_every}) must be a multiple of checkpoints.every ({self.checkpoints.every}),"
+                " so that every model that is scored can be kept"
+            )
+        return self

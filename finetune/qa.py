@@ -1,0 +1,225 @@
+"""Questions about a context: SQuAD files in, an answer out, scored by the official rules. Trivial: the sentence most like the question.
+
+A span head points at the answer's first and last piece; a long context is read in windows that overlap. "No answer" is a place of its own:
+BOS for a model that sees both ways, the last EOS for one that sees backwards only. An encoder-decoder writes the answer instead, and a
+decoder too where it is prompted.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from finetune import config
+from finetune.records import Pair, existing, read_json
+from finetune.scores import answer_scores, answer_statistics, words
+from finetune.task import Model, Task, TextToText, labelled
+from modeling.batch import IGNORE
+from modeling.config import Family, Generation, ModelConfig, Refused
+from pretrain.objectives import Segment
+from pretrain.tokenizer import Tokenizer
+
+_SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
+
+
+@dataclass(frozen=True)
+class Question:
+    where: str
+    id: str
+    question: str
+    context: str
+    answers: tuple[tuple[int, str], ...]  # where each begins, in characters; none: it cannot be answered
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(text for _, text in self.answers)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text (empty: there is none), where it begins in the context, and its score: log-odds against there being none."""
+
+    text: str
+    start: int = 0
+    score: float = 0.0
+
+
+def open_qa(dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+    writes = family == "encoder-decoder" or (family == "decoder" and dials.prompted)
+    return (Written if writes else Qa)(dials, tokenizer, family, row_length)
+
+
+class _Questions:
+    """What both ways of answering share: the examples, the scores and the trivial system."""
+
+    best = "f1"
+    dev: Sequence[Question]
+
+    def statistics(self, predictions: Sequence[Any], examples: Sequence[Question]) -> np.ndarray:
+        return answer_statistics([_text(prediction) for prediction in predictions], [example.texts for example in examples])
+
+    def scores(self, total: np.ndarray) -> dict[str, float]:
+        return answer_scores(total)
+
+    def trivial(self) -> tuple[str, list[Any]]:
+        return "sentence most like the question", [_most_alike(question) for question in self.dev]
+
+    def record(self, example: Question, prediction: Any) -> dict[str, Any]:
+        place = {"start": prediction.start, "score": prediction.score} if isinstance(prediction, Answer) else {}
+        said = {"id": example.id, "question": example.question, "prediction": _text(prediction), **place}
+        return {**said, "references": list(example.texts)}
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A part of a context behind its question, and what its pieces stand for."""
+
+    tokens: np.ndarray
+    first: int  # where the context's pieces begin among the tokens
+    spans: np.ndarray  # (pieces, 2) characters of the context
+
+
+class Qa(_Questions):
+    def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        self.train, self.dev = ([q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev))
+        may_refuse = any(not question.answers for question in self.train)
+        self.pointer = Pointer(tokenizer, family, row_length, dials.stride, dials.longest, may_refuse)
+
+    def shaped(self, config: ModelConfig) -> ModelConfig:
+        return config.model_copy(update={"labels": (), "spans": True})
+
+    def segments(self, examples: Sequence[Question]) -> list[Segment]:
+        return [Segment(w.tokens, self.pointer.targets(w, q)) for q in examples for w in self.pointer.windows(q)]
+
+    def predict(self, model: Model, examples: Sequence[Question], how: Generation, tokens: int) -> list[Answer]:
+        return self.pointer.answers(model, examples, tokens)
+
+
+class Pointer:
+    """Points at answers: `stride` tokens are shared by two windows, an answer has `longest` at most, and may be refused."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, family: Family, row_length: int, stride: int = 64, longest: int = 30, may_refuse: bool = False
+    ) -> None:
+        self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
+        self.stride, self.longest, self.may_refuse = stride, longest, may_refuse
+        self.encoded = lru_cache(8)(tokenizer.offsets)  # one context has many questions
+
+    def windows(self, question: Question) -> list[_Window]:
+        """BOS question EOS context EOS, as an encoder's stock tokenizer encodes the two."""
+        asked = self.tokenizer.encode_batch([question.question])[0].tolist()
+        ids, spans = self.encoded(question.context)
+        head = [self.tokenizer.bos, *asked, self.tokenizer.eos]
+        room = self.row_length - len(head) - 1
+        if room <= self.stride:
+            raise Refused(
+                f"{question.where}: the question has {len(asked)} tokens; row_length ({self.row_length}) leaves {room} for a window of its"
+                f" context, and windows share task.stride ({self.stride}): raise row_length, or lower the stride."
+            )
+        made = []
+        for begin in range(0, max(len(ids) - self.stride, 1), room - self.stride):
+            tokens = np.array([*head, *ids[begin : begin + room], self.tokenizer.eos], np.int64)
+            made.append(_Window(tokens, len(head), np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)))
+        return made
+
+    def answers(self, model: Model, examples: Sequence[Question], tokens: int) -> list[Answer]:
+        """The best answer over all windows of each question."""
+        windows = [(i, window) for i, question in enumerate(examples) for window in self.windows(question)]
+        segments = [Segment(window.tokens, np.full(len(window.tokens), IGNORE)) for _, window in windows]
+        best = [Answer("", score=-np.inf)] * len(examples)
+        for (i, window), logits in zip(windows, labelled(model, segments, self.row_length, self.tokenizer.pad, tokens), strict=True):
+            found = self._best(window, logits, examples[i].context)
+            best[i] = max(best[i], found, key=lambda answer: answer.score)
+        return [Answer("", 0, answer.score) if self.may_refuse and answer.score < 0 else answer for answer in best]
+
+    def targets(self, window: _Window, question: Question) -> np.ndarray:
+        """Where the first answer stands, if all of it is in this window."""
+        targets = np.full(len(window.tokens), IGNORE)
+        targets[:2] = self._nowhere(window)
+        for start, text in question.answers[:1]:
+            inside = np.flatnonzero((window.spans[:, 1] > start) & (window.spans[:, 0] < start + len(text)))
+            whole = len(inside) and window.spans[inside[0], 0] <= start and window.spans[inside[-1], 1] >= start + len(text)
+            if whole:
+                targets[:2] = window.first + inside[0], window.first + inside[-1]
+        return targets
+
+    def _nowhere(self, window: _Window) -> int:
+        return len(window.tokens) - 1 if self.family == "decoder" else 0
+
+    def _best(self, window: _Window, logits: np.ndarray, context: str) -> Answer:
+        """The likeliest span of at most `longest` tokens."""
+        size, nowhere = len(window.spans), self._nowhere(window)
+        if not size:
+            return Answer("", score=-np.inf)
+        begins, ends = logits[window.first : window.first + size].T
+        both = begins[:, None] + ends[None, :]
+        both[~np.tri(size, size, self.longest - 1, dtype=bool) | np.tri(size, size, -1, dtype=bool)] = -np.inf
+        first, last = np.unravel_index(int(both.argmax()), both.shape)
+        start, stop = int(window.spans[first, 0]), int(window.spans[last, 1])
+        start += len(context[start:stop]) - len(context[start:stop].lstrip())
+        return Answer(context[start:stop].rstrip(), start, float(both[first, last] - logits[nowhere].sum()))
+
+
+class Written(_Questions):
+    """The answer as text, "no answer" where there is none; of a context that is too long the end is cut off."""
+
+    def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        prompt = dials.prompt or ("{source}\nAnswer:\n" if family == "decoder" else None)
+        self.texts = TextToText(tokenizer, family, row_length, prompt, truncate=True)
+        self.train, self.dev = ([q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev))
+
+    def shaped(self, config: ModelConfig) -> ModelConfig:
+        return self.texts.shaped(config)
+
+    def segments(self, examples: Sequence[Question]) -> list[Segment]:
+        return self.texts.segments([_pair(question) for question in examples])
+
+    def predict(self, model: Model, examples: Sequence[Question], how: Generation, tokens: int) -> list[str]:
+        said = self.texts.predict(model, [_pair(question) for question in examples], how, tokens)
+        return ["" if text == NO_ANSWER else text for text in said]
+
+
+NO_ANSWER = "no answer"
+
+
+def _pair(question: Question) -> Pair:
+    return Pair(question.where, f"{question.question}\n{question.context}", question.texts[:1] or (NO_ANSWER,))
+
+
+def _text(prediction: Any) -> str:
+    return prediction.text if isinstance(prediction, Answer) else str(prediction)
+
+
+def read_squad(place: str) -> Iterator[Question]:
+    """The questions of a SQuAD 1.1 or 2.0 file. Raises Refused for what is not one, and for an answer that is not at its offset."""
+    path = existing(place)
+    whole = read_json(path)
+    try:
+        paragraphs = [paragraph for article in whole["data"] for paragraph in article["paragraphs"]]
+        for paragraph in paragraphs:
+            for asked in paragraph["qas"]:
+                where, context = f"{path}, question {asked['id']}", paragraph["context"]
+                answers = () if asked.get("is_impossible") else tuple((a["answer_start"], a["text"]) for a in asked["answers"])
+                for start, text in answers:
+                    if not text.strip():
+                        raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
+                    if (there := context[start : start + len(text)]) != text:
+                        raise Refused(f"{where}: its answer {text!r} is not at character {start} of the context, where {there!r} stands.")
+                yield Question(where, str(asked["id"]), asked["question"], context, answers)
+    except (KeyError, TypeError) as missing:
+        raise Refused(f"{path} is no SQuAD file with data, paragraphs, qas and answers: {type(missing).__name__} {missing}.") from None
+    if not any(paragraph["qas"] for paragraph in paragraphs):
+        raise Refused(f"{path} holds no question.")
+
+
+def _most_alike(question: Question) -> Answer:
+    """The sentence that shares most words with the question."""
+    asked = set(words(question.question))
+    sentences = [match for match in _SENTENCE.finditer(question.context) if match[0].strip()]
+    if not sentences:
+        return Answer("")
+    best = max(sentences, key=lambda match: len(asked & set(words(match[0]))))
+    return Answer(best[0].strip(), best.start())

@@ -1,0 +1,80 @@
+"""Packed rows of examples, by number: in, segments; out, `Rows.row(i)`, a pure function of (fingerprint, seed, i), as in pretraining.
+
+The examples of a set are packed once (best fit), and each epoch visits the rows in an order drawn from (seed, epoch). Several sets take
+turns by weight. Examples never see each other. Cost: 30,000 pairs pack in 0.1 s; all of them stand in memory.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from pretrain.batches import Row, assemble
+from pretrain.objectives import Segment
+from pretrain.order import Order, turns
+from pretrain.packing import Pieces, Room, pack
+
+
+class Rows:
+    """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in order."""
+
+    targets_per_byte: float | None = None
+
+    def __init__(self, sets: Sequence[Sequence[Segment]], room: Room, pad: int, weights: Sequence[float], seed: int | None) -> None:
+        self.sets, self.room, self.pad = sets, room, pad
+        self.packed = [pack(_pieces(segments), room) for segments in sets]
+        sizes = [len(packed.offsets) - 1 for packed in self.packed]
+        self.num_rows = sum(sizes)
+        keys = [None if seed is None else (seed, 2, number) for number in range(len(sets))]
+        self.orders = [Order(np.array([size]), key) for size, key in zip(sizes, keys, strict=True)]
+        self._turns = turns(weights)
+        used = sum(len(s.tokens) + (0 if s.source is None else len(s.source)) for segments in sets for s in segments)
+        self.waste = 1 - used / (self.num_rows * (room.tokens + room.source))
+        self.fingerprint = _fingerprint(sets, room, weights)
+
+    def row(self, i: int) -> Row:
+        """Row i of the run."""
+        number, row = self._place(i)
+        return assemble([self.sets[number][j] for j, _, _ in self.packed[number].row(row)], self.room, self.pad)
+
+    def empty_row(self) -> Row:
+        """A row of padding, to fill up a micro: no targets."""
+        return assemble([], self.room, self.pad)
+
+    def members(self, i: int) -> list[int]:
+        """Which examples stand in row i, in the order of their segments (which count from 1)."""
+        number, row = self._place(i)
+        return [j for j, _, _ in self.packed[number].row(row)]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        streams, before, counts = self._turns
+        period, turn = divmod(i, len(streams))
+        number = int(streams[turn])
+        _, _, _, row = self.orders[number].locate(period * int(counts[number]) + int(before[turn]))
+        return number, row
+
+
+def room_for(sets: Sequence[Sequence[Segment]], row_length: int) -> Room:
+    """What a row holds: `row_length` positions; where there are sources, those, and as many target positions as go with them on average."""
+    segments = [segment for segments in sets for segment in segments]
+    if segments[0].source is None:
+        return Room(row_length)
+    targets = [len(segment.tokens) for segment in segments]
+    sources = sum(len(segment.source) for segment in segments if segment.source is not None)
+    return Room(-(-max(*targets, round(row_length * sum(targets) / sources)) // 8) * 8, row_length)
+
+
+def _pieces(segments: Sequence[Segment]) -> Pieces:
+    index = np.arange(len(segments))
+    tokens = np.array([len(segment.tokens) for segment in segments])
+    sources = np.array([0 if segment.source is None else len(segment.source) for segment in segments])
+    return Pieces(index, np.zeros_like(index), tokens, tokens, sources)
+
+
+def _fingerprint(sets: Sequence[Sequence[Segment]], room: Room, weights: Sequence[float]) -> str:
+    digest = hashlib.blake2b(repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16)
+    for segment in (segment for segments in sets for segment in segments):
+        for array in (segment.tokens, segment.targets, segment.source):
+            if array is not None:
+                digest.update(len(array).to_bytes(4, "little") + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

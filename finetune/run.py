@@ -1,0 +1,284 @@
+"""A fine-tuning run: a published folder -> the task's head -> pretraining's loop -> scores of the best checkpoint.
+
+In: a Finetune recipe and rank facts. Out: the run folder, with predictions.jsonl and scores.json (the best checkpoint on all of dev, beside
+a trivial system). `train` continues by itself from the newest checkpoint that verifies; which one was best is read from the checkpoints.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune import config as dials
+from finetune.config import Finetune
+from finetune.evaluate import report, scored, some
+from finetune.ner import Ner, read_conll
+from finetune.qa import open_qa, read_squad
+from finetune.records import read_pairs
+from finetune.rows import Rows, room_for
+from finetune.summarization import open_summarization
+from finetune.task import Task, TextToText
+from finetune.translation import Translation
+from modeling.config import Family, ModelConfig, Refused
+from modeling.counts import train_flops_per_row
+from modeling.lora import adapt
+from modeling.transformer import Transformer, build
+from pretrain import published, tokenizer
+from pretrain.checkpoint import State, open_checkpoint, read_marker, verify
+from pretrain.engine import Engine, Place
+from pretrain.evaluate import evaluate
+from pretrain.lease import Lease, committed, take_generation
+from pretrain.loader import Loader
+from pretrain.metrics import Recorder
+from pretrain.run import from_first_rank, newest, peak
+from pretrain.saving import Checkpointer
+from pretrain.stages import Part
+from pretrain.tokenizer import Tokenizer
+from pretrain.train import Progress
+from pretrain.train import train as train_loop
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "translation": Translation,
+    "summarization": open_summarization,
+    "ner": Ner,
+    "qa": open_qa,
+}
+
+
+def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
+    """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming file and line."""
+    progress("reading examples", 0)
+    vocabulary = make_tokenizer(config)
+    model, _ = start(config)
+    tasks = open_tasks(config, vocabulary, model.family)
+    open_rows(config, tasks, vocabulary)
+    tasks[0].shaped(model)
+
+
+def train(config: Finetune, place: Place) -> None:
+    """One rank of a run, from wherever the run stands to its scores. Every rank calls it with the same recipe."""
+    run = Path(config.run)
+    vocabulary = Tokenizer.open(run / "tokenizer")
+    shape, state = start(config)
+    tasks = open_tasks(config, vocabulary, shape.family)
+    task, model = tasks[0], tasks[0].shaped(shape)
+    rows, heldout = open_rows(config, tasks, vocabulary)
+    engine = Engine(_initialised(model, state, config), config, place)
+    lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
+    recorder = Recorder(run, place, lease.generation)
+    weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
+    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
+    recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
+    newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
+    progress, history = _resume(Path(newest_folder), engine, rows, recorder) if newest_folder else (Progress(), [])
+    best = config.best or task.best
+    shape_facts = {"model": model.model_dump(mode="json"), "lora_scale": config.lora.scale if config.lora is not None else None}
+    chosen = some(task.dev, config.evaluate_examples)
+    tokens = config.micro_rows * config.row_length
+
+    def score(complete: bool) -> dict[str, Any]:
+        share = -(-heldout.num_rows * len(chosen) // len(task.dev))
+        with _judged_weights(config, engine):
+            scores = evaluate(engine, heldout, place, num_rows=share, micro_rows=config.micro_rows)
+            predictions = task.predict(engine, chosen, config.generation, tokens)
+        scores |= scored(task, predictions, chosen)
+        if best not in scores:
+            raise Refused(f"`best` is {best!r}; the scores of this task are {', '.join(scores)}.")
+        history.append((progress.step, scores[best]))
+        if place.rank == 0:
+            _write_lines(run / "predictions.jsonl", [task.record(*pair) for pair in zip(chosen, predictions, strict=True)])
+        return scores
+
+    def describe(progress: Progress, scores: dict[str, Any]) -> State:
+        return State(
+            step=progress.step,
+            cursor=progress.step * config.step_rows,
+            optimizer_step=engine.optimizer_step,
+            skips=[],
+            fingerprint=rows.fingerprint,
+            config=config.model_dump(mode="json"),
+            heldout_loss=scores.get("heldout_loss"),
+            judged=-scores[best] if best in scores else None,
+            extra={**asdict(progress), "scores": scores, "history": history, "best": best, **shape_facts},
+        )
+
+    def enough() -> bool:
+        """Whether the score has not become better for `patience` evaluations in a row."""
+        values = [value for _, value in history]
+        return 0 < config.patience <= len(values) - 1 - values.index(max(values, default=0.0)) if values else False
+
+    loader = Loader(
+        [rows],
+        [Part(config.row_length, config.step_rows, config.micro_rows)],
+        start=progress.step,
+        stop=config.steps,
+        rank=place.rank,
+        world=place.world,
+        prefetch=config.prefetch,
+        pin=place.device == "cuda",
+    )
+    with closing(recorder):
+        if progress.step == 0:
+            recorder.metrics(0, **score(False))
+        train_loop(
+            config,
+            engine,
+            loader,
+            Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
+            recorder,
+            progress,
+            score=score,
+            describe=describe,
+            flops=lambda step: config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
+            peak_flops=peak(engine, config),
+            enough=enough,
+        )
+        if progress.step == config.steps or enough():
+            _finish(config, engine, task, recorder, best, tokens)
+
+
+def best_step(run: Path) -> int | None:
+    """The step of the committed checkpoint with the highest score; of equals the earliest. None where none was scored."""
+    states = [read_marker(folder)["state"] for folder in committed(run)]
+    judged = [(state["judged"], state["step"]) for state in states if state.get("judged") is not None]
+    return min(judged)[1] if judged else None
+
+
+def start(config: Finetune) -> tuple[ModelConfig, dict[str, Tensor] | None]:
+    """The model that training starts from, still with its old head, and its weights; None for new ones.
+
+    Raises Refused for a folder that is not whole, and one whose tokenizer is not the one it was trained with, or not the run's.
+    """
+    dropout = {"dropout": config.model.dropout, "label_smoothing": config.model.label_smoothing}
+    if config.model.folder is None:
+        assert config.model.config is not None
+        return config.model.config.model_copy(update=dropout), None
+    folder = Path(config.model.folder)
+    shape, state = published.load(folder)
+    if config.row_length > shape.max_positions:
+        raise Refused(f"row_length ({config.row_length}) exceeds the longest text that {folder} knows ({shape.max_positions} tokens).")
+    found = Tokenizer.open(folder).fingerprint
+    if (folder / published.RECORD).exists():
+        trained = published.read_json(folder / published.RECORD)["fingerprints"]["tokenizer"]
+        if trained != found:
+            raise Refused(f"{folder}: its tokenizer's fingerprint is {found}, its model was trained with {trained}: restore the folder.")
+    own = Path(config.run) / "tokenizer"
+    if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
+        raise Refused(f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder.")
+    return shape.model_copy(update=dropout), None if config.model.random else state
+
+
+def make_tokenizer(config: Finetune) -> Tokenizer:
+    """The run's tokenizer: what stands in its folder, else the published folder's, the recipe's, or one trained on the training texts."""
+    folder = Path(config.run) / "tokenizer"
+    if not folder.exists():
+        unfinished = folder.with_name("tokenizer.incomplete")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if (path := config.model.folder or config.tokenizer.path) is not None:
+            Tokenizer.open(path).save(unfinished, "encoder-decoder")
+        else:
+            assert config.model.config is not None
+            tokenizer.train(_texts(config), config.tokenizer, config.model.config.vocab_size, unfinished)
+        unfinished.rename(folder)
+    return Tokenizer.open(folder)
+
+
+def open_tasks(config: Finetune, vocabulary: Tokenizer, family: Family) -> list[Task]:
+    """The task that is chosen by, and those that are learned along. Raises Refused for a bad example, by file and line."""
+    tasks = [TASKS[task.kind](task, vocabulary, family, config.row_length) for task in (config.task, *config.more)]
+    if len(tasks) > 1 and not all(isinstance(task, TextToText) for task in tasks):
+        raise Refused("`more` adds text-to-text tasks to a text-to-text task: other heads cannot be shared in one run.")
+    return tasks
+
+
+def open_rows(config: Finetune, tasks: Sequence[Task], vocabulary: Tokenizer) -> tuple[Rows, Rows]:
+    """The rows to train on, of all tasks by weight, and those of the first task's dev examples."""
+    sets = [task.segments(task.train) for task in tasks]
+    dev = [tasks[0].segments(tasks[0].dev)]
+    room = room_for([*sets, *dev], config.row_length)
+    weights = [getattr(task, "weight", 1.0) for task in (config.task, *config.more)]
+    return Rows(sets, room, vocabulary.pad, weights, config.seed), Rows(dev, room, vocabulary.pad, [1.0], None)
+
+
+def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Finetune) -> Transformer:
+    """New weights, keyed by (seed, name), and over them all that the folder has for this model."""
+    made = build(model, config.seed)
+    if state is not None:
+        new = made.state_dict()
+        assert all(name.startswith("head.") for name in new.keys() - state.keys()), sorted(new.keys() - state.keys())
+        kept = {name: state[name] if name in state and state[name].shape == value.shape else value for name, value in new.items()}
+        made.load_state_dict(kept)
+    if config.lora is not None:
+        adapt(made, config.lora, config.seed)
+    for pattern in config.freeze:
+        frozen = [parameter.requires_grad_(False) for name, parameter in made.named_parameters() if fnmatchcase(name, pattern)]
+        if not frozen:
+            raise Refused(f"freeze: no parameter is named like {pattern!r}; there are {', '.join(list(made.state_dict())[:5])}, ...")
+    return made
+
+
+def _resume(folder: Path, engine: Engine, rows: Rows, recorder: Recorder) -> tuple[Progress, list[tuple[int, float]]]:
+    checkpoint = open_checkpoint(folder)
+    state = checkpoint.state
+    if state.fingerprint != rows.fingerprint:
+        raise Refused(
+            f"{folder} was trained on examples of fingerprint {state.fingerprint}, and this recipe makes rows of {rows.fingerprint}: files,"
+            " tokenizer, prompt, row length or weights have changed. Give another `run` folder."
+        )
+    engine.load(checkpoint.read, state.optimizer_step)
+    recorder.event("resumed", step=state.step, checkpoint=folder.name)
+    return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"]), [(step, score) for step, score in state.extra["history"]]
+
+
+def _finish(config: Finetune, engine: Engine, task: Task, recorder: Recorder, best: str, tokens: int) -> None:
+    """Score the best checkpoint on all of dev."""
+    run = Path(config.run)
+    step = from_first_rank(engine, partial(best_step, run))
+    folder = from_first_rank(engine, lambda: _of_step(run, step))
+    checkpoint = open_checkpoint(folder)
+    engine.load(checkpoint.read, checkpoint.state.optimizer_step)
+    with _judged_weights(config, engine):
+        predictions = task.predict(engine, task.dev, config.generation, tokens)
+    if engine.place.rank == 0:
+        _write_lines(run / "predictions.jsonl", [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)])
+        found = {"task": config.task.kind, "best": best, "step": step, **report(task, predictions)}
+        published.write_json(run / "scores.json", found)
+        recorder.event("scored", step=step, **found["scores"])
+
+
+def _judged_weights(config: Finetune, engine: Engine) -> AbstractContextManager[None]:
+    """The averaged weights where there are any, since those are published, else the trained ones."""
+    return engine.averaged() if config.ema else nullcontext()
+
+
+def _of_step(run: Path, step: int | None) -> Path:
+    folder = [f for f in committed(run) if read_marker(f)["state"]["step"] == step][-1]
+    verify(folder)
+    return folder
+
+
+def _texts(config: Finetune) -> Iterator[str]:
+    """What a tokenizer is trained on: all training texts, of both sides."""
+    for task in (config.task, *config.more):
+        if isinstance(task, dials.Translation | dials.Summarization):
+            for pair in read_pairs(task.train, task.columns.source, task.columns.target):
+                yield from (pair.source, *pair.targets)
+        elif isinstance(task, dials.Ner):
+            yield from (sentence.text for place in task.train for sentence in read_conll(place))
+        else:
+            questions = [question for place in task.train for question in read_squad(place)]
+            yield from (*(question.question for question in questions), *dict.fromkeys(question.context for question in questions))
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    fresh = path.with_name(path.name + ".fresh")
+    fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    fresh.replace(path)

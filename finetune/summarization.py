@@ -1,0 +1,133 @@
+"""Summaries: documents in, a summary out, scored by ROUGE. Trivial: the first three sentences.
+
+A decoder or an encoder-decoder writes the summary. An encoder picks sentences: a sentence's first piece is labelled by whether it is one of
+those that together are most like the summary, found greedily (Nallapati et al. 2017); it picks as many as that takes on average.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from finetune import config
+from finetune.records import Pair, read_pairs
+from finetune.scores import Rouge, words
+from finetune.task import Model, Task, TextToText, labelled, placed
+from modeling.batch import IGNORE
+from modeling.config import Family, Generation, ModelConfig, Refused
+from pretrain.objectives import Segment
+from pretrain.tokenizer import Tokenizer
+
+_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+MOST = 5  # sentences of a summary
+
+
+def open_summarization(dials: config.Summarization, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+    return (Extraction if family == "encoder" else Summarization)(dials, tokenizer, family, row_length)
+
+
+class _Summaries:
+    """What both ways of summarizing share."""
+
+    best = "rouge1"
+
+    def __init__(self, dials: config.Summarization) -> None:
+        self.train, self.dev = (read_pairs(places, dials.columns.source, dials.columns.target) for places in (dials.train, dials.dev))
+        self.rouge = Rouge()
+
+    def statistics(self, predictions: Sequence[str], examples: Sequence[Pair]) -> np.ndarray:
+        return self.rouge.statistics(predictions, [pair.targets for pair in examples])
+
+    def scores(self, total: np.ndarray) -> dict[str, float]:
+        return self.rouge.score(total)
+
+    def trivial(self) -> tuple[str, list[str]]:
+        return "lead-3", [" ".join(pair.source[a:b] for a, b in sentences(pair.source)[:3]) for pair in self.dev]
+
+    def record(self, example: Pair, prediction: str) -> dict[str, Any]:
+        return {"where": example.where, "prediction": prediction, "references": list(example.targets)}
+
+
+class Summarization(_Summaries, TextToText):
+    decoder_prompt = "{source}\nSummary:\n"
+
+    def __init__(self, dials: config.Summarization, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, dials.truncate)
+        _Summaries.__init__(self, dials)
+
+
+class Extraction(_Summaries):
+    def __init__(self, dials: config.Summarization, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        super().__init__(dials)
+        self.tokenizer, self.family, self.row_length, self.truncate = tokenizer, family, row_length, dials.truncate
+        picks = [len(most_alike(pair)) for pair in self.train]
+        self.number = max(1, round(sum(picks) / len(picks)))
+
+    def shaped(self, config: ModelConfig) -> ModelConfig:
+        return config.model_copy(update={"labels": ("leave", "pick"), "spans": False})
+
+    def segments(self, examples: Sequence[Pair]) -> list[Segment]:
+        made = []
+        for pair in examples:
+            tokens, places = self._placed(pair)
+            targets = np.full(len(tokens), IGNORE)
+            picked = most_alike(pair)
+            for number, place in enumerate(places):
+                targets[place] = number in picked
+            made.append(Segment(tokens, targets))
+        return made
+
+    def predict(self, model: Model, examples: Sequence[Pair], how: Generation, tokens: int) -> list[str]:
+        logits = labelled(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
+        summaries = []
+        for pair, scores in zip(examples, logits, strict=True):
+            _, places = self._placed(pair)
+            gain = scores[places, 1] - scores[places, 0]
+            spans = sentences(pair.source)
+            summaries.append(" ".join(pair.source[slice(*spans[i])] for i in sorted(np.argsort(-gain)[: self.number])))
+        return summaries
+
+    def _placed(self, pair: Pair) -> tuple[np.ndarray, list[int]]:
+        """A document's tokens, and the place of the first piece of every sentence that begins in them."""
+        tokens, places = placed(self.tokenizer, self.family, pair.source, [begin for begin, _ in sentences(pair.source)])
+        if len(tokens) > self.row_length:
+            if not self.truncate:
+                raise Refused(
+                    f"{pair.where}: the document has {len(tokens)} tokens, and row_length is {self.row_length}: set task.truncate."
+                )
+            tokens = np.append(tokens[: self.row_length - 1], self.tokenizer.eos)
+        return tokens, [place for place in places if place < len(tokens) - 1]
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Where sentences begin and end: at full stops and line ends."""
+    cuts = [0, *(at for match in _END.finditer(text) for at in match.span()), len(text)]
+    return [(begin, end) for begin, end in list(pairwise(cuts))[::2] if text[begin:end].strip()]
+
+
+def most_alike(pair: Pair) -> set[int]:
+    """The sentences that together share most words and pairs of words with the summary, found one by one while the overlap grows."""
+    wanted = _counts(pair.targets[0])
+    parts = [_counts(pair.source[begin:end]) for begin, end in sentences(pair.source)]
+    chosen: set[int] = set()
+    have: Counter[Any] = Counter()
+    best = 0.0
+    while len(chosen) < min(MOST, len(parts)):
+        score, i = max((_f1(have + part, wanted), -i) for i, part in enumerate(parts) if i not in chosen)
+        if score <= best:
+            break
+        best, have = score, have + parts[-i]
+        chosen.add(-i)
+    return chosen
+
+
+def _counts(text: str) -> Counter[Any]:
+    said = words(text)
+    return Counter(said) + Counter(pairwise(said))
+
+
+def _f1(a: Counter[Any], b: Counter[Any]) -> float:
+    return 2 * (a & b).total() / max(a.total() + b.total(), 1)

@@ -1,0 +1,49 @@
+"""What published folders say, each in its task's natural form."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from finetune.answer import answers, plain
+from finetune.evaluate import Opened
+from finetune.task import placed
+from launch.cli import app
+from modeling.config import Generation, Refused
+from tests.finetune.small_tasks import folder_of
+
+
+def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
+    opened = Opened(folder_of(tmp_path, "encoder", labels=("O", "B-PER", "I-PER")))
+    text = "yes, Ada sees (Bob)."
+    _, places = placed(opened.tokenizer, "encoder", text, [5, 15])
+
+    def logits(batch):  # type: ignore[no-untyped-def]
+        hit = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor(places))[None]
+        return torch.stack([~hit, hit, torch.zeros_like(hit)], dim=-1).float()
+
+    opened.logits = logits  # type: ignore[method-assign]
+    [said] = answers(opened, [text], Generation())
+    assert said == {"entities": [{"text": t, "type": "PER", "start": s, "end": s + 3} for t, s in (("Ada", 5), ("Bob", 15))]}
+    assert plain(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
+
+
+def test_a_span_head_answers_with_place_and_score_and_wants_a_context(tmp_path: Path) -> None:
+    opened = Opened(folder_of(tmp_path, "decoder", spans=True))
+    [said] = answers(opened, ["Who?\tMr Ada sees Bob."], Generation())
+    assert said["answer"] and "Mr Ada sees Bob."[said["start"] :].startswith(said["answer"]) and isinstance(said["score"], float)
+    with pytest.raises(Refused, match="give `question<TAB>context`"):
+        list(answers(opened, ["Who?"], Generation()))
+
+
+def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "encoder-decoder")
+    (tmp_path / "texts").write_text("Mr Ada sees Bob.\nIn Cleo we see Dan.\n")
+    given = ["generate", str(folder), "--file", str(tmp_path / "texts"), "--json", "--how", "beams=3", "--how", "max_new=7"]
+    result = CliRunner().invoke(app, given, catch_exceptions=False)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 2 and all(set(line) == {"text"} for line in lines)
+    with pytest.raises(Refused, match="did you mean `beams`"):
+        CliRunner().invoke(app, ["generate", str(folder), "x", "--how", "beam=3"], catch_exceptions=False)

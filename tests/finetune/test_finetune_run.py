@@ -1,0 +1,180 @@
+"""A fine-tuning run's promises, end to end in real processes: from a published folder to scores that beat a trivial system."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config import Finetune
+from finetune.evaluate import Opened, scored
+from finetune.run import best_step, open_rows, open_tasks, prepare, train
+from modeling.config import Refused
+from pretrain import published
+from pretrain.checkpoint import open_checkpoint
+from pretrain.engine import Engine, Place
+from pretrain.metrics import read_lines
+from pretrain.publish import publish
+from pretrain.tokenizer import Tokenizer
+from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
+from tests.processes import run_processes
+
+
+def quiet(what: str, done: int) -> None: ...
+
+
+def no_event(kind: str, **facts: object) -> None:
+    raise AssertionError(f"{kind}: {facts}")
+
+
+def trained(place: Place, config: Finetune) -> None:
+    train(config, place)
+
+
+def killed_at(place: Place, config: Finetune, step: int) -> None:
+    """Train, and let the last rank be gone (SIGKILL) when the step begins."""
+    train_step = Engine.train_step
+
+    def step_or_die(self: Engine, *given: Any) -> Any:
+        done = [record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record]
+        if max(done, default=0) >= step and place.rank == place.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, *given)
+
+    Engine.train_step = step_or_die  # type: ignore[method-assign]
+    train(config, place)
+
+
+def scores_of(config: Finetune) -> dict[str, Any]:
+    return dict(json.loads((Path(config.run) / "scores.json").read_text()))
+
+
+def metrics(config: Finetune) -> dict[str, Any]:
+    """The last value of each step's loss, rows and scores."""
+    names = ("loss", "rows", "rows_hash", "heldout_loss", "f1")
+    return {
+        f"{name} {line['step']}": line[name] for line in read_lines(Path(config.run) / "metrics.jsonl") for name in names if name in line
+    }
+
+
+def tags(folder: Path) -> dict[str, Any]:
+    write_tags(folder / "train.conll", 300, seed=1)
+    write_tags(folder / "dev.conll", 60, seed=2)
+    return {"kind": "ner", "train": [str(folder / "train.conll")], "dev": [str(folder / "dev.conll")]}
+
+
+def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_class(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path))
+    prepare(config, quiet)
+    run_processes(2, trained, config)
+    found = scores_of(config)
+    assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
+    lines = read_lines(Path(config.run) / "predictions.jsonl")
+    assert len(lines) == found["examples"] == 60 and lines[0]["prediction"] == lines[0]["references"]
+    out = publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
+    assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published.CARD).read_text()
+    pipeline = pytest.importorskip("transformers").pipeline("token-classification", model=str(out), aggregation_strategy="first")
+    assert [(e["entity_group"], e["word"].strip()) for e in pipeline("Mr Ada sees Bob")] == [("PER", "Ada")]
+    assert [(e["entity_group"], e["word"].strip()) for e in pipeline("In Ada we see Bob")] == [("LOC", "Ada")]
+
+
+@pytest.mark.parametrize(("family", "stage"), [("encoder-decoder", 3), ("decoder", 1)])
+def test_translation_is_learned_and_published(family: str, stage: int, tmp_path: Path) -> None:
+    task = {"kind": "translation", "train": [write_pairs(tmp_path / "train", 400, 1)], "dev": [write_pairs(tmp_path / "dev", 40, 2)]}
+    config = recipe(tmp_path / "run", folder_of(tmp_path, family), task, steps=80, engine={"zero_stage": stage})
+    prepare(config, quiet)
+    run_processes(2, trained, config)
+    found = scores_of(config)
+    assert found["scores"]["bleu"] > 40 > 2 * found["trivial"]["scores"]["bleu"]
+    publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
+
+
+def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_best(tmp_path: Path) -> None:
+    folder, task = folder_of(tmp_path, "encoder"), tags(tmp_path)
+    changes: dict[str, Any] = {"steps": 20, "evaluate_every": 5, "checkpoints": {"every": 5}, "schedule": {"final": 1.0}}
+    changes["model"] = {"from": str(folder), "dropout": 0.1}
+    straight, broken = (recipe(tmp_path / name, folder, task, **changes) for name in ("straight", "broken"))
+    for config in (straight, broken):
+        prepare(config, quiet)
+    run_processes(2, trained, straight)
+    with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
+        run_processes(2, killed_at, broken, 13)
+    run_processes(2, trained, broken)
+    assert metrics(straight) == metrics(broken) and len(metrics(straight)) == 20 * 3 + 5 * 2
+    assert best_step(Path(straight.run)) == best_step(Path(broken.run))
+    assert scores_of(straight) == scores_of(broken)
+
+
+def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored(tmp_path: Path) -> None:
+    config = recipe(
+        tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path), steps=100, evaluate_every=4, checkpoints={"every": 4},
+        patience=2, optimizer={"lr": 1e-2}, schedule={"final": 1.0},
+    )  # fmt: skip
+    prepare(config, quiet)
+    run_processes(1, trained, config)
+    events = read_lines(Path(config.run) / "events.jsonl")
+    history = [(line["step"], line["f1"]) for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line]
+    best = max(history, key=lambda pair: (pair[1], -pair[0]))
+    assert [event["event"] for event in events][-2:] == ["finished", "scored"] and events[-2]["step"] == history[-1][0] < 100
+    assert history.index(best) == len(history) - 3 and scores_of(config)["step"] == best[0]
+    run_processes(1, trained, config)  # again: there is nothing left to train
+    assert max(line["step"] for line in read_lines(Path(config.run) / "metrics.jsonl")) == history[-1][0]
+
+
+def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "encoder-decoder")
+    dev = [write_pairs(tmp_path / "dev", 8, 3)]
+    first, second = ({"kind": "translation", "train": [write_pairs(tmp_path / name, 40, 1)], "dev": dev} for name in "ab")
+    config = recipe(
+        tmp_path / "run", folder, {**first, "weight": 3.0}, more=[{**second, "prompt": "b: {source}"}], steps=4, evaluate_every=4,
+        checkpoints={"every": 4}, freeze=["embed.*", "encoder.blocks.0.*"], optimizer={"lr": 1e-2, "layer_decay": 0.5},
+    )  # fmt: skip
+    prepare(config, quiet)
+    vocabulary = Tokenizer.open(tmp_path / "run" / "tokenizer")
+    rows, _ = open_rows(config, open_tasks(config, vocabulary, "encoder-decoder"), vocabulary)
+    said = [vocabulary.decode(source[source > 0]) for row in map(rows.row, range(64)) if (source := row.source) is not None]
+    assert sum("b: " in text for text in said) == 16
+    run_processes(2, trained, config)
+    [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*4-*")
+    before, after = published.load(folder)[1], open_checkpoint(checkpoint)
+    moved = {name: not torch.equal(before[name], after.full(name)) for name in before}
+    assert not moved["embed.weight"] and not moved["encoder.blocks.0.mlp.f.up.weight"]
+    assert moved["encoder.blocks.1.mlp.f.up.weight"] and moved["decoder.blocks.0.mlp.f.up.weight"]
+
+
+def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "encoder")
+    lora = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "up", "down"]}
+    config = recipe(tmp_path / "run", folder, tags(tmp_path), lora=lora, optimizer={"lr": 1e-2}, engine={"zero_stage": 2})
+    prepare(config, quiet)
+    run_processes(2, trained, config)
+    found, run = scores_of(config), Path(config.run)
+    assert found["scores"]["f1"] > 50 > found["trivial"]["scores"]["f1"]
+    out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(run))
+    before, after = published.load(folder)[1], published.load(out)[1]
+    moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
+    assert moved == {f"encoder.blocks.{i}.{part}.weight" for i in range(2) for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")}
+    opened = Opened(out)
+    task = open_tasks(config, opened.tokenizer, "encoder")[0]
+    predictions = task.predict(opened, task.dev, config.generation, 256)
+    assert scored(task, predictions, task.dev) == found["scores"]  # merged, it says what it said adapted
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    encoder, both = folder_of(tmp_path, "encoder"), folder_of(tmp_path, "encoder-decoder")
+    pairs = {"kind": "translation", "train": [write_pairs(tmp_path / "p", 4, 1)], "dev": [write_pairs(tmp_path / "p", 4, 1)]}
+    with pytest.raises(Refused, match="translation writes text, and an encoder cannot: give a decoder"):
+        prepare(recipe(tmp_path / "a", encoder, pairs), quiet)
+    with pytest.raises(Refused, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
+        prepare(recipe(tmp_path / "b", both, pairs, row_length=65), quiet)
+    with pytest.raises(Refused, match="freeze: no parameter is named like 'embedding"):
+        config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
+        prepare(config, quiet)
+        train(config, Place(0, 1, 0, "cpu", None, 1))
+    record = published.read_json(both / published.RECORD)
+    published.write_json(both / published.RECORD, record | {"fingerprints": {"tokenizer": "another"}})
+    with pytest.raises(Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with another"):
+        prepare(recipe(tmp_path / "c", both, pairs), quiet)
