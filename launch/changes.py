@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.config import Recipe, flatten, resolve, write
+from launch.config import AnyRecipe, Recipe, flatten, resolve, write
 from modeling.config import Refused
 from pretrain.metrics import read_lines
 from pretrain.optimizer import lr_factor
@@ -24,12 +24,14 @@ class Change(NamedTuple):
     safe: bool
 
 
-def _always(old: Recipe, new: Recipe, step: int) -> bool:
+def _always(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     return True
 
 
-def _same_rows_so_far(old: Recipe, new: Recipe, step: int) -> bool:
+def _same_rows_so_far(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     """Stages that are yet to come may change. Dropout is keyed by micros, and without it a micro's size is only a matter of rounding."""
+    if not (isinstance(old, Recipe) and isinstance(new, Recipe)):
+        return old.step_rows == new.step_rows and old.model.dropout == new.model.dropout == 0
     before, after = parts(old), parts(new)
     keyed = max(old.model.dropout, new.model.dropout) > 0
 
@@ -40,18 +42,20 @@ def _same_rows_so_far(old: Recipe, new: Recipe, step: int) -> bool:
     return all(read(before, i) == read(after, i) for i in range(step))
 
 
-def _same_rates_so_far(old: Recipe, new: Recipe, step: int) -> bool:
+def _same_rates_so_far(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     """A longer run is the same run while no learning rate that was used would have been another (wsd before its decay, inverse_sqrt)."""
     return all(lr_factor(old.schedule, i, old.steps) == lr_factor(new.schedule, i, new.steps) for i in range(step))
 
 
-SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
+SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     "run": _always,  # the folder was moved
     "data.sources.*.path": _always,  # a corpus was moved: the rows' fingerprint knows its content, and training refuses another
     "data.heldout.*.path": _always,
     "tokenizer.path": _always,  # the same
     "data.cache": _always,
     "data.prefetch": _always,
+    **dict.fromkeys(("task.train.*", "task.dev.*", "model.from"), _always),  # moved: fingerprints know what is in them
+    **dict.fromkeys(("prefetch", "patience", "best", "evaluate_examples", "generation.*"), _always),  # no weight changes by these
     "engine.*": _always,  # rounding only; checkpoints hold fp32 slices that any stage and precision reads
     "checkpoints.*": _always,
     "evaluate_every": _always,
@@ -70,20 +74,20 @@ SAFE: dict[str, Callable[[Recipe, Recipe, int], bool]] = {
 TOKENIZER = ("tokenizer.*", "model.vocab_size", "model.family", "data.sources.*", "data.heldout_fraction")  # what it was made from
 
 
-def differences(old: Recipe, new: Recipe, step: int) -> list[Change]:
+def differences(old: AnyRecipe, new: AnyRecipe, step: int) -> list[Change]:
     """Every dotted key whose value differs between two recipes, after `step` steps of the old one."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     changed = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
     return [Change(key, before.get(key), after.get(key), _safe(key, old, new, step)) for key in changed]
 
 
-def settle(recipe: Recipe) -> list[Change]:
+def settle(recipe: AnyRecipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or refuse each unsafe key."""
     file = Path(recipe.run) / "config.yaml"
     changes: list[Change] = []
     if (file.parent / "tokenizer").exists():  # made first; before it, nothing depends on the recipe
         steps = [record["step"] for record in read_lines(file.parent / "metrics.jsonl")]
-        changes = differences(resolve(file), recipe, max(steps, default=0))
+        changes = differences(resolve(file, kind=type(recipe)), recipe, max(steps, default=0))  # type: ignore[type-var]
     if unsafe := [change for change in changes if not change.safe]:
         said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
         raise Refused(
@@ -94,7 +98,7 @@ def settle(recipe: Recipe) -> list[Change]:
     return changes
 
 
-def _safe(key: str, old: Recipe, new: Recipe, step: int) -> bool:
+def _safe(key: str, old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     if step == 0:
         return not any(fnmatch(key, pattern) for pattern in TOKENIZER)
     rules = [rule for pattern, rule in SAFE.items() if fnmatch(key, pattern)]

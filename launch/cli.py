@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from launch.config import Recipe, resolve
+from launch.config import FinetuneRecipe, Recipe, resolve
 from modeling.config import Refused
 
 MACHINE = (  # a full disk, a folder that may not be written or is a file: not a defect, though nobody asked for it
@@ -66,10 +66,14 @@ def publish(
     weights: Annotated[Literal["ema", "trained"] | None, typer.Option(help="averaged (the default where there are any) or trained")] = None,
 ) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
+    from finetune.run import best_step
     from launch.progress import EVENTS
     from pretrain.publish import publish
 
-    publish(run, out, weights=weights, on_event=lambda event, **facts: typer.echo(EVENTS[event].format_map(facts)))
+    def tell(event: str, **facts: object) -> None:
+        typer.echo(EVENTS[event].format_map(facts))
+
+    publish(run, out, on_event=tell, checkpoint=best_step(run), weights=weights)
     typer.echo(f"{out} is published and verified.")
 
 
@@ -87,15 +91,46 @@ def verify(folder: Path) -> None:
 
 
 @app.command()
+def finetune(
+    config: Config,
+    changes: Changes = None,
+    workers: Annotated[int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster to join; without it one is started on this machine")] = None,
+) -> None:
+    """Teach a published model a task, and score it beside a trivial system; on a run folder that exists, continue it."""
+    from launch.finetune import finetune
+
+    given = [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
+    finetune(resolve(config, given, FinetuneRecipe), Console(), address)
+
+
+@app.command()
+def evaluate(
+    folder: Path,
+    task: Annotated[str, typer.Option(help="a fine-tuning recipe: its task's dev examples are answered")],
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="a file for the predictions, as JSON lines")] = None,
+) -> None:
+    """Score a published model on a task, beside a trivial system."""
+    from launch.finetune import evaluate
+
+    evaluate(folder, resolve(task, changes or [], FinetuneRecipe), out, Console())
+
+
+@app.command()
 def generate(
     folder: Path,
-    text: str,
-    max_new: Annotated[int, typer.Option(min=1, help="tokens at most")] = 64,
+    text: Annotated[str | None, typer.Argument(help="a text, or question<TAB>context; without it, lines of --file or stdin")] = None,
+    file: Annotated[Path | None, typer.Option(help="a file with a text on each line")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines: entities with their spans, answers with their scores")] = False,
+    how: Annotated[list[str] | None, typer.Option(help="how text is written, such as beams=4, sample=true, top_p=0.9, max_new=200")] = None,
 ) -> None:
-    """Let a published model write: a decoder continues the text, an encoder-decoder reads it."""
-    from launch.generate import write
+    """Let a published model answer: text, entities or a span, as its task has it."""
+    from launch.finetune import generate
 
-    typer.echo(write(folder, text, max_new))
+    lines = [text] if text is not None else (line.rstrip("\n") for line in (open(file, encoding="utf-8") if file else sys.stdin))  # noqa: SIM115
+    for said in generate(folder, iter(lines), how or [], json):
+        typer.echo(said)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.config import Recipe
+from launch.config import AnyRecipe
 from modeling.config import Refused
 from pretrain.engine import Place
 from pretrain.metrics import append_line
@@ -41,10 +41,10 @@ import ray.train.torch
 from ray.train.backend import Backend
 from ray.train.torch.config import _TorchBackend
 
-Train = Callable[[Recipe, Place], None]
+Train = Callable[[Any, Place], None]
 
 
-def connect(recipe: Recipe, address: str | None = None) -> None:
+def connect(recipe: AnyRecipe, address: str | None = None) -> None:
     """Join the cluster at `address`, or start one on this machine's loopback (5 s; ports that are free); refuse what it has no room for."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     cluster = recipe.cluster
@@ -68,7 +68,7 @@ def connect(recipe: Recipe, address: str | None = None) -> None:
         raise Refused(f"{cluster.workers} workers need {' and '.join(missing)}. Lower cluster.workers or what each worker asks for.")
 
 
-def run(recipe: Recipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
+def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
     """Train on `recipe.cluster.workers` ranks until done, through up to `max_restarts` failures. After `asked()` none is restarted."""
     connect(recipe, address)
     folder = Path(recipe.run).resolve()
@@ -99,7 +99,7 @@ class _NoMeeting(_TorchBackend):
         """Nothing: the training function makes the process group."""
 
 
-def _attempt(recipe: Recipe, train: Train, attempt: int, meet: str | None) -> tuple[int | None, BaseException] | None:
+def _attempt(recipe: AnyRecipe, train: Train, attempt: int, meet: str | None) -> tuple[int | None, BaseException] | None:
     """One fixed-size group of workers, which meet at `meet`, or where Ray says. None when all returned, else who failed first and how."""
     cluster = recipe.cluster
     torch_config = _MeetByFile if meet else ray.train.torch.TorchConfig
@@ -183,15 +183,15 @@ def _said(folder: Path, rank: int | None, error: BaseException) -> str:
     return f"its process {facts['pid']} on {facts['host']} was killed or crashed" + (f"; it said last: {lines[-1][:300]}" if lines else "")
 
 
-def _verdict(recipe: Recipe, rank: int | None, said: str, attempt: int) -> str:
+def _verdict(recipe: AnyRecipe, rank: int | None, said: str, attempt: int) -> str:
     who = "the workers could not be placed" if rank is None else f"rank {rank} of {recipe.cluster.workers} failed"
     return (
         f"{who}, {attempt} restarts of {recipe.cluster.max_restarts} were used: {said}.\n{_saved(recipe)}"
-        f" Continue with: trifold pretrain {recipe.run}/config.yaml"
+        f" Continue with: trifold {recipe.command} {recipe.run}/config.yaml"
     )
 
 
-def _saved(recipe: Recipe) -> str:
+def _saved(recipe: AnyRecipe) -> str:
     committed = sorted(file.parent.name for file in Path(recipe.run).glob("checkpoints/*/commit.json"))
     return f"Saved: {recipe.run}/checkpoints/{committed[-1]}." if committed else "No checkpoint was saved yet."
 

@@ -4,19 +4,16 @@ In: a file of configs/ and overrides such as `optimizer.lr=1e-3`. Out: a Recipe,
 for each mistake. Paths in values are relative to where the command runs, `extends:` is relative to the file that says it.
 """
 
-import difflib
-import json
 import os
 import re
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import Field
 
+from finetune.config import Finetune
+from launch.mistakes import checked, shown
 from modeling.config import Refused, Settings
 from pretrain.config import Pretrain
 
@@ -36,22 +33,38 @@ class Cluster(Settings):
 class Recipe(Pretrain):
     """What is trained, and where."""
 
+    command: ClassVar[str] = "pretrain"
     cluster: Cluster = Cluster()
 
 
-def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+class FinetuneRecipe(Finetune):
+    """What learns a task, and where."""
+
+    command: ClassVar[str] = "finetune"
+    cluster: Cluster = Cluster()
+
+
+AnyRecipe = Recipe | FinetuneRecipe
+R = TypeVar("R", Recipe, FinetuneRecipe)
+S = TypeVar("S", bound=Settings)
+
+
+def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """The recipe of a file (found from here, else from the clone), with overrides applied and `${NAME}` filled in, checked."""
     file = _found(Path(path))
     values, origins = _read(file, ())
     if file.name == "config.yaml" and (file.parent / "lease").is_dir():  # a run's own recipe: that run, wherever it was moved to
         values["run"] = str(file.parent)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise Refused(f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3.")
-        _set(values, key, _parse(text, f"the override {override}"))
-        origins[key] = f"the override {override}"
-    return _checked(Recipe, _filled(values, (), origins, file), origins, file)
+    _override(values, origins, overrides)
+    return checked(kind, _filled(values, (), origins, file), origins, file)
+
+
+def dials(kind: type[S], overrides: list[str]) -> S:
+    """A group of settings from overrides alone."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    _override(values, origins, overrides)
+    return checked(kind, values, origins, "the command line")
 
 
 def write(recipe: Settings, path: Path) -> None:
@@ -73,6 +86,15 @@ def flatten(values: Any, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+def _override(values: dict[str, Any], origins: dict[str, str], overrides: list[str] | tuple[str, ...]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise Refused(f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3.")
+        _set(values, key, _parse(text, f"the override {override}"))
+        origins[key] = f"the override {override}"
 
 
 class _Yaml(yaml.SafeLoader):
@@ -132,13 +154,13 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{file} cannot be read as UTF-8 text: {error}.") from None
     if not isinstance(values, dict):
-        raise Refused(f"{file} holds {_shown(values)}; a recipe is a mapping of keys to values.")
+        raise Refused(f"{file} holds {shown(values)}; a recipe is a mapping of keys to values.")
     bases = values.pop("extends", [])
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not (file.parent / base).is_file():
-            raise Refused(f"{file}: extends names {_shown(base)}, and there is no such file beside it in {here.parent}.")
+            raise Refused(f"{file}: extends names {shown(base)}, and there is no such file beside it in {here.parent}.")
         below, below_origins = _read(file.parent / base, (*chain, here))
         merged, origins = _merged(merged, below), origins | below_origins
     return _merged(merged, values), origins | dict.fromkeys(flatten(values), str(file))
@@ -156,7 +178,7 @@ def _set(values: Any, key: str, value: Any) -> None:
     for part in parents:
         values = values[_index(values, part, key)] if isinstance(values, list) else values.setdefault(part, {})
         if not isinstance(values, dict | list):
-            raise Refused(f"the override {key} goes through `{part}`, which holds {_shown(values)} and not keys of its own.")
+            raise Refused(f"the override {key} goes through `{part}`, which holds {shown(values)} and not keys of its own.")
     values[_index(values, last, key) if isinstance(values, list) else last] = value
 
 
@@ -182,111 +204,3 @@ def _filled(value: Any, key: tuple[str, ...], origins: dict[str, str], file: Pat
                 f" Set it, or give the value on the command line: {dotted}=..."
             )
     return re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], value)
-
-
-# ---- checking
-
-
-def _checked(kind: type[Recipe], values: dict[str, Any], origins: dict[str, str], file: Path) -> Recipe:
-    try:
-        return kind.model_validate_json(json.dumps(values))  # JSON: lists become tuples, and nothing else changes its type
-    except ValidationError as error:
-        raise Refused("\n".join(dict.fromkeys(_sentences(kind, error, origins, file)))) from None
-
-
-def _sentences(kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: Path) -> Iterator[str]:
-    mistakes = error.errors()
-    for mistake in mistakes:
-        loc, given, problem = mistake["loc"], mistake["input"], mistake["type"]
-        if problem == "too_short" and any(other["loc"][: len(loc)] == loc and other is not mistake for other in mistakes):
-            continue  # short only because an item was refused, which is said already
-        key, wanted, beside = _walk(kind, loc)
-        if problem.startswith("union_tag"):
-            key, wanted = f"{key}.kind", wanted.removeprefix("a mapping whose kind is ")
-            given = given.get("kind")
-        where = f"{_origin(key, origins, file)}: "
-        if problem == "extra_forbidden":
-            yield f"{where}there is no key `{key}`; {_nearest(key, beside, _known(kind))}"
-        elif problem == "value_error":
-            yield f"{where}{f'`{key}`: ' if key else ''}{mistake['ctx']['error']}."
-        elif problem in ("missing", "union_tag_not_found"):
-            yield f"{where}`{key}` is missing; it must be {wanted}."
-        else:
-            near = difflib.get_close_matches(str(given), re.findall(r"[\w-]+", wanted), 1) if wanted.startswith("one of") else []
-            yield f"{where}`{key}` is {_shown(given)}; it must be {wanted}." + (f" Did you mean {near[0]}?" if near else "")
-
-
-def _origin(key: str, origins: dict[str, str], file: Path) -> str:
-    """Where a key, or else the nearest thing above or below it, was said."""
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        for known, origin in reversed(origins.items()):
-            if known == prefix or known.startswith(prefix + "."):
-                return origin
-    return str(file)
-
-
-def _nearest(key: str, beside: list[str], known: list[str]) -> str:
-    """The known key most like this one, beside it first, else the same last word elsewhere; else what is known beside it."""
-    parent, dot, last = key.rpartition(".")
-    near = [f"{parent}{dot}{word}" for word in difflib.get_close_matches(last, beside, 1)]
-    near += [k for k in known if k.rpartition(".")[2] == last and k != key]
-    return f"did you mean `{near[0]}`?" if near else f"known there: {', '.join(beside)}."
-
-
-def _known(annotation: Any, prefix: str = "") -> list[str]:
-    """Every dotted key below a type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [k for name, f in annotation.model_fields.items() for k in (prefix + name, *_known(f.annotation, f"{prefix}{name}."))]
-    if get_origin(annotation) is tuple:
-        return _known(get_args(annotation)[0], f"{prefix}0.")
-    return [k for inner in get_args(annotation) for k in _known(inner, prefix)]
-
-
-def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
-    """The dotted key of a pydantic location (without its union tags), what that key must be in words, and the keys beside it."""
-    annotation: Any = kind
-    field: FieldInfo | None = None
-    parts: list[str] = []
-    beside: list[str] = []
-    for part in loc:
-        choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        tagged = [c for c in choices if "kind" in c.model_fields and c.model_fields["kind"].default == part]
-        if tagged and len(choices) > 1:
-            annotation = tagged[0]
-            continue
-        parts.append(str(part))
-        beside = list(choices[0].model_fields) if choices else []
-        if get_origin(annotation) is tuple:
-            annotation, field = get_args(annotation)[0], None
-        elif choices and part in choices[0].model_fields:
-            field = choices[0].model_fields[str(part)]
-            annotation = field.annotation
-        else:
-            annotation, field = None, None
-    return ".".join(parts), _wanted(annotation, field.metadata if field else []), beside
-
-
-def _wanted(annotation: Any, bounds: list[Any]) -> str:
-    if get_origin(annotation) in (Union, types.UnionType):
-        choices = get_args(annotation)
-        if all(isinstance(c, type) and issubclass(c, BaseModel) for c in choices):
-            return "a mapping whose kind is one of " + ", ".join(c.model_fields["kind"].default for c in choices)
-        return " or ".join(_wanted(choice, bounds) for choice in choices)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    word = "a list" if get_origin(annotation) is tuple else words.get(annotation, "a mapping of keys to values")
-    signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"} if annotation in (int, float) else {}
-    signs = {"min_length": "its length at least"} if word in ("a list", "text") else signs
-    said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in signs.items() if getattr(bound, name, None) is not None]
-    return ", ".join([word, *([" and ".join(said)] if said else [])])
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({names.get(type(value), type(value).__name__)})"

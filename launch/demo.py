@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.config import resolve
-from launch.generate import write
+from launch.finetune import generate
 from launch.pretrain import pretrain
 from launch.world import write_world
 from modeling.counts import num_parameters
@@ -58,7 +58,8 @@ def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
 
     out = publish(run, run / "published", on_event=lambda event, **facts: console.print(f"{event}: {facts}"))
     report = verify(out)
-    console.print(f"[dim]{escape(prompt)}[/]\n{escape(write(out, prompt, max_new=40))}", highlight=False)
+    [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
+    console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)
 
     metrics, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
     scores = [record for record in metrics if "heldout_loss" in record]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch.changes import SAFE, differences, settle
-from launch.config import Recipe, flatten, resolve
+from launch.config import FinetuneRecipe, Recipe, flatten, resolve
 from modeling.config import Refused
 from pretrain.metrics import append_line
 
@@ -102,10 +102,12 @@ def test_sources_added_or_lost_are_unsafe():
     assert changes and not all(change.safe for change in changes)
 
 
-def test_every_line_of_the_table_names_a_key_that_exists():
+def test_every_line_of_the_table_names_a_key_that_exists(monkeypatch):
     from fnmatch import fnmatch
 
     keys = flatten(recipe(data__heldout=[{"path": "h.txt"}], data__heldout_fraction=0.0).model_dump(mode="json"))
+    monkeypatch.setenv("TRIFOLD_DATA", "/data")
+    keys |= flatten(resolve("configs/finetune/wnut17.yaml", kind=FinetuneRecipe).model_dump(mode="json"))
     for pattern in SAFE:
         assert any(fnmatch(key, pattern) for key in keys), pattern
 

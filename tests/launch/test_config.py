@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import CLONE, resolve, write
+from launch.config import CLONE, FinetuneRecipe, resolve, write
 from modeling.config import Refused
 
 RECIPE = """
@@ -164,6 +164,20 @@ def test_every_shipped_recipe_resolves_from_anywhere(file, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     assert resolve(file).steps > 0
     assert (CLONE / file).read_text().startswith("# "), "a recipe's header says command, hardware, time and result"
+
+
+TASKS = [file.relative_to(CLONE) for file in sorted((CLONE / "configs" / "finetune").glob("*.yaml")) if file.stem != "small"]
+
+
+@pytest.mark.parametrize("file", TASKS, ids=str)
+def test_every_shipped_task_resolves_and_reads_back(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIFOLD_DATA", "/data")
+    made = resolve(file, ["model.random=true"], FinetuneRecipe)
+    write(made, tmp_path / "config.yaml")
+    assert resolve(tmp_path / "config.yaml", kind=FinetuneRecipe) == made
+    assert (CLONE / file).read_text().startswith("# ")
+    with pytest.raises(Refused, match=r"no key `model.form`; did you mean `model.from`"):
+        resolve(file, ["model.form=x"], FinetuneRecipe)
 
 
 @pytest.mark.parametrize("file", sorted((CLONE / "configs" / "model").glob("*.yaml")), ids=lambda file: file.stem)

@@ -1,0 +1,76 @@
+"""One `trifold finetune`, `evaluate` and `generate`: recipes settled and run as pretraining's are; published folders used here, on the CPU.
+
+In: a recipe, or a published folder and texts. Out: a run folder with scores.json, a table of scores beside a trivial system's, or answers.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune import answer, run
+from finetune.evaluate import Opened, report
+from finetune.run import TASKS
+from launch.changes import settle
+from launch.config import FinetuneRecipe, dials
+from launch.pretrain import stopping
+from launch.progress import Watch
+from modeling.config import Generation, Refused
+from pretrain.engine import Place
+from pretrain.published import read_json
+
+
+def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = None) -> None:
+    """Train a recipe to its end and score its best checkpoint, or until SIGTERM or Ctrl-C: then the run is saved."""
+    folder = Path(recipe.run)
+    for change in settle(recipe):
+        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", highlight=False)
+    with Watch(folder, recipe.steps, console) as watch:
+        run.prepare(recipe, watch.prepared)
+        with stopping(folder) as stop:
+            if recipe.cluster.workers == 0:
+                threads = recipe.cluster.threads_per_worker or os.cpu_count() or 1
+                run.train(recipe, Place(0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, threads))
+            else:
+                from launch import cluster  # imports Ray: 2 s
+
+                cluster.run(recipe, run.train, address, stop.asked)
+    if stop.asked():
+        console.print(f"Continue with: trifold finetune {folder}/config.yaml", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + (stop.number or 15))
+    show(read_json(folder / "scores.json"), console)
+
+
+def evaluate(folder: Path, recipe: FinetuneRecipe, out: Path | None, console: Console) -> None:
+    """Score a published folder on a task's dev examples. `out`: a file for its predictions."""
+    opened = Opened(folder)
+    task = TASKS[recipe.task.kind](recipe.task, opened.tokenizer, opened.config.family, recipe.row_length)
+    if task.shaped(opened.config) != opened.config:
+        raise Refused(f"{folder} was not trained for {recipe.task.kind} with these labels: fine-tune it first (trifold finetune).")
+    predictions = task.predict(opened, task.dev, recipe.generation, recipe.micro_rows * recipe.row_length)
+    if out is not None:
+        records = [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)]
+        out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    show({"task": recipe.task.kind, **report(task, predictions)}, console)
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Scores, their intervals, and the trivial system's, as a table."""
+    step = f", step {found['step']}" if "step" in found else ""
+    table = Table(title=f"{found['task']}: {found['examples']:,} dev examples{step}")
+    for name in ("score", "", "95 % interval", found["trivial"]["system"]):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name, score in found["scores"].items():
+        low, high = found["intervals"][name]
+        table.add_row(name, f"{score:.2f}", f"{low:.2f} to {high:.2f}", f"{found['trivial']['scores'][name]:.2f}")
+    console.print(table)
+
+
+def generate(folder: Path, texts: Iterator[str], how: list[str], as_json: bool) -> Iterator[str]:
+    """A line for each text: what the model of a published folder makes of it, as text or as JSON."""
+    for said in answer.answers(Opened(folder), texts, dials(Generation, how)):
+        yield json.dumps(said, ensure_ascii=False) if as_json else answer.plain(said)
