@@ -64,15 +64,20 @@ def publish(
     run: Path,
     out: Annotated[Path, typer.Option(help="the folder to make")],
     weights: Annotated[Literal["ema", "trained"] | None, typer.Option(help="averaged (the default where there are any) or trained")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA adapters alone, in PEFT's format")] = False,
 ) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
     from finetune.run import best_step
     from launch.progress import EVENTS
+    from pretrain.adapter import publish_adapter
     from pretrain.publish import publish
 
     def tell(event: str, **facts: object) -> None:
         typer.echo(EVENTS[event].format_map(facts))
 
+    if adapter:
+        publish_adapter(run, out, on_event=tell, checkpoint=best_step(run))
+        return typer.echo(f"{out} holds the adapters; PEFT reads them.")
     publish(run, out, on_event=tell, checkpoint=best_step(run), weights=weights)
     typer.echo(f"{out} is published and verified.")
 

@@ -44,7 +44,7 @@ def publish(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} exists already and is not overwritten: give another folder, or move it away")
-    source = _newest(run, on_event) if checkpoint is None else _of_step(run, checkpoint)
+    source = source_of(run, on_event, checkpoint)
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
@@ -60,6 +60,11 @@ def publish(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def source_of(run: Path, on_event: OnEvent, checkpoint: int | None) -> Checkpoint:
+    """The checkpoint to publish: that of a step, or the newest that verifies. Raises Refused where there is none."""
+    return _newest(run, on_event) if checkpoint is None else _of_step(run, checkpoint)
 
 
 def _newest(run: Path, on_event: OnEvent) -> Checkpoint:

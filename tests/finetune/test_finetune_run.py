@@ -14,6 +14,7 @@ from finetune.evaluate import Opened, scored
 from finetune.run import best_step, open_rows, open_tasks, prepare, train
 from modeling.config import Refused
 from pretrain import published
+from pretrain.adapter import publish_adapter
 from pretrain.checkpoint import open_checkpoint
 from pretrain.engine import Engine, Place
 from pretrain.metrics import read_lines
@@ -86,7 +87,7 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
     task = {"kind": "translation", "train": [write_pairs(tmp_path / "train", 400, 1)], "dev": [write_pairs(tmp_path / "dev", 40, 2)]}
     config = recipe(tmp_path / "run", folder_of(tmp_path, family), task, steps=80, engine={"zero_stage": stage})
     prepare(config, quiet)
-    run_processes(2, trained, config)
+    run_processes(2, trained, config, timeout=400)  # ZeRO-3 on a busy machine
     found = scores_of(config)
     assert found["scores"]["bleu"] > 40 > 2 * found["trivial"]["scores"]["bleu"]
     publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
@@ -157,6 +158,10 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
     before, after = published.load(folder)[1], published.load(out)[1]
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert moved == {f"encoder.blocks.{i}.{part}.weight" for i in range(2) for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")}
+    peft = publish_adapter(run, tmp_path / "peft", on_event=no_event, checkpoint=best_step(run))
+    settings = json.loads((peft / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder) and settings["modules_to_save"] == ["classifier"]
+    assert (peft / "adapter_model.safetensors").stat().st_size < 0.5 * (out / "model.safetensors").stat().st_size
     opened = Opened(out)
     task = open_tasks(config, opened.tokenizer, "encoder")[0]
     predictions = task.predict(opened, task.dev, config.generation, 256)
