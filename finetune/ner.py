@@ -65,9 +65,7 @@ class Ner:
             if len(tokens) > self.row_length:
                 raise Refused(f"{sentence.where}: the sentence has {len(tokens)} tokens, and row_length is {self.row_length}: raise it.")
             targets = np.full(len(tokens), IGNORE)
-            for place, word, tag in zip(places, sentence.words, sentence.tags, strict=True):
-                if not word.strip():
-                    continue  # it has no piece of its own
+            for place, tag in zip(places, sentence.tags, strict=True):  # an empty word stands at the next one's piece, which then wins
                 targets[place] = self.labels.index(tag)
                 if tokens[place - 1] == self.space:
                     targets[place - 1] = self.labels.index(tag if tag[0] == "I" else "O")

@@ -68,6 +68,11 @@ def test_what_the_targets_mark_is_the_answer_letter_for_letter(family: Any, tmp_
     qa = Qa(config.Qa(train=(place,), dev=(place,), stride=30), vocabulary(tmp_path), family, 80)
     segments = qa.segments(qa.train)
     assert len(segments) >= 3 * len(qa.train) and max(len(s.tokens) for s in segments) <= 80
+    marks = qa.pointer.tokenizer
+    for length in range(60, 100, 4):  # windows that end before, in and after the answers
+        cut = Qa(config.Qa(train=(place,), dev=(place,), stride=30), marks, family, length)
+        spelled = {marks.decode(s.tokens[s.targets[0] : s.targets[1] + 1]).strip() for s in cut.segments(cut.train)}
+        assert spelled == {*answers, "</s>" if family == "decoder" else "<s>"}  # never a part of an answer
     found = qa.predict(Knowing(segments), qa.train, None, 240)  # type: ignore[arg-type]
     assert any(b - a > 2 and CONTEXT[a] == " " for a, b in qa.pointer.encoded(CONTEXT)[1])
     assert [answer.text for answer in found] == [*answers, ""]
