@@ -79,6 +79,7 @@ class _Window:
 
     tokens: np.ndarray
     first: int  # where the context's pieces begin among the tokens
+    begin: int  # which of the context's pieces is the first here
     spans: np.ndarray  # (pieces, 2) characters of the context
 
 
@@ -122,7 +123,7 @@ class Pointer:
         made = []
         for begin in range(0, max(len(ids) - self.stride, 1), room - self.stride):
             tokens = np.array([*head, *ids[begin : begin + room], self.tokenizer.eos], np.int64)
-            made.append(_Window(tokens, len(head), np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)))
+            made.append(_Window(tokens, len(head), begin, np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)))
         return made
 
     def answers(self, model: Model, examples: Sequence[Question], tokens: int) -> list[Answer]:
@@ -139,10 +140,10 @@ class Pointer:
         """Where the first answer stands, if all of it is in this window."""
         targets = np.full(len(window.tokens), IGNORE)
         targets[:2] = self._nowhere(window)
+        spans = np.array(self.encoded(question.context)[1], np.int64).reshape(-1, 2)
         for start, text in question.answers[:1]:
-            inside = np.flatnonzero((window.spans[:, 1] > start) & (window.spans[:, 0] < start + len(text)))
-            whole = len(inside) and window.spans[inside[0], 0] <= start and window.spans[inside[-1], 1] >= start + len(text)
-            if whole:
+            inside = np.flatnonzero((spans[:, 1] > start) & (spans[:, 0] < start + len(text))) - window.begin
+            if len(inside) and inside[0] >= 0 and inside[-1] < len(window.spans):
                 targets[:2] = window.first + inside[0], window.first + inside[-1]
         return targets
 
