@@ -5,6 +5,7 @@ In: a recipe, or a published folder and texts. Out: a run folder with scores.jso
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from launch.pretrain import stopping
 from launch.progress import Watch
 from modeling.config import Generation, Refused
 from pretrain.engine import Place
+from pretrain.metrics import read_lines
 from pretrain.published import read_json
 
 
@@ -39,9 +41,9 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
                 from launch import cluster  # imports Ray: 2 s
 
                 cluster.run(recipe, run.train, address, stop.asked)
-    if stop.asked():
-        console.print(f"Continue with: trifold finetune {folder}/config.yaml", highlight=False, soft_wrap=True)
-        raise SystemExit(128 + (stop.number or 15))
+    if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
+        console.print(f"Continue with: trifold finetune {folder}/config.yaml", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(128 + (stop.number or signal.SIGTERM))
     show(read_json(folder / "scores.json"), console)
 
 
