@@ -22,14 +22,20 @@ model.norm.weight = decoder.norm.weight
 """
 
 TABLE = BODY + "lm_head.weight? = head.weight\n"
-TOKENS = BODY + """
+TOKENS = (
+    BODY
+    + """
 score.weight = head.labels.weight
 score.bias = head.labels.bias
 """
-SPANS = BODY.replace("model.", "transformer.") + """
+)
+SPANS = (
+    BODY.replace("model.", "transformer.")
+    + """
 qa_outputs.weight = head.labels.weight
 qa_outputs.bias = head.labels.bias
 """
+)
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:

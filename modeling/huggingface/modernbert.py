@@ -24,14 +24,20 @@ head.dense.{p} = head.dense.{p}
 head.norm.{p} = head.norm.{p}
 """
 
-TABLE = BODY + """
+TABLE = (
+    BODY
+    + """
 decoder.weight? = head.weight
 decoder.bias? = head.bias
 """
-CLASSIFIER = BODY + """
+)
+CLASSIFIER = (
+    BODY
+    + """
 classifier.weight = head.labels.weight
 classifier.bias = head.labels.bias
 """
+)
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
