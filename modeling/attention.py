@@ -7,7 +7,7 @@ Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Measured on an H200, causal, T 1024: 186, 141 TFLOP/s for the first two; a kernel that cannot is passed over.
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# SDPA's backward in bf16 is slow on the CPU. Forward and backward of 8 rows, 8 heads of 32, written out and by SDPA, one core with AMX:
+# 16 and 33 ms at T 256, 71 and 90 ms at 512; at 1,024 they are even.
+WRITTEN_OUT_KEYS = 512
+WRITTEN_OUT_SCORES = 2**22  # scores that exist at a time and stay in the cache: one 8 MB chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +76,14 @@ class Visibility:
 
         return _flex()[1](sees, rows, None, queries, keys, device=self.query_segments.device)
 
+    @cached_property
+    def added(self) -> tuple[Tensor, Tensor]:
+        """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which queries (B, 1, Q, 1) see a key."""
+        mask: Tensor = self.mask
+        seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+        scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
+        return scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
+
     def _mask(self) -> Any:
         if self.query_segments is None:
             return None
@@ -78,20 +91,32 @@ class Visibility:
         return self.blocks() if flex else self.dense()
 
 
-def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G // N."""
+def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G // N.
+
+    There is no dropout here: no fast kernel has it, and it costs the CPU three times the attention itself.
+    """
     mask, gqa = visibility.mask, q_BNQH.shape[1] != k_BGKH.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
-        if not dropout:
-            return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
-        mask = visibility.dense()  # flex has no dropout
-    if visibility.bias is not None:
+        return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
+    small = q_BNQH.dtype == torch.bfloat16 and q_BNQH.device.type == "cpu" and k_BGKH.shape[2] <= WRITTEN_OUT_KEYS
+    if mask is not None and small and q_BNQH.requires_grad:
+        return _written_out(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
+    if mask is not None and visibility.bias is not None:
         mask = mask.to(q_BNQH.dtype)
     causal = visibility.causal and mask is None
     with sdpa_kernel(KERNELS, set_priority=True):
-        return F.scaled_dot_product_attention(
-            q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
+        return F.scaled_dot_product_attention(q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+
+
+def _written_out(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """Attention as its formula, some rows at a time."""
+    added_B1QK, sees_B1Q1 = visibility.added
+    heads = q_BNQH.shape[1]
+    k_BNKH, v_BNKH = (x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x for x in (k_BGKH, v_BGKH))
+    rows = max(1, WRITTEN_OUT_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))
+    chunks = zip((q_BNQH * scale).split(rows), k_BNKH.split(rows), v_BNKH.split(rows), added_B1QK.split(rows), strict=True)
+    return torch.cat([(q @ k.mT + added).softmax(-1) @ v for q, k, v, added in chunks]) * sees_B1Q1
 
 
 @cache

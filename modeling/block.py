@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.head_dim = config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nn.Linear(config.dim, queries, config.bias)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
             source = x_BTD if view.memory_BSD is None else view.memory_BSD
             k, v = self._turned(self.k(source), view), self._heads(self.v(source))
             k, v = (k, v) if cache is None else cache.extend(k, v)
-        y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale, self.dropout if self.training else 0.0)
+        y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -150,16 +150,6 @@ def test_dropout_follows_the_global_generator_and_stops_in_evaluation() -> None:
     assert loss(5) == loss(6) == build(CONFIGS["t5gemma"], seed=1)(row)
 
 
-def test_attention_drops_its_own_probabilities() -> None:
-    model = build(_with(CONFIGS["llama"], dropout=0.3), seed=1).train()
-    assert model.decoder is not None
-    attention, x = model.decoder.blocks[0].attn.f, torch.randn(1, 9, 32)
-    view = model.decoder._views(x, None, 0, None, None).whole
-    assert not torch.equal(attention(x, view), attention(x, view))
-    model.eval()
-    assert torch.equal(attention(x, view), attention(x, view))
-
-
 def test_the_scales_multiply_embeddings_scores_and_logits() -> None:
     plain = build(_with(CONFIGS["llama"], tie_embeddings=False), seed=1)
     (part,) = documents(CONFIGS["llama"], [(9, 0)])
