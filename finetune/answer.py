@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from finetune.evaluate import Opened
-from finetune.ner import iob2
 from finetune.qa import Pointer, Question
 from finetune.scores import entities
+from finetune.tagged import iob2
 from finetune.task import placed
 from modeling.batch import Batch
 from modeling.config import Generation, Refused

@@ -58,15 +58,18 @@ class Summarization(Settings):
 
 
 class Ner(Settings):
-    """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag)."""
+    """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag), or hub:NAME:SPLIT."""
 
     kind: Literal["ner"] = "ner"
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
+    written: bool = False  # a decoder or an encoder-decoder writes the entities instead of labelling words
+    prompt: str | None = None
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Qa(Settings):
-    """Answers as spans of a context, from SQuAD 1.1 or 2.0 JSON."""
+    """Answers as spans of a context, from SQuAD 1.1 or 2.0 JSON, or hub:NAME:SPLIT."""
 
     kind: Literal["qa"] = "qa"
     train: tuple[str, ...] = Field(min_length=1)

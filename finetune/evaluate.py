@@ -60,6 +60,7 @@ def report(task: Task, predictions: Sequence[Any]) -> dict[str, Any]:
         "examples": len(task.dev),
         "scores": task.scores(statistics.sum(axis=0)),
         "intervals": intervals(statistics, task.scores),
+        "signatures": task.signatures(),
         "trivial": {"system": name, "scores": scored(task, guesses, task.dev)},
     }
 

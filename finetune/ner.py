@@ -1,57 +1,79 @@
 """Named entities: words with tags in, a tag for each word out, scored by entity F1 as seqeval finds entities. Trivial: a word's usual tag.
 
+A label head tags words. A decoder or an encoder-decoder can write the entities instead (`written`).
+
 Words are joined by spaces and encoded as one text, so that a stock pipeline sees what training saw. A word's first piece, found by
 character offsets, carries its label; the other pieces carry none, but for a piece that is only the space before a word: it is outside,
 or inside as the word is, so that a stock pipeline, which takes it for a word, sees no entity in it.
 """
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from finetune import config
-from finetune.records import existing, text_lines
-from finetune.scores import entity_scores, entity_statistics
-from finetune.task import Model, labelled, placed
+from finetune.records import Pair
+from finetune.scores import entities, entity_scores, entity_statistics
+from finetune.tagged import Sentence, iob2, read_tagged, starts
+from finetune.task import Model, Task, TextToText, labelled, placed
 from modeling.batch import IGNORE
 from modeling.config import Family, Generation, ModelConfig, Refused
 from pretrain.objectives import Segment
 from pretrain.tokenizer import Tokenizer
 
-_INSIDE, _BEGINS = "IEML", "BSU"  # prefixes of IOB1, IOB2, BIOES and BILOU
+
+def open_ner(dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+    return (Written if dials.written else Ner)(dials, tokenizer, family, row_length)
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """Words and their tags in IOB2."""
+class _Entities:
+    """What both ways of tagging share: the examples, the scores and the trivial system."""
 
-    where: str
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-
-class Ner:
     best = "f1"
 
-    def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
-        self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
-        self.space = int(tokenizer.encode_batch([" "])[0][-1])
-        self.train, self.dev = ([sentence for place in places for sentence in read_conll(place)] for places in (dials.train, dials.dev))
+    def __init__(self, dials: config.Ner) -> None:
+        self.train, self.dev = ([sentence for place in places for sentence in read_tagged(place)] for places in (dials.train, dials.dev))
         kinds = sorted({tag[2:] for sentence in self.train for tag in sentence.tags if tag != "O"})
         if not kinds:
             raise Refused(f"{', '.join(dials.train)}: no word has a tag other than O; the last column must be the tag.")
-        self.kinds, self.labels = kinds, ("O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI"))
+        self.kinds = kinds
         for sentence in self.dev:
             for kind in {tag[2:] for tag in sentence.tags if tag != "O"} - set(kinds):
                 raise Refused(f"{sentence.where}: the type {kind} was never seen in the training files, which have {', '.join(kinds)}.")
+
+    def statistics(self, predictions: Sequence[Sequence[str]], examples: Sequence[Sentence]) -> np.ndarray:
+        return entity_statistics(predictions, [sentence.tags for sentence in examples], self.kinds)
+
+    def scores(self, total: np.ndarray) -> dict[str, float]:
+        return entity_scores(total, self.kinds)
+
+    def signatures(self) -> dict[str, str]:
+        return {"f1": f"seqeval {version('seqeval')}, exact spans and types, micro-averaged"}
+
+    def trivial(self) -> tuple[str, list[tuple[str, ...]]]:
+        seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for sentence in self.train:
+            for word, tag in zip(sentence.words, sentence.tags, strict=True):
+                seen[word][tag] += 1
+        usual = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
+        return "usual tag", [tuple(iob2([usual.get(word, "O") for word in sentence.words])) for sentence in self.dev]
+
+    def record(self, example: Sentence, prediction: Sequence[str]) -> dict[str, Any]:
+        return {"where": example.where, "words": example.words, "prediction": list(prediction), "references": list(example.tags)}
+
+
+class Ner(_Entities):
+    """A label for each word."""
+
+    def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        super().__init__(dials)
+        self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
+        self.space = int(tokenizer.encode_batch([" "])[0][-1])
+        self.labels = ("O", *(f"{prefix}-{kind}" for kind in self.kinds for prefix in "BI"))
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
         """Of an encoder-decoder the encoder alone: labels need nothing written."""
@@ -81,64 +103,38 @@ class Ner:
             tags.append(tuple(iob2([best[place] if word.strip() else "O" for place, word in zip(places, sentence.words, strict=True)])))
         return tags
 
-    def statistics(self, predictions: Sequence[Sequence[str]], examples: Sequence[Sentence]) -> np.ndarray:
-        return entity_statistics(predictions, [sentence.tags for sentence in examples], self.kinds)
 
-    def scores(self, total: np.ndarray) -> dict[str, float]:
-        return entity_scores(total, self.kinds)
+class Written(_Entities, TextToText):  # type: ignore[misc]  # sentences in place of pairs
+    """The entities as text, each with its type, "none" where there are none: `Ada (PER) | Oslo (LOC)`."""
 
-    def trivial(self) -> tuple[str, list[tuple[str, ...]]]:
-        seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for sentence in self.train:
-            for word, tag in zip(sentence.words, sentence.tags, strict=True):
-                seen[word][tag] += 1
-        usual = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
-        return "usual tag", [tuple(iob2([usual.get(word, "O") for word in sentence.words])) for sentence in self.dev]
+    decoder_prompt = "{source}\nEntities:\n"
 
-    def record(self, example: Sentence, prediction: Sequence[str]) -> dict[str, Any]:
-        return {"where": example.where, "words": example.words, "prediction": list(prediction), "references": list(example.tags)}
+    def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, truncate=False)
+        _Entities.__init__(self, dials)
 
+    def segments(self, examples: Sequence[Sentence]) -> list[Segment]:  # type: ignore[override]
+        return super().segments([_pair(sentence) for sentence in examples])
 
-def starts(words: Sequence[str]) -> Iterator[int]:
-    """Where each word begins in the text that spaces join."""
-    at = 0
-    for word in words:
-        yield at
-        at += len(word) + 1
+    def predict(self, model: Model, examples: Sequence[Sentence], how: Generation, tokens: int) -> list[tuple[str, ...]]:  # type: ignore[override]
+        said = super().predict(model, [_pair(sentence) for sentence in examples], how, tokens)
+        return [read_back(text, sentence.words) for text, sentence in zip(said, examples, strict=True)]
 
 
-def read_conll(place: str) -> Iterator[Sentence]:
-    """The sentences of a CoNLL file: a word a line, its tag in the last column, an empty line after each sentence; -DOCSTART- is no word.
-
-    Columns stand apart by tabs where the file has any, else by spaces. A word may be empty or hold a space. Raises Refused for a line
-    without a tag, and for a tag that no scheme (IOB1, IOB2, BIOES, BILOU) allows.
-    """
-    path = existing(place)
-    lines = list(text_lines(path))
-    tabs = any("\t" in line for _, line in lines)
-    for blank, group in groupby(lines, key=lambda item: not item[1].strip()):
-        rows = [] if blank else list(group)
-        words, tags = [], []
-        for where, line in rows:
-            columns = line.split("\t") if tabs else line.split(" ")
-            if columns[0] == "-DOCSTART-":
-                continue
-            tag = columns[-1].strip()
-            prefix, dash, kind = tag.partition("-")
-            if len(columns) < 2:
-                raise Refused(f"{where}, has 1 column, {line!r}: a word and its tag are needed, apart by a {'tab' if tabs else 'space'}.")
-            if tag != "O" and not (len(prefix) == 1 and prefix in _INSIDE + _BEGINS and dash and kind):
-                raise Refused(f"{where}, has the tag {tag!r}, which no scheme allows: O, or B- I- E- S- L- U- M- and a type.")
-            words.append(columns[0])
-            tags.append(tag)
-        if words:
-            yield Sentence(rows[0][0], tuple(words), tuple(iob2(tags)))
+def _pair(sentence: Sentence) -> Pair:
+    found = sorted(entities(sentence.tags), key=lambda entity: entity[1])
+    said = [f"{' '.join(sentence.words[first : last + 1])} ({kind})" for kind, first, last in found]
+    return Pair(sentence.where, sentence.text, (" | ".join(said) or "none",))
 
 
-def iob2(tags: Sequence[str]) -> Iterator[str]:
-    """The same entities in IOB2, whatever scheme they came in: an entity begins with B, or where nothing of its type goes on."""
-    before = "O"
-    for tag in tags:
-        goes_on = tag[:1] in _INSIDE and tag != "O" and before[2:] == tag[2:]
-        yield tag if tag == "O" else f"{'I' if goes_on else 'B'}-{tag[2:]}"
-        before = tag
+def read_back(text: str, words: Sequence[str]) -> tuple[str, ...]:
+    """The tags that written entities mean. Each is looked for after the one before, then from the start; what is not there is left out."""
+    tags, after = ["O"] * len(words), 0
+    for name, kind in re.findall(r"(.+?) \((\S+?)\)(?: \| |$)", text):
+        for first in (*range(after, len(words)), *range(after)):
+            last = first + name.count(" ")
+            if " ".join(words[first : last + 1]) == name and set(tags[first : last + 1]) == {"O"}:
+                tags[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]
+                after = last + 1
+                break
+    return tuple(tags)

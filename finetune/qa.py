@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune import config
-from finetune.records import Pair, existing, read_json
+from finetune.records import Pair, existing, hub_rows, read_json
 from finetune.scores import answer_scores, answer_statistics, words
 from finetune.task import Model, Task, TextToText, labelled
 from modeling.batch import IGNORE
@@ -63,6 +64,9 @@ class _Questions:
 
     def scores(self, total: np.ndarray) -> dict[str, float]:
         return answer_scores(total)
+
+    def signatures(self) -> dict[str, str]:
+        return {"f1": "SQuAD 2.0's evaluation, Chinese and Japanese characters as words", "exact_match": "SQuAD 2.0's evaluation"}
 
     def trivial(self) -> tuple[str, list[Any]]:
         return "sentence most like the question", [_most_alike(question) for question in self.dev]
@@ -164,22 +168,20 @@ class Pointer:
         return Answer(context[start:stop].rstrip(), start, float(both[first, last] - logits[nowhere].sum()))
 
 
-class Written(_Questions):
+class Written(_Questions, TextToText):  # type: ignore[misc]  # questions in place of pairs
     """The answer as text, "no answer" where there is none; of a context that is too long the end is cut off."""
 
+    decoder_prompt = "{source}\nAnswer:\n"
+
     def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
-        prompt = dials.prompt or ("{source}\nAnswer:\n" if family == "decoder" else None)
-        self.texts = TextToText(tokenizer, family, row_length, prompt, truncate=True)
+        TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, truncate=True)
         self.train, self.dev = ([q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev))
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
-        return self.texts.shaped(config)
+    def segments(self, examples: Sequence[Question]) -> list[Segment]:  # type: ignore[override]
+        return super().segments([_pair(question) for question in examples])
 
-    def segments(self, examples: Sequence[Question]) -> list[Segment]:
-        return self.texts.segments([_pair(question) for question in examples])
-
-    def predict(self, model: Model, examples: Sequence[Question], how: Generation, tokens: int) -> list[str]:
-        said = self.texts.predict(model, [_pair(question) for question in examples], how, tokens)
+    def predict(self, model: Model, examples: Sequence[Question], how: Generation, tokens: int) -> list[str]:  # type: ignore[override]
+        said = super().predict(model, [_pair(question) for question in examples], how, tokens)
         return ["" if text == NO_ANSWER else text for text in said]
 
 
@@ -195,25 +197,46 @@ def _text(prediction: Any) -> str:
 
 
 def read_squad(place: str) -> Iterator[Question]:
-    """The questions of a SQuAD 1.1 or 2.0 file. Raises Refused for what is not one, and for an answer that is not at its offset."""
-    path = existing(place)
+    """The questions of a SQuAD 1.1 or 2.0 file, or of a hub set in that form (id, question, context, answers).
+
+    Raises Refused for what is not one, and for an answer that is not at its offset.
+    """
+    found = False
+    for where, asked, context, answers in _hub_questions(place) if place.startswith("hub:") else _file_questions(existing(place)):
+        for start, text in answers:
+            if not text.strip():
+                raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
+            if (there := context[start : start + len(text)]) != text:
+                raise Refused(f"{where}: its answer {text!r} is not at character {start} of the context, where {there!r} stands.")
+        found = True
+        yield Question(where, str(asked["id"]), asked["question"], context, tuple(answers))
+    if not found:
+        raise Refused(f"{place} holds no question.")
+
+
+_Asked = tuple[str, dict[str, Any], str, list[tuple[int, str]]]  # where it stands, the question, its context, its answers
+
+
+def _file_questions(path: Path) -> Iterator[_Asked]:
     whole = read_json(path)
     try:
-        paragraphs = [paragraph for article in whole["data"] for paragraph in article["paragraphs"]]
-        for paragraph in paragraphs:
+        for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
             for asked in paragraph["qas"]:
-                where, context = f"{path}, question {asked['id']}", paragraph["context"]
-                answers = () if asked.get("is_impossible") else tuple((a["answer_start"], a["text"]) for a in asked["answers"])
-                for start, text in answers:
-                    if not text.strip():
-                        raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
-                    if (there := context[start : start + len(text)]) != text:
-                        raise Refused(f"{where}: its answer {text!r} is not at character {start} of the context, where {there!r} stands.")
-                yield Question(where, str(asked["id"]), asked["question"], context, answers)
+                answers = [] if asked.get("is_impossible") else [(a["answer_start"], a["text"]) for a in asked["answers"]]
+                yield f"{path}, question {asked['id']}", asked, paragraph["context"], answers
     except (KeyError, TypeError) as missing:
         raise Refused(f"{path} is no SQuAD file with data, paragraphs, qas and answers: {type(missing).__name__} {missing}.") from None
-    if not any(paragraph["qas"] for paragraph in paragraphs):
-        raise Refused(f"{path} holds no question.")
+
+
+def _hub_questions(place: str) -> Iterator[_Asked]:
+    try:
+        for where, row in hub_rows(place):
+            answers = row["answers"]
+            yield where, row, row["context"], list(zip(answers["answer_start"], answers["text"], strict=True))
+    except (KeyError, TypeError) as missing:
+        raise Refused(
+            f"{place} has no columns id, question, context and answers as SQuAD has: {type(missing).__name__} {missing}."
+        ) from None
 
 
 def _most_alike(question: Question) -> Answer:

@@ -46,7 +46,7 @@ def read_pairs(places: Sequence[str], source: str, target: str) -> list[Pair]:
 
 
 def records(place: str, columns: tuple[str, ...]) -> Iterator[Record]:
-    """The records of `place`: one file, several parallel line files joined by commas (a column each, in order), or hub:NAME[:SPLIT].
+    """The records of `place`: one file, several parallel line files joined by commas (a column each, in order), or a hub set (`hub_rows`).
 
     Raises Refused for a file that is missing or broken, unequal line counts, a missing column, and a set without any record.
     """
@@ -83,10 +83,15 @@ def read_json(path: Path) -> Any:
         raise Refused(f"{path} is not whole JSON: {error}.") from None
 
 
+def hub_rows(place: str) -> Iterator[Record]:
+    """The rows of hub:NAME, hub:NAME:SPLIT or hub:NAME:SPLIT:CONFIG. Raises Refused where the set cannot be read, offline among others."""
+    name, split, config = [*place.removeprefix("hub:").split(":"), "", ""][:3]
+    return _table(place, name, config or None, split=split or "train")
+
+
 def _read(place: str, columns: tuple[str, ...]) -> Iterator[Record]:
     if place.startswith("hub:"):
-        name, _, split = place.removeprefix("hub:").partition(":")
-        return _table(place, name, split=split or "train")
+        return hub_rows(place)
     if "," in place:
         return _parallel([existing(path.strip()) for path in place.split(",")], columns)
     path = existing(place)
@@ -139,10 +144,14 @@ def _tab_separated(path: Path) -> Iterator[Record]:
 
 
 def _table(where: str, *args: Any, **kwargs: Any) -> Iterator[Record]:
+    """The rows of a set that `datasets` reads; numbers that stand for named classes become the names."""
     import datasets
 
     try:
-        for number, row in enumerate(datasets.load_dataset(*args, **kwargs, streaming=True)):
-            yield f"{where}, row {number}", row
+        rows = datasets.load_dataset(*args, **kwargs, streaming=True)
+        kinds = {column: getattr(feature, "feature", feature) for column, feature in (rows.features or {}).items()}
+        classes = {column: kind for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        for number, row in enumerate(rows):
+            yield f"{where}, row {number}", row | {column: kind.int2str(row[column]) for column, kind in classes.items()}
     except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
         raise Refused(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None

@@ -20,11 +20,12 @@ from torch import Tensor
 from finetune import config as dials
 from finetune.config import Finetune
 from finetune.evaluate import report, scored, some
-from finetune.ner import Ner, read_conll
+from finetune.ner import open_ner
 from finetune.qa import open_qa, read_squad
 from finetune.records import read_pairs
 from finetune.rows import Rows, room_for
 from finetune.summarization import open_summarization
+from finetune.tagged import read_tagged
 from finetune.task import Task, TextToText
 from finetune.translation import Translation
 from modeling.config import Family, ModelConfig, Refused
@@ -48,7 +49,7 @@ from pretrain.train import train as train_loop
 TASKS: dict[str, Callable[..., Task]] = {
     "translation": Translation,
     "summarization": open_summarization,
-    "ner": Ner,
+    "ner": open_ner,
     "qa": open_qa,
 }
 
@@ -142,7 +143,7 @@ def train(config: Finetune, place: Place) -> None:
             enough=enough,
         )
         if progress.step == config.steps or enough():
-            _finish(config, engine, task, recorder, best, tokens)
+            _finish(config, engine, task, heldout, recorder, best, tokens)
 
 
 def best_step(run: Path) -> int | None:
@@ -238,7 +239,7 @@ def _resume(folder: Path, engine: Engine, rows: Rows, recorder: Recorder) -> tup
     return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"]), [(step, score) for step, score in state.extra["history"]]
 
 
-def _finish(config: Finetune, engine: Engine, task: Task, recorder: Recorder, best: str, tokens: int) -> None:
+def _finish(config: Finetune, engine: Engine, task: Task, heldout: Rows, recorder: Recorder, best: str, tokens: int) -> None:
     """Score the best checkpoint on all of dev."""
     run = Path(config.run)
     step = from_first_rank(engine, partial(best_step, run))
@@ -247,9 +248,10 @@ def _finish(config: Finetune, engine: Engine, task: Task, recorder: Recorder, be
     engine.load(checkpoint.read, checkpoint.state.optimizer_step)
     with _judged_weights(config, engine):
         predictions = task.predict(engine, task.dev, config.generation, tokens)
+        losses = evaluate(engine, heldout, engine.place, num_rows=heldout.num_rows, micro_rows=config.micro_rows)
     if engine.place.rank == 0:
         _write_lines(run / "predictions.jsonl", [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)])
-        found = {"task": config.task.kind, "best": best, "step": step, **report(task, predictions)}
+        found = {"task": config.task.kind, "best": best, "step": step, **losses, **report(task, predictions)}
         published.write_json(run / "scores.json", found)
         recorder.event("scored", step=step, **found["scores"])
 
@@ -272,7 +274,7 @@ def _texts(config: Finetune) -> Iterator[str]:
             for pair in read_pairs(task.train, task.columns.source, task.columns.target):
                 yield from (pair.source, *pair.targets)
         elif isinstance(task, dials.Ner):
-            yield from (sentence.text for place in task.train for sentence in read_conll(place))
+            yield from (sentence.text for place in task.train for sentence in read_tagged(place))
         else:
             questions = [question for place in task.train for question in read_squad(place)]
             yield from (*(question.question for question in questions), *dict.fromkeys(question.context for question in questions))

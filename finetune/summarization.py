@@ -7,6 +7,7 @@ those that together are most like the summary, found greedily (Nallapati et al. 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +44,9 @@ class _Summaries:
 
     def scores(self, total: np.ndarray) -> dict[str, float]:
         return self.rouge.score(total)
+
+    def signatures(self) -> dict[str, str]:
+        return {"rouge": f"rouge-score {version('rouge-score')}, F-measure, Porter stemming, the best of several references"}
 
     def trivial(self) -> tuple[str, list[str]]:
         return "lead-3", [" ".join(pair.source[a:b] for a, b in sentences(pair.source)[:3]) for pair in self.dev]

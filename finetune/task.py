@@ -67,6 +67,10 @@ class Task(Protocol):
         """The scores of summed statistics (K,), each by name."""
         ...
 
+    def signatures(self) -> dict[str, str]:
+        """By what tool and rules each score is computed, so that others can compute the same; after `statistics`."""
+        ...
+
     def trivial(self) -> tuple[str, list[Any]]:
         """The name of a system that knows nothing of language, and its predictions for `dev`."""
         ...
@@ -87,9 +91,7 @@ class TextToText:
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
         if config.family == "encoder":
-            raise Refused(
-                f"{type(self).__name__.lower()} writes text, and an encoder cannot: give a decoder or an encoder-decoder as model.from."
-            )
+            raise Refused("this task writes text, and an encoder cannot: give a decoder or an encoder-decoder as model.from.")
         return config.model_copy(update={"labels": (), "spans": False})
 
     def segments(self, examples: Sequence[Pair]) -> list[Segment]:

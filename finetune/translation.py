@@ -28,5 +28,8 @@ class Translation(TextToText):
     def scores(self, total: np.ndarray) -> dict[str, float]:
         return {"bleu": self.bleu.score(total[:10]), "chrf": self.chrf.score(total[10:])}  # BLEU has two lengths and 4 + 4 counts
 
+    def signatures(self) -> dict[str, str]:
+        return {"bleu": self.bleu.signature, "chrf": self.chrf.signature}
+
     def trivial(self) -> tuple[str, list[str]]:
         return "copy", [pair.source for pair in self.dev]

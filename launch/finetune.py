@@ -63,7 +63,9 @@ def evaluate(folder: Path, recipe: FinetuneRecipe, out: Path | None, console: Co
 def show(found: dict[str, Any], console: Console) -> None:
     """Scores, their intervals, and the trivial system's, as a table."""
     step = f", step {found['step']}" if "step" in found else ""
-    table = Table(title=f"{found['task']}: {found['examples']:,} dev examples{step}")
+    perplexity = f", perplexity {found['perplexity']:.2f}" if "perplexity" in found else ""
+    signatures = "\n".join(f"{name}: {signature}" for name, signature in found["signatures"].items())
+    table = Table(title=f"{found['task']}: {found['examples']:,} dev examples{step}{perplexity}", caption=signatures)
     for name in ("score", "", "95 % interval", found["trivial"]["system"]):
         table.add_column(name, justify="left" if name == "score" else "right")
     for name, score in found["scores"].items():

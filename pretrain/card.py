@@ -122,6 +122,7 @@ def _scores(run: Path, step: int) -> str:
     last = max(reversed(lines), key=lambda line: (line["step"], line.get("generation", 0)))
     names = {
         "heldout_loss": "loss, nats per target",
+        "perplexity": "perplexity",
         "bits_per_byte": "bits per byte",
         "accuracy": "accuracy",
         "heldout_targets": "targets",
@@ -139,7 +140,8 @@ def _task_scores(found: dict[str, Any]) -> str:
         for name, score in found["scores"].items()
     )
     head = f"| {found['task']}, {found['examples']:,} examples, step {found['step']} | score | 95 % interval | {trivial['system']} |"
-    return f"\n\n{head}\n|---|---|---|---|\n{rows}"
+    signatures = "\n".join(f"- {name}: {signature}" for name, signature in found["signatures"].items())
+    return f"\n\n{head}\n|---|---|---|---|\n{rows}\n\n{signatures}"
 
 
 def _data(run: Path, recipe: dict[str, Any]) -> str:

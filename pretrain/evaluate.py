@@ -1,8 +1,8 @@
 """Held-out loss, the same at any world size.
 
-In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "bits_per_byte" (causal), "accuracy"}, and beside them what a
-unigram scores on the same targets. Rows are dealt out round by round, so that all ranks make the same number of forward passes (ZeRO-3
-gathers weights in each).
+In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "perplexity", "bits_per_byte" (causal), "accuracy"}, and beside
+them what a unigram scores on the same targets. Rows are dealt out round by round, so that all ranks make the same number of forward passes
+(ZeRO-3 gathers weights in each).
 """
 
 import math
@@ -28,7 +28,7 @@ def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, mic
         totals = engine.sum_over_ranks(totals)
     loss_sum, count, correct = totals.tolist()
     loss = loss_sum / count
-    scores = {"heldout_loss": loss, "accuracy": correct / count, "heldout_targets": int(count)}
+    scores = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": correct / count, "heldout_targets": int(count)}
     if rows.targets_per_byte is not None:
         scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
     return scores

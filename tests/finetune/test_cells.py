@@ -44,22 +44,26 @@ CELLS = {
     ("ner", "encoder"): "ModernBertForTokenClassification",
     ("ner", "decoder"): "LlamaForTokenClassification",
     ("ner", "encoder-decoder"): "T5GemmaForTokenClassification",
+    ("ner written", "encoder-decoder"): "T5GemmaForConditionalGeneration",
+    ("ner written", "decoder"): "LlamaForCausalLM",
     ("qa", "encoder"): "ModernBertForQuestionAnswering",
     ("qa", "decoder"): "LlamaForQuestionAnswering",
+    ("qa prompted", "decoder"): "LlamaForCausalLM",
     ("qa", "encoder-decoder"): "T5GemmaForConditionalGeneration",
 }
 
 
-@pytest.mark.parametrize(("kind", "family"), CELLS, ids="-".join)
-def test_every_cell_trains_and_publishes_verified(kind: str, family: str, tmp_path: Path) -> None:
-    task = _files(tmp_path, kind) | ({"stride": 8} if kind == "qa" else {})
+@pytest.mark.parametrize(("cell", "family"), CELLS, ids=map("-".join, CELLS))
+def test_every_cell_trains_and_publishes_verified(cell: str, family: str, tmp_path: Path) -> None:
+    kind, _, way = cell.partition(" ")
+    task = _files(tmp_path, kind) | ({"stride": 8} if kind == "qa" else {}) | ({way: True} if way else {})
     changes: dict[str, Any] = {"steps": 2, "evaluate_every": 2, "checkpoints": {"every": 2}, "row_length": 128}
     folder = folder_of(tmp_path, family, max_positions=128)
     config = recipe(tmp_path / "run", folder, task, **changes)
     prepare(config, lambda what, done: None)
     train(config, Place(0, 1, 0, "cpu", None, 1))
     out = publish(tmp_path / "run", tmp_path / "out", on_event=lambda event, **facts: None, checkpoint=best_step(tmp_path / "run"))
-    assert json.loads((out / "config.json").read_text())["architectures"] == [CELLS[kind, family]]
+    assert json.loads((out / "config.json").read_text())["architectures"] == [CELLS[cell, family]]
 
 
 def test_an_encoder_refuses_to_translate(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from finetune import config
-from finetune.ner import Ner, iob2, read_conll
+from finetune.ner import Ner, Written, read_back
+from finetune.tagged import iob2, read_conll, read_tagged
 from modeling.batch import IGNORE, Batch
 from modeling.config import Refused
 from pretrain.objectives import Segment
@@ -105,3 +106,27 @@ def test_the_usual_tag_is_the_trivial_system(tmp_path: Path) -> None:
     name, guesses = ner.trivial()
     assert name == "usual tag" and guesses == [("B-PER",), ("B-PER",), ("B-PER", "O")]
     assert ner.scores(ner.statistics(guesses, ner.dev).sum(axis=0))["f1"] == pytest.approx(80)
+
+
+def test_entities_are_written_and_read_back_as_the_same_tags(tmp_path: Path) -> None:
+    place = conll(tmp_path / "train", "Ada\tB-PER\nmet\tO\nNew\tB-LOC\nYork\tI-LOC\nAda\tB-PER\n\nnobody\tO\n")
+    written = Written(config.Ner(train=(place,), dev=(place,), written=True), tokenizer(), "encoder-decoder", 64)
+    first, second = written.segments(written.train)
+    assert tokenizer().decode(first.tokens[1:]) == "Ada (PER) | New York (LOC) | Ada (PER)" and first.source is not None
+    assert tokenizer().decode(second.tokens[1:]) == "none"
+    for sentence, segment in zip(written.train, (first, second), strict=True):
+        assert read_back(tokenizer().decode(segment.tokens[1:]), sentence.words) == sentence.tags
+    assert read_back("Bob (PER) | York (LOC) | Ada (PER) | broken", ("Ada", "met", "New", "York")) == ("B-PER", "O", "O", "B-LOC")
+
+
+def test_a_hub_sets_tags_are_read_by_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = ["O", "B-PER", "I-PER"]
+    features = datasets.Features({"tokens": [datasets.Value("string")], "ner_tags": [datasets.ClassLabel(names=names)]})
+    datasets.Dataset.from_dict({"tokens": [["Ada", "Eve", "met"]], "ner_tags": [[1, 2, 0]]}, features=features).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    [sentence] = read_tagged(f"hub:{tmp_path}:train")
+    assert sentence.words == ("Ada", "Eve", "met") and sentence.tags == ("B-PER", "I-PER", "O")
+    with pytest.raises(Refused, match="cannot be read"):
+        list(read_tagged(f"hub:{tmp_path}/nothing:train"))

@@ -106,3 +106,17 @@ def test_an_encoder_decoder_writes_and_the_trivial_system_picks_a_sentence(tmp_p
     segments = qa.segments(qa.train)
     assert [tokenizer().decode(s.targets[:-1]) for s in segments] == ["Éva", "no answer"]
     assert qa.trivial()[1][0].text == "Then Éva came to 東京 by train."
+
+
+def test_a_hub_set_of_questions_reads_as_the_file_does(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    place = squad(tmp_path / "file.json", "Ada met Bob.", ("Who?", [(8, "Bob"), (0, "Ada")]), ("Why?", []))
+    rows = [
+        {"id": "0", "question": "Who?", "context": "Ada met Bob.", "answers": {"text": ["Bob", "Ada"], "answer_start": [8, 0]}},
+        {"id": "1", "question": "Why?", "context": "Ada met Bob.", "answers": {"text": [], "answer_start": []}},
+    ]
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    said = [(q.id, q.question, q.context, q.answers) for q in read_squad(f"hub:{tmp_path}/hub:train")]
+    assert said == [(q.id, q.question, q.context, q.answers) for q in read_squad(place)]
+    assert said[1][3] == ()
