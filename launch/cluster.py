@@ -25,6 +25,7 @@ from pretrain.engine import Place
 from pretrain.metrics import append_line
 
 # Read by Ray when it is imported. Its own defaults: a health check every 2 s, a changed working directory, prints through its logger.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -135,7 +136,8 @@ def _attempt(recipe: AnyRecipe, train: Train, attempt: int, meet: str | None) ->
 
 def _on_worker(given: dict[str, Any]) -> None:
     """What Ray calls on every worker: rank facts made plain, then the training function, which knows no Ray."""
-    os.chdir(given["here"])
+    if os.path.isdir(given["here"]):  # else the recipe's paths are absolute
+        os.chdir(given["here"])
     recipe, context = given["recipe"], ray.train.get_context()
     rank, beside = context.get_world_rank(), context.get_local_world_size()
     file = Path(recipe.run) / "workers" / f"rank-{rank:05d}.json"

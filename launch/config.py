@@ -59,6 +59,12 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind:
     return checked(kind, _filled(values, (), origins, file), origins, file)
 
 
+def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyRecipe:
+    """The recipe of a file, of whichever kind it is: one with a `task` fine-tunes."""
+    values, _ = _read(_found(Path(path)), ())
+    return resolve(path, overrides, FinetuneRecipe) if "task" in values else resolve(path, overrides)
+
+
 def dials(kind: type[S], overrides: list[str]) -> S:
     """A group of settings from overrides alone."""
     values: dict[str, Any] = {}

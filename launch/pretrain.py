@@ -67,14 +67,14 @@ def scores(recipe: Recipe) -> Table:
 
 
 class Stop:
-    """Whether somebody asked this process to stop, and by which signal. Ranks see the file `stop` in the run folder, on any host."""
+    """Whether somebody asked this run to stop, and by which signal. Ranks see the file `stop` in the run folder, on any host."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "stop"
         self.number: int | None = None
 
     def asked(self) -> bool:
-        return self.number is not None
+        return self.number is not None or self.file.exists()
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if number == self.number == signal.SIGINT:

@@ -2,6 +2,7 @@
 
 In: the growing metrics.jsonl and events.jsonl of a run folder, wherever its ranks write them. Out: one live bar on a terminal, elsewhere
 (a log file, CI) a plain line every ten seconds. Reads what was appended since it began, so an old run's lines are not told again.
+`standing` says the same of a run that others look after, once.
 """
 
 import json
@@ -17,6 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from modeling.config import Refused
+from pretrain.checkpoint import newest_verified
+from pretrain.lease import committed
+from pretrain.metrics import read_lines
+
 EVENTS = {
     "started": "{world} worker(s) started at ZeRO {zero_stage}",
     "resumed": "continuing from {checkpoint}",
@@ -29,6 +35,25 @@ EVENTS = {
     "stopped": "stopped at step {step}",
     "finished": "finished: all {step} steps are done",
 }
+
+
+def standing(run: Path, thorough: bool) -> dict[str, str]:
+    """How a run stands by its folder. `thorough`: its last checkpoint is read in full and verified."""
+    events, metrics = read_lines(run / "events.jsonl"), read_lines(run / "metrics.jsonl")
+    last = next((record for record in reversed(metrics) if "loss" in record), None)
+    try:
+        found = newest_verified(run, lambda event, **facts: None) if thorough else None
+        checkpoint = found.folder.name if found else next((f.name for f in reversed(committed(run)) if not thorough), "none")
+    except Refused:
+        checkpoint = "none that verifies"
+    return {
+        "step": str(last["step"]) if last else "",
+        "loss": f"{last['loss']:.3f}" if last else "",
+        "tokens/s": _short(last["tokens_per_s"]) if last else "",
+        "workers": next((str(event["world"]) for event in reversed(events) if event["event"] == "started"), ""),
+        "restarts": str(sum(event["event"] == "restarting" for event in events)),
+        "verified checkpoint" if thorough else "checkpoint": checkpoint,
+    }
 
 
 class Watch:

@@ -1,9 +1,11 @@
-"""What several tests share: one Ray cluster for the whole session (about 5 s to start)."""
+"""What several tests share: one Ray cluster for the whole session (about 5 s to start), and several hosts for a file of tests (20 s)."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+
+from tests.hosts import Hosts, missing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,3 +17,12 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """A head and three hosts."""
+    if why := missing():
+        pytest.skip(why)
+    with Hosts(3) as made:
+        yield made

@@ -1,0 +1,181 @@
+"""Runs as jobs of a Ray cluster: submitted, followed, stopped with a save, resumed. This process may end at any time; the job goes on.
+
+In: a recipe and the address of the cluster's job server (http://HEAD:8265, token by Ray's own RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).
+Out: a job that runs `trifold pretrain` or `finetune` on the head, named after its run folder. How a run stands is read from that folder,
+which the cluster and whoever asks must share; whether its job lives, from Ray.
+"""
+
+import asyncio
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.config import CLONE, AnyRecipe, resolve_any, write
+from launch.progress import standing
+from modeling.config import Refused
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # read by Ray when it is imported
+import ray
+import ray.exceptions
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+CODE = ("modeling", "pretrain", "finetune", "launch", "configs")  # what `submit --code` ships
+ENDED = {JobStatus.SUCCEEDED: "finished", JobStatus.STOPPED: "stopped by Ray", JobStatus.FAILED: "ended with an error"}
+
+
+class Jobs:
+    """The job server at `address`. Raises Refused where nobody answers, the token is wrong, or another Ray release runs there."""
+
+    def __init__(self, address: str) -> None:
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address = address  # Ray would prefer one that is set to what it is given
+        try:
+            requests.head(address, timeout=5)  # Ray itself would wait for minutes
+            self._client = JobSubmissionClient(address)
+        except (requests.RequestException, ConnectionError) as error:
+            raise Refused(f"no Ray cluster takes jobs at {address} (http://HEAD:8265): {_cause(error)}.") from error
+        except ray.exceptions.AuthenticationError as error:
+            raise Refused(
+                f"{address} does not accept this token: put the cluster's into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH."
+            ) from error
+        there = self._client._server_ray_version  # private: what the constructor has just asked for
+        if there != ray.__version__:
+            raise Refused(f"{address} runs Ray {there}, and here is {ray.__version__}: install the same release on both sides.")
+
+    def submit(self, recipe: AnyRecipe, code: bool = False) -> str:
+        """Start (or continue) a run; returns its name. `code`: with this working tree, not the Trifold that is installed there."""
+        run = Path(recipe.run).resolve()
+        earlier = [job for job in self._jobs() if job.metadata["name"] == run.name]
+        if other := [job for job in earlier if job.metadata["run"] != str(run)]:
+            raise Refused(
+                f"{self.address} has a run {run.name} already, in {other[-1].metadata['run']}: give this one another `run` folder."
+            )
+        if alive := [job for job in earlier if not job.status.is_terminal()]:
+            self._already(run, alive[-1].status)
+        with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
+            write(recipe.model_copy(update={"run": str(run)}), Path(folder) / "recipe.yaml")
+            for room in CODE if code else ():
+                shutil.copytree(CLONE / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__"))
+            try:
+                self._client.submit_job(
+                    submission_id=run.name if not earlier else f"{run.name}-{len(earlier) + 1}",  # Ray takes an id once
+                    # Paths in the recipe are those of here, where the cluster has this folder too. -P: shipped code comes first.
+                    entrypoint=f"shipped=$PWD; cd {shlex.quote(os.getcwd())} 2>/dev/null; exec python -P -m launch.cli {recipe.command}"
+                    " $shipped/recipe.yaml --address $RAY_ADDRESS",
+                    runtime_env={"working_dir": folder},
+                    metadata={"name": run.name, "run": str(run)},
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    self._already(run, JobStatus.PENDING)
+                raise
+        return run.name
+
+    def follow(self, name: str, console: Console) -> None:
+        """Show a run's log as it grows, its progress as one line on a terminal, until its job ends or Ctrl-C detaches from it.
+
+        Raises Refused when the job did not end well.
+        """
+        job = self._find(name)
+        try:
+            asyncio.run(_shown(self._client.tail_job_logs(job.submission_id), console))
+        except KeyboardInterrupt:
+            ways = (f"trifold {way} --address {self.address}" for way in (f"logs {name} -f", f"stop {name}"))
+            return console.print("{} goes on without you. Back to it: {}    End it: {}".format(name, *ways), **_PLAIN)
+        status = self._client.get_job_status(job.submission_id)
+        if status != JobStatus.SUCCEEDED:
+            raise Refused(f"{name} {ENDED.get(status, status)}. Continue with: trifold resume {name} --address {self.address}")
+
+    def logs(self, name: str, console: Console) -> None:
+        """What a run's newest job has said so far."""
+        console.print(self._client.get_job_logs(self._find(name).submission_id), end="", **_PLAIN)
+
+    def status(self, name: str | None, console: Console) -> None:
+        """How every run stands, or one of them: from its folder, and from Ray whether its job lives."""
+        newest = {job.metadata["name"]: job for job in ([self._find(name)] if name else self._jobs())}
+        table = Table("run", "job", title=f"runs at {self.address}")
+        for run, job in newest.items():
+            stands = standing(Path(job.metadata["run"]), thorough=name is not None)
+            if not table.rows:
+                for column in stands:
+                    table.add_column(column)
+            table.add_row(run, ENDED.get(job.status, job.status.value.lower()), *stands.values())
+        console.print(table)
+
+    def stop(self, name: str, wait: float, console: Console) -> None:
+        """Ask a run to save and end, and wait until it has; after `wait` seconds end its job without."""
+        job = self._find(name)
+        if job.status.is_terminal():
+            raise Refused(f"{name} does not run any more: it {ENDED[job.status]}.")
+        ask = self._folder(job) / "stop"
+        console.print(f"{name} saves and stops", **_PLAIN)
+        deadline = time.monotonic() + wait
+        while not self._client.get_job_status(job.submission_id).is_terminal():
+            if time.monotonic() > deadline:
+                self._client.stop_job(job.submission_id)
+                raise Refused(
+                    f"{name} did not save within {wait:g} s, and its job was ended. What it saved before stays: trifold status {name}"
+                )
+            ask.touch()  # again: a run that is only beginning clears away old requests
+            time.sleep(0.5)
+        ask.unlink(missing_ok=True)
+        self.status(name, console)
+
+    def resume(self, name: str, code: bool = False) -> str:
+        """Continue a run whose job has ended, from its folder."""
+        job = self._find(name)
+        return self.submit(resolve_any(self._folder(job) / "config.yaml"), code)
+
+    def _jobs(self) -> list[JobDetails]:
+        """All jobs that `submit` made, oldest first."""
+        jobs = [job for job in self._client.list_jobs() if job.metadata and "run" in job.metadata]
+        return sorted(jobs, key=lambda job: job.start_time or 0)
+
+    def _find(self, name: str) -> JobDetails:
+        jobs = self._jobs()
+        if mine := [job for job in jobs if job.metadata["name"] == name]:
+            return mine[-1]
+        known = ", ".join(dict.fromkeys(job.metadata["name"] for job in jobs)) or "none yet"
+        raise Refused(f"{self.address} has no run {name}. The runs there: {known}.")
+
+    def _folder(self, job: JobDetails) -> Path:
+        folder = Path(job.metadata["run"])
+        if not folder.is_dir():
+            raise Refused(f"the run folder {folder} is not to be seen from here: ask from where the cluster's storage is mounted.")
+        return folder
+
+    def _already(self, run: Path, status: Any) -> NoReturn:
+        raise Refused(
+            f"{run} is being trained already ({status.value.lower()}): follow it with trifold logs {run.name} -f, or end it with"
+            f" trifold stop {run.name}."
+        )
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+async def _shown(chunks: AsyncIterator[str], console: Console) -> None:
+    """Print a log's lines as they come; on a terminal those about a step replace each other."""
+    rest = ""
+    with console.status("waiting for the job") as live:
+        async for chunk in chunks:
+            *lines, rest = (rest + chunk).split("\n")
+            for line in lines:
+                if console.is_terminal and line.startswith("step "):
+                    live.update(line)
+                else:
+                    console.print(line, **_PLAIN)
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's word for why, out of three libraries' wrappings."""
+    text = str(error)
+    return next((why for why in ("Connection refused", "No route to host", "Name or service not known", "timed out") if why in text), text)

@@ -1,0 +1,148 @@
+"""Runs as jobs of a real cluster of several hosts, asked from outside of it as a person would; and job servers that cannot be used."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.jobs import Jobs
+from modeling.config import Refused
+from pretrain.lease import committed
+from pretrain.metrics import read_lines
+from tests.hosts import Hosts, missing
+
+RECIPE = {
+    "model": {"family": "decoder", "vocab_size": 400, "dim": 16, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
+    | {"head_dim": 16, "mlp_dim": 16, "max_positions": 32},
+    "data": {"heldout_fraction": 0.05, "row_length": 32},
+    "objective": {"kind": "causal"},
+    "optimizer": {"lr": 0.01},
+    "step_rows": 6,
+    "micro_rows": 2,
+    "evaluate_every": 1000,
+    "evaluate_rows": 4,
+    "checkpoints": {"every": 20},
+}
+
+
+def write_recipe(folder: Path, steps: int, **cluster: object) -> Path:
+    """A recipe whose run is `folder`/run-NAME, and its text; names differ, because a cluster knows runs by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text("\n\n".join(f"Row {i} of the text says {i * 7919 % 1000} and {i % 13}." for i in range(3000)))
+    recipe = json.loads(json.dumps(RECIPE)) | {
+        "run": str(folder / f"run-{folder.name}"),
+        "steps": steps,
+        "cluster": {"workers": 2, **cluster},
+    }
+    recipe["data"]["sources"] = [{"path": str(folder / "text.txt")}]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def trifold(hosts: Hosts, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    """The command line on this machine, which is no host of the cluster."""
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    return subprocess.run(command, env=hosts.environment | changed, capture_output=True, text=True, timeout=150)
+
+
+@contextmanager
+def following(hosts: Hosts, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that stays; killed at the end if it is still there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *arguments], env=hosts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(holds: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def step(run: Path) -> int:
+    return max((record["step"] for record in read_lines(run / "metrics.jsonl")), default=0)
+
+
+@pytest.mark.proof
+def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(hosts, tmp_path):
+    recipe, run = write_recipe(tmp_path / "left", 100_000), tmp_path / "left" / "run-left"
+    with following(hosts, "submit", str(recipe)) as client:
+        until(lambda: step(run) > 5, 120)
+        again = trifold(hosts, "submit", str(recipe))
+        assert again.returncode == 1 and "is being trained already (running)" in again.stderr
+        client.send_signal(signal.SIGKILL)
+    before = step(run)
+    until(lambda: step(run) > before + 20, 60)
+
+    with following(hosts, "logs", "run-left", "-f") as client:
+        until(lambda: step(run) > before + 40, 60)
+        client.send_signal(signal.SIGINT)
+        said = client.communicate(timeout=30)[0]
+        assert "2 worker(s) started" in said and "run-left goes on without you. Back to it: trifold logs run-left -f" in said
+        assert client.returncode == 0
+    assert re.search(r"run-left +│ running +│ \d+", trifold(hosts, "status").stdout)
+
+    stopped = trifold(hosts, "stop", "run-left")
+    assert stopped.returncode == 0, stopped.stderr
+    last = step(run)
+    assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and committed(run)[-1].name.startswith(f"step-{last:08d}")
+    assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left", COLUMNS="200").stdout
+    assert "does not run any more" in trifold(hosts, "stop", "run-left").stderr
+
+    with following(hosts, "resume", "run-left"):
+        until(lambda: step(run) > last + 5, 120)
+    assert [event["step"] for event in read_lines(run / "events.jsonl") if event["event"] == "resumed"] == [last]
+    assert trifold(hosts, "stop", "run-left").returncode == 0
+
+
+def test_a_wrong_token_and_an_unknown_run_are_one_sentence_each(tmp_path):
+    if why := missing():
+        pytest.skip(why)
+    (tmp_path / "token").write_text("not it")
+    with Hosts(0) as hosts:
+        said = trifold(hosts, "status", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+        assert said.returncode == 1 and f"{hosts.jobs} does not accept this token" in said.stderr
+        said = trifold(hosts, "logs", "nobody")
+        assert said.returncode == 1 and f"{hosts.jobs} has no run nobody. The runs there: none yet." in said.stderr
+
+
+def test_an_address_where_nobody_takes_jobs_is_refused_within_seconds():
+    with pytest.raises(Refused, match=r"no Ray cluster takes jobs at http://127.0.0.1:1 \(http://HEAD:8265\): Connection refused\.$"):
+        Jobs("http://127.0.0.1:1")
+
+
+def test_another_ray_release_is_refused_with_both_versions():
+    class Old(BaseHTTPRequestHandler):
+        """A job server of another release: all that its client asks first."""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"version": "4", "ray_version": "2.9.3", "ray_commit": "", "session_name": ""}')
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Old)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(Refused, match=r"runs Ray 2\.9\.3, and here is 2\.\d+\.\d+: install the same release on both sides"):
+        Jobs(f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
