@@ -46,6 +46,8 @@ class ModelConfig(Settings):
     final_norm: bool = True
     position: Literal["rope", "learned", "relative", "sinusoidal"] = "rope"
     max_positions: int = Field(gt=0)  # the longest document: a table's size (learned), a promise to readers (otherwise)
+    position_offset: int = Field(default=0, ge=0)  # what learned and sinusoidal positions count from (BART: 2); rows before it are unused
+    token_types: int = Field(default=0, ge=0)  # rows of a table beside the learned positions; row 0 is added everywhere (BERT)
     rope_theta: float = Field(default=10_000.0, gt=0)
     local_window: int = Field(default=0, ge=0)  # keys within this distance; 0: every layer is global
     global_every: int = Field(default=1, gt=0)  # layer i is global when i % global_every == 0
@@ -54,7 +56,8 @@ class ModelConfig(Settings):
     embed_scale: float = Field(default=1.0, gt=0)
     logit_scale: float = Field(default=1.0, gt=0)
     head_dense: bool = False  # dense, activation, norm before the logits
-    logit_bias: bool = False
+    task_dense: bool = True  # where head_dense: before a task's logits too (ModernBERT; not BERT)
+    logit_bias: bool | Literal["fixed"] = False  # "fixed": added, but never trained (BART)
     tie_embeddings: bool = True
     labels: tuple[str, ...] = ()  # names; a label head stands in place of the vocabulary head
     spans: bool = False  # a head of two logits stands there: does an answer begin here, does it end here
@@ -68,6 +71,8 @@ class ModelConfig(Settings):
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of numbers")
+        if self.token_types and self.position != "learned":
+            raise ValueError(f"token_types ({self.token_types}) stand beside learned positions, and position is {self.position}")
         if len(set(self.norm_places)) != len(self.norm_places):
             raise ValueError(f"norm_places {list(self.norm_places)} names a place twice")
         if self.labels and self.spans:
@@ -89,6 +94,9 @@ class Generation(Settings):
     beams: int = Field(default=1, gt=0)
     length_penalty: float = 1.0  # a beam's score is the sum of its log-probabilities / length ** this
     num_best: int = Field(default=1, gt=0)  # how many of the beams `hypotheses` returns
+    start: int | None = Field(default=None, ge=0)  # the token from which an encoder-decoder starts to write; None: bos
+    first: int | None = Field(default=None, ge=0)  # the token that is written first whatever the scores, such as a language's code
+    end: bool = False  # the last token that `max_new` allows is the end, whatever the scores
     sample: bool = False
     temperature: float = Field(default=1.0, gt=0)
     top_k: int = Field(default=0, ge=0)  # draw among the k most likely tokens; 0: among all

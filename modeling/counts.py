@@ -52,13 +52,15 @@ def _norm(config: ModelConfig) -> int:
 
 
 def _position(config: ModelConfig) -> int:
-    tables = {"learned": config.max_positions * config.dim, "relative": Relative.buckets * config.num_heads}
+    rows = config.position_offset + config.max_positions + config.token_types
+    tables = {"learned": rows * config.dim, "relative": Relative.buckets * config.num_heads}
     return tables.get(config.position, 0)
 
 
 def _head(config: ModelConfig) -> int:
-    dense = config.dim * (config.dim + config.bias) + _norm(config) if config.head_dense else 0
+    has_dense = config.head_dense and (config.task_dense or not config.outputs)
+    dense = config.dim * (config.dim + config.bias) + _norm(config) if has_dense else 0
     if config.outputs:
         return dense + config.outputs * (config.dim + 1)
     table = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    return dense + table + config.vocab_size * config.logit_bias
+    return dense + table + config.vocab_size * bool(config.logit_bias)

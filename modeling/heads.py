@@ -24,13 +24,16 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.logit_scale, self.smoothing, self.spans = config.logit_scale, config.label_smoothing, config.spans
-        self.dense = nn.Linear(config.dim, config.dim, config.bias) if config.head_dense else None
-        self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, config.head_dense)
+        dense = config.head_dense and (config.task_dense or not config.outputs)
+        self.dense = nn.Linear(config.dim, config.dim, config.bias) if dense else None
+        self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, dense)
         self.labels = nn.Linear(config.dim, config.outputs) if config.outputs else None
         words = self.labels is None
         untied = words and not config.tie_embeddings
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size)) if words and config.logit_bias else None
+        self.bias: nn.Parameter | None = None
+        if words and config.logit_bias:
+            self.bias = nn.Parameter(torch.empty(config.vocab_size), requires_grad=config.logit_bias != "fixed")
 
     def forward(
         self,

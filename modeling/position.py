@@ -49,23 +49,30 @@ class Rope(Position):
 
 
 class Learned(Position):
-    """A vector per position within the document (BERT, GPT-2, BART)."""
+    """A vector per position within the document (BERT, GPT-2, BART), and where there are token types that of the first one."""
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
-        self.weight = nn.Parameter(torch.empty(config.max_positions, config.dim))
+        self.offset = config.position_offset
+        self.weight = nn.Parameter(torch.empty(config.max_positions + self.offset, config.dim))
+        self.types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
 
     def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
-        return x_BTD + F.embedding(within_BT, self.weight)
+        x_BTD = x_BTD + F.embedding(within_BT + self.offset, self.weight)
+        return x_BTD if self.types is None else x_BTD + self.types(torch.zeros_like(within_BT))
 
 
 class Sinusoidal(Position):
-    """Fixed waves, sines in the first half and cosines in the second, counted from 2 (fairseq's M2M-100 and NLLB)."""
+    """Fixed waves, sines in the first half and cosines in the second (fairseq's M2M-100 and NLLB, which count from 2)."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        self.offset = config.position_offset
 
     def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
         half = x_BTD.shape[-1] // 2
         rates = torch.exp(torch.arange(half, device=x_BTD.device) * (-math.log(10_000) / max(half - 1, 1)))
-        angles = (within_BT + 2)[..., None] * rates
+        angles = (within_BT + self.offset)[..., None] * rates
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return x_BTD + F.pad(waves, (0, x_BTD.shape[-1] - 2 * half)).type_as(x_BTD)
 

@@ -22,7 +22,7 @@ class Reader:
         if model.encoder is not None:
             tokens, self.sources = _padded(model, prompts, pad, left=False)
             self.memory = model.encoder(model.embedded(tokens), self.sources)
-            prompts = [[]] * len(prompts)
+            prompts = [[bos if how.start is None else how.start]] * len(prompts)
         self.tokens, segments = _padded(model, [prompt or [bos] for prompt in prompts], pad, left=True)
         self.begin, end = self.tokens.shape[1], self.tokens.shape[1] + how.max_new
         _fits(model, end)
@@ -43,7 +43,14 @@ class Reader:
         scores = self.model.head(h[:, -1:], self.model.embed)[:, 0].float().log_softmax(-1)
         if self.made < self.how.min_new:
             scores[:, eos] = float("-inf")
-        return _without_repeats(scores, self.tokens, self.segments, self.how.no_repeat) if self.how.no_repeat else scores
+        if self.how.no_repeat:
+            scores = _without_repeats(scores, self.tokens, self.segments, self.how.no_repeat)
+        last = self.how.end and self.made == self.how.max_new - 1
+        forced = eos if last else self.how.first if self.made == 0 else None
+        if forced is not None:  # at no cost in the score, as transformers' forced_bos_token_id and forced_eos_token_id
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, forced] = 0
+        return scores
 
     def add(self, tokens_B: Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens_B[:, None]], dim=1)

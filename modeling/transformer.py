@@ -145,7 +145,6 @@ def build(config: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-@torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
     """All initialisation. Each parameter draws from a generator of its own, keyed by (seed, name).
 
@@ -153,19 +152,24 @@ def initialise(model: Transformer, seed: int) -> None:
     by sqrt(2 * num_layers), so that the stream keeps its scale with depth (GPT-2). Where embeddings are scaled up, their
     deviation is the inverse, so that what enters the first block has unit scale (sqrt(dim), as in T5Gemma: dim ** -0.5).
     """
-    config = model.config
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            parameter.fill_(1)
-        else:
-            std = config.init_std
-            if name.endswith((".f.o.weight", ".f.down.weight")):
-                std /= math.sqrt(2 * config.num_layers)
-            elif name == "embed.weight" and config.embed_scale != 1:
-                std = 1 / config.embed_scale
-            parameter.normal_(0, std, generator=generator(seed, name))
+        reset(name, parameter, model.config, seed)
+
+
+@torch.no_grad()
+def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
+    """Initialise one parameter."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1:
+        parameter.fill_(1)
+    else:
+        std = config.init_std
+        if name.endswith((".f.o.weight", ".f.down.weight")):
+            std /= math.sqrt(2 * config.num_layers)
+        elif name == "embed.weight" and config.embed_scale != 1:
+            std = 1 / config.embed_scale
+        parameter.normal_(0, std, generator=generator(seed, name))
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -5,25 +5,45 @@ back: a dial that does not return is one it cannot say. `restore` asks the same 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface.fields import lost, unexpressed
+from modeling.config import Generation, ModelConfig, Refused
+from modeling.huggingface.bart import BART
+from modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
+from modeling.huggingface.fields import lost, token_roles, unexpressed
+from modeling.huggingface.gpt2 import GPT2, GPT2_SPANS, GPT2_TOKENS
 from modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
+from modeling.huggingface.m2m100 import M2M100
+from modeling.huggingface.mbart import MBART
 from modeling.huggingface.modernbert import MODERNBERT, MODERNBERT_SPANS, MODERNBERT_TOKENS
+from modeling.huggingface.roberta import ROBERTA, ROBERTA_SPANS, ROBERTA_TOKENS
+from modeling.huggingface.t5 import T5
 from modeling.huggingface.t5gemma import T5GEMMA, T5GEMMA_TOKENS
-from modeling.huggingface.tables import Architecture, from_stock, to_stock
-from modeling.transformer import Transformer
+from modeling.huggingface.tables import Architecture, from_stock, known_names, spell, to_stock
+from modeling.transformer import Transformer, reset
 
 ARCHITECTURES = (
     *(LLAMA, MODERNBERT, T5GEMMA),
-    *(LLAMA_TOKENS, MODERNBERT_TOKENS, T5GEMMA_TOKENS),
-    *(LLAMA_SPANS, MODERNBERT_SPANS),
+    *(GPT2, BERT, ROBERTA, T5, BART, MBART, M2M100),
+    *(LLAMA_TOKENS, MODERNBERT_TOKENS, T5GEMMA_TOKENS, GPT2_TOKENS, BERT_TOKENS, ROBERTA_TOKENS),
+    *(LLAMA_SPANS, MODERNBERT_SPANS, GPT2_SPANS, BERT_SPANS, ROBERTA_SPANS),
 )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A stock folder as we read it."""
+
+    architecture: Architecture
+    config: ModelConfig
+    state: dict[str, Tensor]  # fp32, ours by name
+    dropped: list[str]  # the folder's tensors that the architecture does not have
+    fresh: list[str]  # our tensors that the folder has none for: a bare class has no head
 
 
 def export(
@@ -39,14 +59,45 @@ def export(
 
 
 def restore(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(config, fp32 state dict) of a stock folder's config.json and tensors.
+    """(config, fp32 state dict) of a stock folder's config.json and tensors: what `recognise` finds, where only the model matters."""
+    found = recognise(hf_config, hf_state)
+    return found.config, found.state
+
+
+def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> Found:
+    """A stock folder's config.json and tensors. A head that a bare class lacks begins fresh (seed 0).
 
     Raises Refused naming the setting that Trifold does not have, or the tensor that is missing, unexpected or of another shape.
     """
     architecture, config = understand(hf_config)
+    named = known_names(architecture.table, architecture.prefix, config, hf_state)
+    if config.tie_embeddings and _own_head(architecture, config, named):
+        config = config.model_copy(update={"tie_embeddings": False})
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    return config, from_stock(architecture.table, config, shapes, hf_state)
+    bare = hf_config["architectures"][0] in architecture.also
+    state, dropped = from_stock(architecture.table, config, shapes, named, headless=bare)
+    fresh = sorted(shapes.keys() - state.keys())
+    for name in fresh:
+        reset(name, state.setdefault(name, torch.empty(shapes[name])), config, seed=0)
+    return Found(architecture, config, state, dropped, fresh)
+
+
+def _own_head(architecture: Architecture, config: ModelConfig, named: Mapping[str, Tensor]) -> bool:
+    """Whether the folder holds a head beside the embeddings that is not their copy. Stock classes then do not tie, whatever is said."""
+    spelled = reversed(list(spell(architecture.table, config)))  # the first name of a tensor is its own, later ones are copies
+    of = {source: named[line.stock] for line in spelled for source in line.sources if line.stock in named}
+    return "head.weight" in of and "embed.weight" in of and not torch.equal(of["head.weight"], of["embed.weight"])
+
+
+def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> Generation:
+    """How a stock folder begins and ends what it writes, from config.json and generation_config.json (which wins)."""
+    said = {**hf_config, **hf_generation}
+    roles = token_roles(said)
+    if not said.get("is_encoder_decoder"):
+        return Generation()
+    end = said.get("forced_eos_token_id")
+    return Generation(start=said.get("decoder_start_token_id", roles["bos"]), first=said.get("forced_bos_token_id"), end=end is not None)
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:
@@ -57,7 +108,7 @@ def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architectu
             hf = architecture.write(config, special)
             said = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
         except Refused as reason:
-            refusals.append((1, f"{architecture.stock_class}: {reason}"))
+            refusals.append((50, f"{architecture.stock_class}: {reason}"))  # further away than one that lacks a few dials
             continue
         dials = lost(config, said)
         if not dials:
@@ -69,7 +120,7 @@ def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architectu
 def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture of a stock config and the model it means. Raises Refused naming a setting that Trifold does not have."""
     named = hf_config.get("architectures") or [None]
-    known = {architecture.stock_class: architecture for architecture in ARCHITECTURES}
+    known = {name: architecture for architecture in ARCHITECTURES for name in (architecture.stock_class, *architecture.also)}
     if named[0] not in known:
         raise Refused(f"config.json names the architecture {named[0]}; Trifold reads {', '.join(known)}")
     architecture = known[named[0]]
@@ -80,6 +131,6 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
         raise Refused(f"config.json of {named[0]} lacks {missing.args[0]}") from None
     except ValidationError as error:
         raise Refused(f"config.json of {named[0]} means no model that Trifold has: {error.errors()[0]['msg']}") from None
-    for clause in unexpressed(hf, architecture.write(config, {"pad": 0, "bos": 0, "eos": 0})):
+    for clause in unexpressed(hf, architecture.write(config, token_roles(hf))):
         raise Refused(f"config.json of {named[0]} {clause}")
     return architecture, config

@@ -8,21 +8,33 @@ from modeling.config import ModelConfig, Refused
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}  # ours -> stock
 
-# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the tokenizer knows).
+# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the tokenizer knows), generation.
 _FREE = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "initializer_cutoff_factor", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id", "pretraining_tp"),
     *("sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn", "classifier_pooling", "max_length"),
-    *("id2label", "label2id", "gradient_checkpointing", "reference_compile", "repad_logits_with_grad"),
+    *("id2label", "label2id", "gradient_checkpointing", "reference_compile", "repad_logits_with_grad", "init_std", "initializer_factor"),
+    *("forced_bos_token_id", "forced_eos_token_id", "force_bos_token_to_be_generated", "num_beams", "early_stopping", "min_length"),
+    *("no_repeat_ngram_size", "length_penalty", "task_specific_params", "prefix", "output_past", "tokenizer_class", "finetuning_task"),
+    *("encoder_layerdrop", "decoder_layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop", "directionality", "output_attentions"),
+    *("output_hidden_states", "reorder_and_upcast_attn"),
 }
+_HEADS_OF_OTHERS = ("summary_", "pooler_")  # settings of heads that none of our classes has
 
 
 def activation(hf: Mapping[str, Any], field: str) -> str:
     """Our name of a stock activation. Raises Refused naming the field."""
-    for ours, stock in ACTIVATIONS.items():
+    for ours, stock in (*ACTIVATIONS.items(), ("gelu_tanh", "gelu_new")):  # gelu_new: the same function
         if hf[field] == stock:
             return ours
     raise Refused(f"config.json sets {field} = {hf[field]!r}; Trifold has {', '.join(ACTIVATIONS.values())}")
+
+
+def token_roles(hf: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens that a stock config names, 0 where it names none; `start` is what a decoder starts from."""
+    ids = {role: hf.get(f"{role}_token_id") for role in ("pad", "bos", "eos")}
+    ids["start"] = hf.get("decoder_start_token_id", ids["bos"])
+    return {role: (found[0] if isinstance(found, list) else found) or 0 for role, found in ids.items()}
 
 
 def token_ids(special: Mapping[str, int]) -> dict[str, int]:
@@ -71,7 +83,7 @@ def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator
     """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a clause each."""
     theirs, ours = dict(flat(hf)), dict(flat(rewritten))
     for name in {**theirs, **ours}:
-        if _FREE & set(name.split(".")) or "dropout" in name or name.startswith("_"):
+        if _FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS)):
             continue
         if name not in theirs:
             yield f"lacks {name}"

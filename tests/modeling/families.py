@@ -32,7 +32,7 @@ CONFIGS = {
         family="encoder-decoder", position="relative", attention_scale=1.0, logit_scale=32**-0.5, activation="gelu_tanh", **SIZES
     ),
     "nllb": ModelConfig(
-        family="encoder-decoder", norm="layer", bias=True, position="sinusoidal", gated=False, activation="relu",
+        family="encoder-decoder", norm="layer", bias=True, position="sinusoidal", position_offset=2, gated=False, activation="relu",
         embed_scale=32**0.5, tie_embeddings=False, **SIZES,
     ),
 }  # fmt: skip

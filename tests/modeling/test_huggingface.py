@@ -82,33 +82,37 @@ def test_each_op_of_a_table_by_hand() -> None:
     config = MODELS["llama"].model_copy(update={"num_layers": 1})
     table = """
     fused = a, b | t
-    positions = c | pad2
-    row = d | row
+    row = c | row
     shifted = d | minus1
-    types = zeros:2xdim
     gone? = e   # the model has no e
+    plain?!e = d | minus1
+    both?e = d
+    copy~ = c | row
+    pooler~ = nothing
     """
     ours = {
         "a": torch.tensor([[1.0, 2.0]]),
         "b": torch.tensor([[3.0, 4.0], [5.0, 6.0]]),
-        "c": torch.tensor([[7.0], [8.0]]),
+        "c": torch.tensor([7.0, 8.0]),
         "d": torch.tensor([1.0, 3.0]),
     }
     stock = to_stock(table, config, ours)
     assert {name: tensor.tolist() for name, tensor in stock.items()} == {
         "fused": [[1, 3, 5], [2, 4, 6]],
-        "positions": [[0], [0], [7], [8]],
-        "row": [[1, 3]],
+        "row": [[7, 8]],
         "shifted": [0, 2],
-        "types": [[0] * 24] * 2,
+        "plain": [0, 2],
     }
     shapes = {name: tensor.shape for name, tensor in ours.items()}
-    back = from_stock(table, config, shapes, stock)
+    besides = {"copy": torch.tensor([[7.0, 8.0]]), "pooler": torch.ones(3)}
+    back, dropped = from_stock(table, config, shapes, stock | besides)
+    assert dropped == ["pooler"]
     assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
     for name, changed, message in [
-        ("shifted", torch.tensor([0.0, 2.5]), "shifted is a second copy of d"),
-        ("types", torch.ones(2, 24), "types should be all zeros"),
+        ("plain", torch.tensor([0.0, 2.5]), "plain is a second copy of d"),
+        ("copy", torch.ones(1, 2), "copy is a second copy of c"),
         ("row", torch.ones(1, 3), r"row has the shape \(1, 3\)"),
+        ("gone", torch.ones(1), "unexpected gone"),
     ]:
         with pytest.raises(Refused, match=message):
             from_stock(table, config, shapes, {**stock, name: changed})
