@@ -1,7 +1,8 @@
 """What a published model says to a text: its task's natural output, found from its head. In: texts. Out: a mapping for each, JSON as it is.
 
-Without a task's head a decoder continues the text, an encoder-decoder answers it, an encoder fills in each `<mask>`. A label head gives
-entities with their spans and types. A span head wants "question<TAB>context" and gives the answer, where it stands, and its score.
+Without a task's head a decoder continues the text, an encoder-decoder answers it, an encoder fills in each `<mask>`; one that was taught a
+task is asked as it was taught. A label head gives entities with their spans and types. Questions are "question<TAB>context"; a span head
+gives the answer, where it stands, and its score.
 """
 
 import re
@@ -39,12 +40,14 @@ def plain(said: dict[str, Any]) -> str:
 
 
 def _text(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    """What is written to each text; a decoder that was taught no task goes on with it, and its text comes first."""
     marks, alone = opened.tokenizer, opened.config.family == "decoder"
-    end = [] if alone else [marks.eos]
-    prompts = [[marks.bos, *ids.tolist(), *end] for ids in marks.encode_batch(texts)]
+    end, prompt = [] if alone else [marks.eos], opened.task.get("prompt") or "{source}"
+    asked = [text.replace("\t", "\n", 1) if opened.task.get("kind") == "qa" else text for text in texts]
+    prompts = [[marks.bos, *ids.tolist(), *end] for ids in marks.encode_batch([prompt.replace("{source}", text) for text in asked])]
     for text, ids in zip(texts, opened.generate(prompts, how, bos=marks.bos, eos=marks.eos, pad=marks.pad), strict=True):
         made = marks.decode([i for i in ids if i not in (marks.bos, marks.eos, marks.pad)])
-        yield {"text": text + made if alone else made}
+        yield {"text": text + made if alone and not opened.task else made}
 
 
 def _filled(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:

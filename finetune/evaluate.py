@@ -29,6 +29,7 @@ class Opened:
     def __init__(self, folder: Path) -> None:
         self.config, state = published.load(folder)
         self.tokenizer = Tokenizer.open(folder)
+        self.task: dict[str, Any] = published.read_record(folder).get("task") or {}  # its kind, and the prompt it was taught with
         self.model = Transformer(self.config).eval()
         self.model.load_state_dict(state)
 

@@ -81,7 +81,11 @@ def train(config: Finetune, place: Place) -> None:
     newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
     progress, history = _resume(Path(newest_folder), engine, rows, recorder) if newest_folder else (Progress(), [])
     best = config.best or task.best
-    shape_facts = {"model": model.model_dump(mode="json"), "lora_scale": config.lora.scale if config.lora is not None else None}
+    shape_facts = {
+        "model": model.model_dump(mode="json"),
+        "lora_scale": config.lora.scale if config.lora is not None else None,
+        "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None)},
+    }
     chosen = some(task.dev, config.evaluate_examples)
     tokens = config.micro_rows * config.row_length
 

@@ -65,12 +65,12 @@ def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return resolve(path, overrides, FinetuneRecipe) if "task" in values else resolve(path, overrides)
 
 
-def dials(kind: type[S], overrides: list[str]) -> S:
-    """A group of settings from overrides alone."""
-    values: dict[str, Any] = {}
+def dials(standing: S, overrides: list[str]) -> S:
+    """A group of settings with overrides."""
+    values: dict[str, Any] = standing.model_dump(mode="json")
     origins: dict[str, str] = {}
     _override(values, origins, overrides)
-    return checked(kind, values, origins, "the command line")
+    return checked(type(standing), values, origins, "the command line")
 
 
 def write(recipe: Settings, path: Path) -> None:

@@ -20,7 +20,8 @@ from launch.changes import settle
 from launch.config import FinetuneRecipe, dials
 from launch.pretrain import stopping
 from launch.progress import Watch
-from modeling.config import Generation, Refused
+from modeling.config import Refused
+from pretrain import published
 from pretrain.engine import Place
 from pretrain.metrics import read_lines
 from pretrain.published import read_json
@@ -76,5 +77,5 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def generate(folder: Path, texts: Iterator[str], how: list[str], as_json: bool) -> Iterator[str]:
     """A line for each text: what the model of a published folder makes of it, as text or as JSON."""
-    for said in answer.answers(Opened(folder), texts, dials(Generation, how)):
+    for said in answer.answers(Opened(folder), texts, dials(published.generation(folder), how)):
         yield json.dumps(said, ensure_ascii=False) if as_json else answer.plain(said)

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 
-from modeling.config import ModelConfig, Refused
+from modeling.config import Generation, ModelConfig, Refused
 from modeling.lora import merged
 from pretrain import card, lease, published, storage
 from pretrain.checkpoint import Checkpoint, Damaged, OnEvent, newest_verified, open_checkpoint
@@ -105,12 +105,15 @@ def _write(
     if (scale := source.state.extra.get("lora_scale")) is not None:
         state = merged(state, scale)
     tokenizer = Tokenizer.open(run / "tokenizer")
-    hf = published.write(folder, config, state, tokenizer, dtype, shard_bytes)
+    told = source.state.config.get("generation")
+    how = None if told is None else Generation.model_validate_json(json.dumps(told))
+    hf = published.write(folder, config, state, tokenizer, dtype, shard_bytes, how)
     origin = {
         "checkpoint": {"name": source.folder.name, "sha256": source.record["sha256"], "time": source.record["time"]},
         "weights": weights,
         "code": source.record["code"],
         "versions": source.record["versions"],
+        "task": source.state.extra.get("task"),
     }
     record = published.seal(folder, config, tokenizer, source.state.fingerprint, origin)
     (folder / published.CARD).write_text(card.render(run, source, record, hf["architectures"][0]), encoding="utf-8")

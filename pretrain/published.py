@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface import export, restore
+from modeling.config import Generation, ModelConfig, Refused
+from modeling.huggingface import decoding, export, restore
+from modeling.huggingface.generation import write_generation
 from pretrain import storage
 from pretrain.tokenizer import Tokenizer
 
-RECORD, CARD, INDEX = "trifold.json", "README.md", "model.safetensors.index.json"
+RECORD, CARD, INDEX, GENERATION = "trifold.json", "README.md", "model.safetensors.index.json", "generation_config.json"
 SHARD_BYTES = 5_000_000_000  # the most in one file
 
 
@@ -32,14 +33,19 @@ def write(
     tokenizer: Tokenizer,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    how: Generation | None = None,
 ) -> dict[str, Any]:
-    """Write what the stock classes load: weights, configs, tokenizer. Returns config.json's content."""
+    """Write what the stock classes load: weights, configs, tokenizer. Returns config.json's content.
+
+    `how` is the way in which the model is to write text; None: greedy, up to the longest document it knows.
+    """
     hf, tensors = export(config, state, special_ids(tokenizer), dtype)
     write_tensors(folder, tensors, shard_bytes)
     write_json(folder / "config.json", hf)
-    if config.family != "encoder":  # greedy, as `trifold generate` does it, up to the longest document the model knows
+    if config.family != "encoder" and not config.outputs:
         ids = {name: value for name, value in hf.items() if name.endswith("_token_id")}
-        write_json(folder / "generation_config.json", {**ids, "do_sample": False, "max_length": config.max_positions})
+        said = {"do_sample": False, "max_length": config.max_positions} if how is None else write_generation(how)
+        write_json(folder / GENERATION, {**ids, **said})
     tokenizer.save(folder, config.family)
     return hf
 
@@ -67,6 +73,11 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         recorded = recorded_config(record)
         config = config.model_copy(update={"dropout": recorded.dropout, "init_std": recorded.init_std})
     return config, state
+
+
+def generation(folder: Path) -> Generation:
+    """How a folder's model writes text, if nobody says otherwise."""
+    return decoding(read_json(folder / "config.json"), read_json(folder / GENERATION) if (folder / GENERATION).exists() else {})
 
 
 def recorded_config(record: Mapping[str, Any]) -> ModelConfig:

@@ -16,6 +16,7 @@ from modeling.config import Generation, ModelConfig, Refused
 from modeling.huggingface.bart import BART
 from modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
 from modeling.huggingface.fields import lost, token_roles, unexpressed
+from modeling.huggingface.generation import read_generation
 from modeling.huggingface.gpt2 import GPT2, GPT2_SPANS, GPT2_TOKENS
 from modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
 from modeling.huggingface.m2m100 import M2M100
@@ -91,13 +92,9 @@ def _own_head(architecture: Architecture, config: ModelConfig, named: Mapping[st
 
 
 def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> Generation:
-    """How a stock folder begins and ends what it writes, from config.json and generation_config.json (which wins)."""
+    """How a stock folder writes text, from config.json and generation_config.json (which wins)."""
     said = {**hf_config, **hf_generation}
-    roles = token_roles(said)
-    if not said.get("is_encoder_decoder"):
-        return Generation()
-    end = said.get("forced_eos_token_id")
-    return Generation(start=said.get("decoder_start_token_id", roles["bos"]), first=said.get("forced_bos_token_id"), end=end is not None)
+    return read_generation(said, token_roles(said))
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:

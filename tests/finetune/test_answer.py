@@ -11,6 +11,7 @@ from finetune.answer import answers, plain
 from finetune.evaluate import Opened
 from finetune.task import placed
 from launch.cli import app
+from launch.finetune import generate
 from modeling.config import Generation, Refused
 from tests.finetune.small_tasks import folder_of
 
@@ -47,3 +48,18 @@ def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path
     assert len(lines) == 2 and all(set(line) == {"text"} for line in lines)
     with pytest.raises(Refused, match="did you mean `beams`"):
         CliRunner().invoke(app, ["generate", str(folder), "x", "--how", "beam=3"], catch_exceptions=False)
+
+
+def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_path: Path) -> None:
+    """Of the same weights: without a task the text goes on, with one the prompt surrounds it and only what is new is said."""
+    folder = folder_of(tmp_path, "decoder")
+    opened = Opened(folder)
+    asked = "Ada sees Bob.\n=>\n"
+    [plain] = answers(opened, [asked], Generation(max_new=12))
+    record = json.loads((folder / "trifold.json").read_text())
+    (folder / "trifold.json").write_text(json.dumps(record | {"task": {"kind": "translation", "prompt": "{source}\n=>\n"}}))
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 12, "num_beams": 1, "do_sample": False}))
+    [said] = generate(folder, iter(["Ada sees Bob."]), [], as_json=True)
+    assert plain["text"] == asked + json.loads(said)["text"] and json.loads(said)["text"]
+    [longer] = generate(folder, iter(["Ada sees Bob."]), ["max_new=20"], as_json=True)
+    assert len(longer) > len(said)
