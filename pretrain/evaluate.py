@@ -1,14 +1,8 @@
 """Held-out loss, the same at any world size.
 
-<<<<<<< HEAD
-In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "perplexity", "bits_per_byte" (causal), "accuracy"}, and beside
-them what a unigram scores on the same targets. Rows are dealt out round by round, so that all ranks make the same number of forward passes
-(ZeRO-3 gathers weights in each).
-=======
-In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "bits_per_byte" (causal), "accuracy"}, the loss of each part of a
-mixture ("heldout_loss_PART"), and beside them what a unigram scores on the same targets. Rows are dealt out round by round, so that all
-ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
->>>>>>> b748beb (Objectives: prefix LM, fill in the middle, text infilling, continuations and mixtures, with a loss for each part; tokenizers of published folders as they are)
+In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "perplexity", "bits_per_byte" (causal), "accuracy"}, the loss of
+each part of a mixture ("heldout_loss_PART"), and beside them what a unigram scores on the same targets. Rows are dealt out round by round,
+so that all ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
 """
 
 import math
@@ -40,7 +34,7 @@ def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, mic
     scores = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": correct / count, "heldout_targets": int(count)}
     if rows.targets_per_byte is not None:
         scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
-    sums, counts = totals[3:].view(2, -1).tolist()
+    sums, counts = totals[3:].view(2, len(rows.parts)).tolist()
     return scores | part_losses("heldout_", rows.parts, sums, counts)
 
 
