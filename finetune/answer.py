@@ -42,11 +42,11 @@ def plain(said: dict[str, Any]) -> str:
 def _text(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     """What is written to each text; a decoder that was taught no task goes on with it, and its text comes first."""
     marks, alone = opened.tokenizer, opened.config.family == "decoder"
-    end, prompt = [] if alone else [marks.eos], opened.task.get("prompt") or "{source}"
+    (before, after), prompt = marks.around(opened.config.family), opened.task.get("prompt") or "{source}"
     asked = [text.replace("\t", "\n", 1) if opened.task.get("kind") == "qa" else text for text in texts]
-    prompts = [[marks.bos, *ids.tolist(), *end] for ids in marks.encode_batch([prompt.replace("{source}", text) for text in asked])]
-    for text, ids in zip(texts, opened.generate(prompts, how, bos=marks.bos, eos=marks.eos, pad=marks.pad), strict=True):
-        made = marks.decode([i for i in ids if i not in (marks.bos, marks.eos, marks.pad)])
+    prompts = [[*before, *ids.tolist(), *after] for ids in marks.encode_batch([prompt.replace("{source}", text) for text in asked])]
+    for text, ids in zip(texts, opened.generate(prompts, how, bos=marks.start, eos=marks.eos, pad=marks.pad), strict=True):
+        made = marks.text(ids)
         yield {"text": text + made if alone and not opened.task else made}
 
 
@@ -54,9 +54,10 @@ def _filled(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[
     """The likeliest token in place of each mask."""
     marks = opened.tokenizer
     for text in texts:
-        tokens = torch.tensor([[marks.bos, *marks.encode_batch([text])[0].tolist(), marks.eos]])
-        best = opened.logits(Batch(tokens, None, tokens)).argmax(-1)
-        yield {"text": marks.decode(torch.where(tokens == marks.mask, best, tokens)[0, 1:-1].tolist())}
+        ids = marks.encode_batch([text])[0].tolist()
+        tokens = torch.tensor([[*marks.before, *ids, *marks.after]])
+        best = opened.logits(Batch(tokens, None, tokens))[0].argmax(-1).tolist()[len(marks.before) :]
+        yield {"text": marks.decode([best[place] if token == marks.mask else token for place, token in enumerate(ids)])}
 
 
 def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:

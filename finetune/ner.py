@@ -72,7 +72,7 @@ class Ner(_Entities):
     def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
         super().__init__(dials)
         self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
-        self.space = int(tokenizer.encode_batch([" "])[0][-1])
+        self.space = tokenizer.encode_batch([" "])[0][-1:].tolist()  # none where the tokenizer drops spaces (WordPiece)
         self.labels = ("O", *(f"{prefix}-{kind}" for kind in self.kinds for prefix in "BI"))
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
@@ -89,7 +89,7 @@ class Ner(_Entities):
             targets = np.full(len(tokens), IGNORE)
             for place, tag in zip(places, sentence.tags, strict=True):  # an empty word stands at the next one's piece, which then wins
                 targets[place] = self.labels.index(tag)
-                if tokens[place - 1] == self.space:
+                if place and tokens[place - 1] in self.space:
                     targets[place - 1] = self.labels.index(tag if tag[0] == "I" else "O")
             made.append(Segment(tokens, targets))
         return made

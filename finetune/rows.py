@@ -19,6 +19,7 @@ class Rows:
     """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in order."""
 
     targets_per_byte: float | None = None
+    parts: Sequence[str] = ()
 
     def __init__(self, sets: Sequence[Sequence[Segment]], room: Room, pad: int, weights: Sequence[float], seed: int | None) -> None:
         self.sets, self.room, self.pad = sets, room, pad

@@ -81,7 +81,7 @@ class Task(Protocol):
 
 
 class TextToText:
-    """Source in, target out: an encoder-decoder reads BOS source EOS; a decoder continues BOS prompt, and only the target is its loss."""
+    """Source in, target out: an encoder-decoder reads the source; a decoder continues the prompt, and only the target is its loss."""
 
     decoder_prompt = "{source}\n"
 
@@ -105,17 +105,17 @@ class TextToText:
                 wanted[: len(prompt) - 1] = IGNORE
                 segment = Segment(whole[:-1], wanted)
             else:
-                wanted = np.array([*target, marks.eos], np.int64)
-                segment = Segment(np.array([marks.bos, *target], np.int64), wanted, source=np.array(prompt, np.int64))
+                wanted = np.array(marks.written(target.tolist()), np.int64)
+                segment = Segment(np.array([marks.start, *wanted[:-1]], np.int64), wanted, source=np.array(prompt, np.int64))
             made.append(self._fitted(segment, pair, len(prompt)))
         return made
 
     def prompts(self, examples: Sequence[Pair]) -> list[list[int]]:
         """What the model reads before it writes."""
         ids = self.tokenizer.encode_batch([self.prompt.replace("{source}", pair.source) for pair in examples])
-        end = [] if self.family == "decoder" else [self.tokenizer.eos]
-        longest = self.row_length - 1 - len(end)
-        return [[self.tokenizer.bos, *map(int, i[:longest] if self.truncate else i), *end] for i in ids]
+        before, after = self.tokenizer.around(self.family)
+        longest = self.row_length - len(before) - len(after)
+        return [[*before, *map(int, i[:longest] if self.truncate else i), *after] for i in ids]
 
     def predict(self, model: Model, examples: Sequence[Pair], how: Generation, tokens: int) -> list[str]:
         marks = self.tokenizer
@@ -123,12 +123,12 @@ class TextToText:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
         def work(batch: list[int]) -> list[list[int]]:
-            return model.generate([prompts[i] for i in batch], how, bos=marks.bos, eos=marks.eos, pad=marks.pad)
+            return model.generate([prompts[i] for i in batch], how, bos=marks.start, eos=marks.eos, pad=marks.pad)
 
         written: dict[int, list[int]] = {}
         for batch, rows in answered(model, batched(order, [len(prompts[i]) for i in order], tokens), work):
             written |= zip(batch, rows, strict=True)
-        return [marks.decode([t for t in written[i] if t not in (marks.bos, marks.eos, marks.pad)]).strip() for i in range(len(prompts))]
+        return [marks.text(written[i]).strip() for i in range(len(prompts))]
 
     def record(self, example: Pair, prediction: str) -> dict[str, Any]:
         return {"where": example.where, "source": example.source, "prediction": prediction, "references": list(example.targets)}
@@ -190,6 +190,6 @@ def placed(tokenizer: Tokenizer, family: Family, text: str, begins: Sequence[int
     """A text's tokens with their marks, and for each of these characters the place of the piece that it stands in."""
     ids, spans = tokenizer.offsets(text)
     ends = np.array([end for _, end in spans], np.int64)
-    places = np.minimum(np.searchsorted(ends, np.array(begins, np.int64), side="right"), max(len(ids) - 1, 0)) + 1
-    end = [] if family == "decoder" else [tokenizer.eos]
-    return np.array([tokenizer.bos, *ids, *end], np.int64), places.tolist()
+    before, after = tokenizer.around(family)
+    places = np.minimum(np.searchsorted(ends, np.array(begins, np.int64), side="right"), max(len(ids) - 1, 0)) + len(before)
+    return np.array([*before, *ids, *after], np.int64), places.tolist()

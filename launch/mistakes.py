@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -89,6 +89,7 @@ def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, 
     parts: list[str] = []
     beside: list[str] = []
     for part in loc:
+        annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation  # items of a list keep theirs
         choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         tagged = [c for c in choices if "kind" in c.model_fields and c.model_fields["kind"].default == part]
         if tagged and len(choices) > 1:
@@ -103,6 +104,7 @@ def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, 
             annotation = field.annotation
         else:
             annotation, field = None, None
+    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return ".".join(parts), _wanted(annotation, field.metadata if field else []), beside
 
 

@@ -20,6 +20,7 @@ from launch.progress import Watch
 from pretrain import run
 from pretrain.engine import Place
 from pretrain.metrics import read_lines
+from pretrain.objectives.config import Mixture, labels
 from pretrain.tokenizer import Tokenizer
 
 
@@ -54,15 +55,17 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
 
 
 def scores(recipe: Recipe) -> Table:
-    """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model there is."""
+    """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model there is; of a mixture the
+    loss of each part too."""
     found = [record for record in read_lines(Path(recipe.run) / "metrics.jsonl") if "heldout_loss" in record]
     table = Table(title=f"{recipe.run}: {recipe.objective.kind} on held-out text")
-    for name in ("step", "nats per target", "a unigram", "right", "bits per byte"):
+    parts = labels(recipe.objective) if isinstance(recipe.objective, Mixture) else []
+    for name in ("step", "nats per target", "a unigram", "right", "bits per byte", *parts):
         table.add_column(name, justify="right")
+    wanted = ("heldout_loss", "unigram_loss", "accuracy", "bits_per_byte", *(f"heldout_loss_{part}" for part in parts))
     for record in dict.fromkeys((0, min(range(len(found)), key=lambda i: found[i]["heldout_loss"]), len(found) - 1)):
         shown = found[record]
-        values = [f"{shown[name]:.3f}" if name in shown else "" for name in ("heldout_loss", "unigram_loss", "accuracy", "bits_per_byte")]
-        table.add_row(str(shown["step"]), *values)
+        table.add_row(str(shown["step"]), *(f"{shown[name]:.3f}" if name in shown else "" for name in wanted))
     return table
 
 

@@ -27,10 +27,18 @@ class Batch:
     source: Tensor | None = None  # (B, S) int64
     source_segments: Tensor | None = None  # (B, S) int64
     picked: Tensor | None = None  # (B, P) int64
+    parts: Tensor | None = None  # (B, T) int64: the part of a mixture of objectives, from 0, that each position belongs to
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; copies do not block where the memory is pinned."""
         return Batch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def by_part(self, nll_BT: Tensor, num_parts: int) -> Tensor:
+        """(2, parts) float64: the sum of the losses of each part's targets, and how many targets those are."""
+        assert self.parts is not None
+        valid = self.targets != IGNORE
+        values = torch.stack([nll_BT[valid].double(), torch.ones_like(nll_BT[valid], dtype=torch.float64)])
+        return values.new_zeros(2, num_parts).index_add_(1, self.parts[valid], values)
 
 
 def _moved(tensor: Tensor | None, device: torch.device | str) -> Any:

@@ -42,8 +42,10 @@ class Head(nn.Module):
         targets_BP: Tensor | None = None,
         segments_BP: Tensor | None = None,
         per_token: bool = False,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right.
+        """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right;
+        `each`: the sum, which alone has a gradient, and each loss (the vocabulary's and labels' heads).
 
         A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Only spans need the segments.
         """
@@ -62,7 +64,8 @@ class Head(nn.Module):
         if per_token:
             nll, correct = token_losses(h, weight, bias, targets)
             return nll.view_as(targets_BP), correct.view_as(targets_BP)
-        return loss_sum(h, weight, bias, targets, self.smoothing)
+        total, nll = losses(h, weight, bias, targets, self.smoothing)
+        return (total, nll.view_as(targets_BP)) if each else total
 
     def _table(self, embed: nn.Embedding) -> tuple[Tensor, Tensor | None]:
         if self.labels is not None:
@@ -98,8 +101,14 @@ def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: 
 
     `smoothing` spreads that share of each target over all V (Szegedy et al. 2016); without gradient the loss is the plain one.
     """
+    return losses(h_PD, weight_VD, bias_V, targets_P, smoothing)[0]
+
+
+def losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`loss_sum`, and beside it each target's plain loss (P,) fp32, without a gradient of its own."""
     if not torch.is_grad_enabled():
-        return token_losses(h_PD, weight_VD, bias_V, targets_P)[0].sum()
+        nll = token_losses(h_PD, weight_VD, bias_V, targets_P)[0]
+        return nll.sum(), nll
     return _LossSum.apply(h_PD, weight_VD, bias_V, targets_P, smoothing)
 
 
@@ -122,15 +131,18 @@ class _LossSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(weight_VD.dtype, torch.float32)
-        total, grad_h = h_PD.new_zeros((), dtype=exact), []
+        total, grad_h, each = h_PD.new_zeros((), dtype=exact), [], []
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
         for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
             logp = _log_softmax(h, weight, bias)
             valid = (targets != IGNORE)[:, None]
-            total += (1 - smoothing) * _nll(logp, targets).sum()
+            each.append(_nll(logp, targets))
+            total += (1 - smoothing) * each[-1].sum()
             if smoothing:
                 total -= smoothing * (logp.mean(-1, keepdim=True) * valid).sum()
             hit = logp.new_full((len(logp), 1), smoothing - 1)
@@ -143,7 +155,9 @@ class _LossSum(torch.autograd.Function):
                 grad_bias += (grad * valid).sum(0)
         ctx.save_for_backward(torch.cat(grad_h), grad_weight, grad_bias)
         ctx.dtype = weight_VD.dtype
-        return total
+        nll = torch.cat(each)
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

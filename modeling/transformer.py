@@ -33,7 +33,10 @@ class Transformer(nn.Module):
         self.head = Head(config)
 
     def forward(self, batch: Batch, per_token: bool = False, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool; `logits`: (B, T, V)."""
+        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool; `logits`: (B, T, V).
+
+        Of a batch in parts: the sum, and the losses (B, T), which carry no gradient.
+        """
         h, targets = self.hidden(batch), batch.targets
         if logits:
             return self.head(h, self.embed)
@@ -41,13 +44,18 @@ class Transformer(nn.Module):
             at = batch.picked.clamp(min=0)
             h = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
             targets = targets.gather(1, at).masked_fill(batch.picked < 0, IGNORE)
-        if not per_token:
+
+        def at_home(x_BP: Tensor) -> Tensor:
+            """Back to their places; the padding of `picked` adds nothing to place 0."""
+            return x_BP if batch.picked is None else x_BP.new_zeros(batch.targets.shape).scatter_add(1, at, x_BP)
+
+        if per_token:
+            nll, correct = self.head(h, self.embed, targets, batch.segments, per_token=True)
+            return at_home(nll), at_home(correct.float()) > 0
+        if batch.parts is None:
             return self.head(h, self.embed, targets, batch.segments)
-        nll, correct = self.head(h, self.embed, targets, batch.segments, per_token=True)
-        if batch.picked is not None:  # back to their places; the padding of `picked` adds nothing to place 0
-            zeros = nll.new_zeros(batch.targets.shape)
-            nll, correct = zeros.scatter_add(1, at, nll), zeros.scatter_add(1, at, correct.float()) > 0
-        return nll, correct
+        total, nll = self.head(h, self.embed, targets, batch.segments, each=True)
+        return total, at_home(nll)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every position, (B, T, V): for comparisons and generation, not for training."""

@@ -20,7 +20,8 @@ import torch
 from modeling.batch import IGNORE, Batch
 from modeling.config import Refused
 from pretrain import config
-from pretrain.objectives import Objective, Segment, Vocabulary, objective
+from pretrain.objectives import Objective, Segment, Vocabulary
+from pretrain.objectives.config import Mixture
 from pretrain.order import WINDOW, Order, turns
 from pretrain.packing import Block, Packed, Room, block_starts, pack, table
 
@@ -42,7 +43,7 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row: tokens, segments, targets (T,), source, source_segments (S,), picked (P,), all int64, as in Batch."""
+    """One packed row: tokens, segments, targets (T,), source, source_segments (S,), picked (P,), parts (T,), all int64, as in Batch."""
 
     tokens: np.ndarray
     segments: np.ndarray
@@ -50,6 +51,7 @@ class Row:
     source: np.ndarray | None = None
     source_segments: np.ndarray | None = None
     picked: np.ndarray | None = None
+    parts: np.ndarray | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -80,12 +82,18 @@ class Numbered(Protocol):
     num_rows: int
     targets_per_byte: float | None
 
+    @property
+    def parts(self) -> Sequence[str]:
+        """The names of a mixture's parts; none where there is no mixture."""
+        ...
+
     def row(self, i: int) -> Row: ...
     def empty_row(self) -> Row: ...
 
 
-def assemble(segments: Sequence[Segment], room: Room, pad: int) -> Row:
-    """Segments side by side in a row, numbered from 1; the rest is padding (segment 0, target IGNORE, picked -1)."""
+def assemble(segments: Sequence[Segment], room: Room, pad: int, mixed: bool = False) -> Row:
+    """Segments side by side in a row, numbered from 1; the rest is padding (segment 0, target IGNORE, picked -1). `mixed`: of several
+    parts, and the row says which."""
     row = Row(
         np.full(room.tokens, pad),
         np.zeros(room.tokens, np.int64),
@@ -93,11 +101,14 @@ def assemble(segments: Sequence[Segment], room: Room, pad: int) -> Row:
         np.full(room.source, pad) if room.source else None,
         np.zeros(room.source, np.int64) if room.source else None,
         np.full(room.picked, -1) if room.picked else None,
+        np.zeros(room.tokens, np.int64) if mixed else None,
     )
     at = at_source = at_picked = 0
     for number, segment in enumerate(segments, start=1):
         here = slice(at, at + len(segment.tokens))
         row.tokens[here], row.segments[here], row.targets[here] = segment.tokens, number, segment.targets
+        if row.parts is not None:
+            row.parts[here] = segment.part
         if row.source is not None and row.source_segments is not None and segment.source is not None:
             there = slice(at_source, at_source := at_source + len(segment.source))
             row.source[there], row.source_segments[there] = segment.source, number
@@ -140,7 +151,7 @@ class Stream:
         rng = np.random.default_rng((*self.key, 1, epoch, place))
         first = int(self.starts[block])
         pieces = self._packed(block).row(row)
-        return [self.objective.segment(self.corpus.document(first + i), start, stop, rng) for i, start, stop in pieces]
+        return [self.objective.segment(i, self.corpus.document(first + i), start, stop, rng) for i, start, stop in pieces]
 
     @property
     def waste(self) -> float:
@@ -179,10 +190,11 @@ class Rows:
                 advice = "give more text" if split == "train" else "raise data.heldout_fraction, or give data.heldout or more text"
                 raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: {advice}.")
         self.row_length = row_length or recipe.data.row_length
-        goal = objective(recipe.objective, vocabulary, self.row_length)
-        dials = [self.row_length, recipe.objective.model_dump(), vocabulary.fingerprint]
+        goal = Objective(recipe.objective, vocabulary, self.row_length)
+        dials = [self.row_length, recipe.objective.model_dump(exclude={"weight"}), vocabulary.fingerprint]
         seed = (recipe.seed, 0) if split == "train" else (0, 1)
         self.room, self.pad = goal.room, vocabulary.pad
+        self.parts = goal.labels if isinstance(recipe.objective, Mixture) else []
         self.streams = [
             Stream(corpus, goal, _digest(corpus.fingerprint, *dials), (*seed, number), split == "train", cache, processes)
             for number, corpus in enumerate(corpora)
@@ -207,11 +219,11 @@ class Rows:
     def row(self, i: int) -> Row:
         """Row i of the run, not before `first`; held-out rows end at `num_rows`."""
         stream, index = self._place(i)
-        return assemble(self.streams[stream].segments(index), self.room, self.pad)
+        return assemble(self.streams[stream].segments(index), self.room, self.pad, bool(self.parts))
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return assemble([], self.room, self.pad)
+        return assemble([], self.room, self.pad, bool(self.parts))
 
     def _place(self, i: int) -> tuple[int, int]:
         """The stream of a row, and which of the stream's rows it is."""

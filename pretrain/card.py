@@ -127,6 +127,9 @@ def _scores(run: Path, step: int) -> str:
         "accuracy": "accuracy",
         "heldout_targets": "targets",
     }
+    for name in last:  # the parts of a mixture
+        if name.startswith("heldout_loss_") and not name.endswith("_ema"):
+            names[name] = f"loss of {name.removeprefix('heldout_loss_')}, nats per target"
     names |= {f"{name}_ema": f"{said}, averaged weights" for name, said in names.items()}
     held_out = _list({"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}})
     return held_out + (_task_scores(read_json(run / "scores.json")) if (run / "scores.json").exists() else "")

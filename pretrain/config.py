@@ -3,11 +3,16 @@
 One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and `micro_rows`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from modeling.config import ModelConfig, Settings
+from pretrain.objectives import config as objectives
+from pretrain.objectives.config import Causal as Causal  # recipes made in code find them here
+from pretrain.objectives.config import Masked as Masked
+from pretrain.objectives.config import Objective
+from pretrain.objectives.config import Spans as Spans
 
 
 class Source(Settings):
@@ -51,39 +56,6 @@ class Tokenizer(Settings):
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
     sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
-
-
-class Causal(Settings):
-    """Predict each next token."""
-
-    kind: Literal["causal"] = "causal"
-
-
-class Masked(Settings):
-    """Predict hidden tokens: of `rate` of the tokens, `mask` become the mask, `random` a random token, the rest stay (BERT)."""
-
-    kind: Literal["masked"] = "masked"
-    rate: float = Field(default=0.3, gt=0, lt=1)
-    mask: float = Field(default=0.8, ge=0, le=1)
-    random: float = Field(default=0.1, ge=0, le=1)
-    whole_words: bool = False
-
-    @model_validator(mode="after")
-    def _shares(self) -> "Masked":
-        if self.mask + self.random > 1:
-            raise ValueError(f"mask ({self.mask}) and random ({self.random}) together exceed 1")
-        return self
-
-
-class Spans(Settings):
-    """Predict hidden spans, each named by a sentinel (T5): `density` of the tokens in spans of `mean_length` on average."""
-
-    kind: Literal["spans"] = "spans"
-    density: float = Field(default=0.15, gt=0, lt=1)
-    mean_length: float = Field(default=3.0, ge=1)
-
-
-Objective = Annotated[Causal | Masked | Spans, Field(discriminator="kind")]
 
 
 class Optimizer(Settings):
@@ -183,8 +155,7 @@ class Pretrain(Training):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Pretrain":
-        family = {"causal": "decoder", "masked": "encoder", "spans": "encoder-decoder"}[self.objective.kind]
-        if self.model.family != family:
+        if self.model.family != (family := objectives.family(self.objective)):
             raise ValueError(f"the {self.objective.kind} objective trains a model of family {family}, not {self.model.family}")
         if self.data.row_length > self.model.max_positions:
             raise ValueError(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({self.model.max_positions})")

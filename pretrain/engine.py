@@ -48,12 +48,16 @@ class Step:
     loss: float  # mean over the valid targets of the global step
     grad_norm: float  # of the whole gradient, before clipping
     finite: bool  # False: no weight and no moment was changed on any rank
+    part_sums: list[float]  # of a mixture: the sum of the losses of each part ...
+    part_counts: list[float]  # ... and its targets
 
 
 class Engine:
     """Trains `model` as the recipe says. Every rank makes the same calls in the same order."""
 
-    def __init__(self, model: Transformer, config: Training, place: Place) -> None:
+    def __init__(self, model: Transformer, config: Training, place: Place, num_parts: int = 0) -> None:
+        """`num_parts`: of a mixture of objectives, whose losses are told apart."""
+        self.num_parts = num_parts
         self.place, self.stage, self._decay = place, config.engine.zero_stage, config.ema
         if self.stage == 3 and config.engine.compile:
             raise Refused(
@@ -85,15 +89,20 @@ class Engine:
         `count` the valid targets of all ranks' micros together."""
         for group in self._base.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(1 + 2 * self.num_parts, dtype=torch.float64, device=self.device)  # of the losses; by part; targets by part
         for i, (micro, seed) in enumerate(zip(micros, micro_seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
             torch.manual_seed(seed)
-            loss = self._engine(micro.to(self.device))
-            loss_sum += loss.detach()
+            here = micro.to(self.device)
+            loss = self._engine(here)
+            if here.parts is not None:
+                loss, nll_BT = loss
+                sums[1:] += here.by_part(nll_BT, self.num_parts).flatten()
+            sums[0] += loss.detach()
             # DeepSpeed averages gradients over ranks: scaled so, their sum is the gradient of one mean over `count`.
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
-        loss_mean = self.sum_over_ranks(loss_sum).item() / count
+        loss_sum, *part_sums = self.sum_over_ranks(sums).tolist()
+        loss_mean = loss_sum / count
         self._loss_finite = math.isfinite(loss_mean)
         self._engine.step()
         finite = self._engine.was_step_applied()
@@ -103,7 +112,7 @@ class Engine:
         if not finite and hasattr(self._zero, "averaged_gradients"):
             for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
-        return Step(loss_mean, float(self._engine.get_global_grad_norm()), finite)
+        return Step(loss_mean, float(self._engine.get_global_grad_norm()), finite, part_sums[: self.num_parts], part_sums[self.num_parts :])
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

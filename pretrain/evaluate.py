@@ -1,11 +1,12 @@
 """Held-out loss, the same at any world size.
 
-In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "perplexity", "bits_per_byte" (causal), "accuracy"}, and beside
-them what a unigram scores on the same targets. Rows are dealt out round by round, so that all ranks make the same number of forward passes
-(ZeRO-3 gathers weights in each).
+In: an engine and the held-out rows. Out: {"heldout_loss" nats per target, "perplexity", "bits_per_byte" (causal), "accuracy"}, the loss of
+each part of a mixture ("heldout_loss_PART"), and beside them what a unigram scores on the same targets. Rows are dealt out round by round,
+so that all ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,32 @@ from pretrain.engine import Engine, Place
 def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
     """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an estimate from them."""
     num_rows = min(num_rows, rows.num_rows)
-    totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, targets, correct ones
+    totals = torch.zeros(3 + 2 * len(rows.parts), dtype=torch.float64)  # sum of losses, targets, correct ones; losses, targets by part
     for first in range(0, num_rows, micro_rows * place.world):
         mine = range(first + place.rank * micro_rows, first + (place.rank + 1) * micro_rows)
         batch = stack([rows.row(i) if i < num_rows else rows.empty_row() for i in mine])
-        nll_BT, correct_BT = engine.evaluate(batch)
-        totals += torch.stack([nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()]).cpu()
+        nll_BT, correct_BT = (scored.cpu() for scored in engine.evaluate(batch))
+        totals[:3] += torch.stack([nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()])
+        if rows.parts:
+            totals[3:] += batch.by_part(nll_BT, len(rows.parts)).flatten()
     if place.world > 1:
         totals = engine.sum_over_ranks(totals)
-    loss_sum, count, correct = totals.tolist()
+    loss_sum, count, correct = totals[:3].tolist()
     loss = loss_sum / count
     scores = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": correct / count, "heldout_targets": int(count)}
     if rows.targets_per_byte is not None:
         scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
-    return scores
+    sums, counts = totals[3:].view(2, len(rows.parts)).tolist()
+    return scores | part_losses("heldout_", rows.parts, sums, counts)
+
+
+def part_losses(prefix: str, parts: Sequence[str], sums: Sequence[float], counts: Sequence[float]) -> dict[str, Any]:
+    """Nats per target of each part of a mixture, and its targets, by name; a part without targets has no loss."""
+    found: dict[str, Any] = {}
+    for part, loss_sum, count in zip(parts, sums, counts, strict=True):
+        found |= {f"{prefix}loss_{part}": loss_sum / count} if count else {}
+        found[f"{prefix}targets_{part}"] = int(count)
+    return found
 
 
 def unigram_loss(rows: Rows, heldout: Numbered, vocab_size: int, *, sample: int = 2000) -> float:

@@ -85,7 +85,7 @@ def train(config: Pretrain, place: Place) -> None:
     """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same recipe."""
     run = Path(config.run)
     rows, heldout = open_rows(config)
-    engine = Engine(build(config.model, config.seed), config, place)
+    engine = Engine(build(config.model, config.seed), config, place, len(heldout.parts))
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
@@ -136,6 +136,7 @@ def train(config: Pretrain, place: Place) -> None:
             describe=describe,
             flops=flops,
             peak_flops=peak(engine, config),
+            parts=heldout.parts,
         )
 
 

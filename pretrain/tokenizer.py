@@ -13,7 +13,6 @@ import io
 import json
 import random
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from heapq import heappop, heappush
@@ -26,7 +25,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from modeling.config import Family, Refused
+from pretrain import roles
 from pretrain.config import Tokenizer as TokenizerConfig
+from pretrain.pieces import BYTE, sentence_ends, word_starts
 
 _MARKS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -40,53 +41,60 @@ _CUT = {
     ],
 }
 _WORD = re.compile("\n|[ ▁]?[^ ▁\n]+|[ ▁]")  # the first two cuts, made before spaces have become "▁"
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _REMEMBERED = 4_000_000  # characters of words: about 120 MB
 _PASSES = 20  # training looks at no more than this many times the text that it samples
 
 
 class Tokenizer:
-    """An opened tokenizer folder: the ids of special tokens as attributes, text to ids and back."""
+    """An opened tokenizer folder, ours or a published one: the ids of special tokens as attributes, text to ids and back.
+
+    Which token plays which part: roles.py.
+    """
 
     pad: int
     bos: int
     eos: int
-    unk: int
-    mask: int
-    sentinels: list[int]  # 100 in a tokenizer of ours
-    word_starts: np.ndarray  # (V,) bool: the piece begins a word, see _starts_word
+    unk: int | None
+    mask: int | None
+    start: int  # what a decoder reads first when it writes for an encoder
+    before: list[int]  # what stands before and after a text that an encoder reads
+    after: list[int]
+    sentinels: Sequence[int]  # 100 in a tokenizer of ours
+    special: Sequence[int]  # all tokens that are no text
+    word_starts: np.ndarray  # (V,) bool: the piece begins a word
+    sentence_ends: np.ndarray  # (V,) bool: the piece ends a sentence
     dtype: np.dtype[Any]  # of ids: the smallest unsigned one that holds them all
-    fingerprint: str  # of all that decides ids; the published template is not part of it
+    fingerprint: str  # of all that decides ids, and of a published tokenizer's own template
 
     def __init__(self, spec: dict[str, Any], settings: dict[str, Any], model: bytes | None) -> None:
         """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file."""
         self._spec, self._settings, self._model = spec, settings, model
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
-        self._by_word = spec["pre_tokenizer"] == _CUT
+        self._ours = spec["pre_tokenizer"] == _CUT
         self._ids_of: dict[str, bytes] = {}
         self._remembered = 0
-        pieces = {i: piece for piece, i in self._fast.get_vocab().items()}
+        ids = self._fast.get_vocab()
+        pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        for role in _MARKS:
-            setattr(self, role, self._fast.token_to_id(settings[f"{role}_token"]))
-        self.sentinels = [i for i in map(self._fast.token_to_id, _SENTINELS) if i is not None]
-        self.word_starts = np.array([_starts_word(pieces.get(i, "")) for i in range(self.vocab_size)])
-        self.fingerprint = _fingerprint(spec, [getattr(self, role) for role in _MARKS])
+        marks = {role: ids[token] for role, token in roles.played(spec, settings).items() if token is not None}
+        self.pad, self.bos, self.eos, self.start = (marks[role] for role in ("pad", "bos", "eos", "start"))
+        self.unk, self.mask = marks.get("unk"), marks.get("mask")
+        self.before, self.after = self.around("encoder")
+        self.sentinels = [ids[name] for name in _SENTINELS if name in ids]
+        added = [token["id"] for token in spec["added_tokens"] if token["special"]]
+        self.special = sorted({*added, *marks.values()})
+        self.word_starts, self.sentence_ends = word_starts(spec, pieces), sentence_ends(spec, pieces)
+        rules = [] if self._ours else [self.before, self.after, self.start]  # of ours they follow from the marks
+        self.fingerprint = _fingerprint(spec, [self.pad, self.bos, self.eos, self.unk, self.mask], rules)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Tokenizer":
-        """Raises Refused where tokenizer.json or tokenizer_config.json is missing or broken, or does not name a special token."""
+        """Raises Refused where tokenizer.json or tokenizer_config.json is missing or broken, or names a special token that there is not."""
         folder = Path(folder)
-        spec, settings = (_read_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         model = folder / "tokenizer.model"
         try:
-            for role in _MARKS:
-                mark = settings.get(f"{role}_token")
-                settings[f"{role}_token"] = mark = mark["content"] if isinstance(mark, dict) else mark
-                if mark not in [token["content"] for token in spec["added_tokens"]]:
-                    said = f"tokenizer_config.json gives {mark!r} as {role}_token, which is no added token of tokenizer.json"
-                    raise Refused(f"{folder}: {said}")
+            spec, settings = roles.read(folder)
             return cls(spec, settings, model.read_bytes() if model.exists() else None)
         except (Refused, OSError):
             raise
@@ -94,9 +102,26 @@ class Tokenizer:
             said = f"{type(error).__name__}: {error}"
             raise Refused(f"{folder / 'tokenizer.json'} is JSON, but no tokenizer ({said}); train or copy the tokenizer again") from error
 
+    def around(self, family: Family) -> tuple[list[int], list[int]]:
+        """What stands before and after a text that a model of this family reads: as the published tokenizer puts it; of ours BOS, and EOS
+        where there is an encoder."""
+        if self._ours:
+            return [self.bos], [] if family == "decoder" else [self.eos]
+        return self._template()
+
+    def written(self, ids: Sequence[int]) -> list[int]:
+        """What a decoder that reads a source writes after `start`: the text as `around` marks it; a mark that is the start comes once."""
+        before, after = self.around("encoder-decoder")
+        return [*before[before[:1] == [self.start] :], *ids, *after]
+
+    def _template(self) -> tuple[list[int], list[int]]:
+        encoding = self._fast.encode("a")
+        text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+        return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without begin and end marks."""
-        if not self._by_word:
+        if not self._ours:
             return [np.array(e.ids, self.dtype) for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         words = [_WORD.findall(text) for text in texts]
         new = list(set().union(*words) - self._ids_of.keys())
@@ -114,32 +139,43 @@ class Tokenizer:
         encoding = self._fast.encode(text, add_special_tokens=False)
         spans: list[tuple[int, int]] = []
         for piece, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-            if byte := _BYTE.fullmatch(piece):  # `tokenizers` gives each byte the whole run of unknown characters
+            byte = BYTE.fullmatch(piece) if self._spec["model"].get("byte_fallback") else None
+            if byte:  # `tokenizers` gives each byte the whole run of unknown characters
                 again = bool(spans) and start <= spans[-1][0] < end
                 at = spans[-1][0] + (int(byte[1], 16) < 0x80 or int(byte[1], 16) >= 0xC0) if again else start
                 start, end = at, at + 1
             spans.append((start, end))
         return encoding.ids, spans
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids that a model wrote, without the marks that stand around it."""
+        marks = {self.pad, self.bos, self.eos, self.start, *self.before, *self.after}
+        return self.decode([i for i in ids if i not in marks])
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens written out."""
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: Path | str, family: Family) -> None:
-        """Write the published form: BOS text EOS for families with an encoder, BOS text for a decoder."""
+        """Write the published form: of a tokenizer of ours BOS text EOS for families with an encoder, BOS text for a decoder; any other as
+        it came."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        bos, eos = self._settings["bos_token"], self._settings["eos_token"]
+        spec = self._spec | ({"post_processor": self._marking(family)} if self._ours else {})
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
+        if self._model:
+            (folder / "tokenizer.model").write_bytes(self._model)
+
+    def _marking(self, family: Family) -> dict[str, Any]:
+        """The template of a tokenizer of ours, as tokenizer.json says it."""
+        bos, eos = _MARKS["bos"], _MARKS["eos"]
         template = processors.TemplateProcessing(
             single=[bos, "$A"] if family == "decoder" else [bos, "$A", eos],
             pair=[bos, "$A", "$B:1"] if family == "decoder" else [bos, "$A", eos, "$B:1", f"{eos}:1"],
             special_tokens=[(bos, self.bos), (eos, self.eos)],
         )
-        spec = self._spec | {"post_processor": json.loads(template.__getstate__())}
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
-        if self._model:
-            (folder / "tokenizer.model").write_bytes(self._model)
+        return dict(json.loads(template.__getstate__()))
 
 
 def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder: Path | str) -> Tokenizer:
@@ -229,30 +265,6 @@ def _to_fast(model: bytes) -> Tokenizer:
     return Tokenizer(json.loads(fast.to_str()) | {"pre_tokenizer": _CUT}, settings, model)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        raise Refused(f"there is no {path}: a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
-    except ValueError as error:
-        raise Refused(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None
-
-
-def _fingerprint(spec: dict[str, Any], marks: list[int]) -> str:
+def _fingerprint(spec: dict[str, Any], marks: list[int | None], rules: list[Any]) -> str:
     deciding = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
-    return blake2b(json.dumps([deciding, marks], sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _starts_word(piece: str) -> bool:
-    """Whether a piece begins a word, for whole-word masking: judged by its first character.
-
-    Spaces, line ends, punctuation and symbols begin one (a newline belongs to the word after it, as a space does), so do wide
-    characters (Chinese, Japanese, Korean: each piece is a word) and special tokens; letters, digits and marks go on with one.
-    A byte is judged alike: an ASCII byte as its character, a UTF-8 lead byte begins a word, the bytes after it do not.
-    """
-    if byte := _BYTE.fullmatch(piece):
-        value = int(byte[1], 16)
-        return value >= 0xC0 or (value < 0x80 and not chr(value).isalnum())
-    first = piece[:1]
-    return unicodedata.category(first)[0] not in "LNM" or unicodedata.east_asian_width(first) in "WF" if first else True
+    return blake2b(json.dumps([deciding, marks, *rules], sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -6,7 +6,7 @@ this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it depend
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from modeling.config import Refused
 from pretrain.checkpoint import State
 from pretrain.config import Training
 from pretrain.engine import Engine
+from pretrain.evaluate import part_losses
 from pretrain.loader import Loader, StepRows
 from pretrain.metrics import Recorder
 from pretrain.optimizer import lr_factor
@@ -47,12 +48,13 @@ def train(
     flops: Callable[[int], float],
     peak_flops: float,
     enough: Callable[[], bool] = lambda: False,
+    parts: Sequence[str] = (),
 ) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (SIGTERM, or a file `stop` in the run folder).
 
     `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records; `flops(step)` are those of all ranks;
-    `enough()` ends training before its last step, on all ranks alike. Raises Refused after `nonfinite_limit` steps in a row whose loss or
-    gradient was not finite.
+    `enough()` ends training before its last step, on all ranks alike; `parts` names those of a mixture of objectives.
+    Raises Refused after `nonfinite_limit` steps in a row whose loss or gradient was not finite.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
@@ -82,6 +84,7 @@ def train(
             rows=[rows.first, rows.last],
             rows_hash=f"{rows_hash:012x}",
             skipped=not step.finite,
+            **part_losses("", parts, step.part_sums, step.part_counts),
         )
         if not step.finite:
             _refuse_nonfinite(config, recorder, progress, rows)

@@ -35,7 +35,7 @@ def recipe(tmp_path) -> Path:
     [
         ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
-        ("objective.rate=0.1", "there is no key `objective.rate`; known there: kind."),
+        ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
         ("data.sources.0.paht=x", "there is no key `data.sources.0.paht`; did you mean `data.sources.0.path`?"),
         ("steps=0", "`steps` is 0 (a whole number); it must be a whole number, above 0."),
         ("steps=1e3", "`steps` is 1000.0 (a number); it must be a whole number, above 0."),
@@ -49,9 +49,30 @@ def recipe(tmp_path) -> Path:
         ("run=''", '`run` is "" (text); it must be text, its length at least 1.'),
         ("optimizer.betas=[0.9]", "`optimizer.betas.1` is missing; it must be a number."),
         ("engine.precision=bf17", "it must be one of fp32, bf16, autocast. Did you mean bf16?"),
-        ("objective.kind=casual", '`objective.kind` is "casual" (text); it must be one of causal, masked, spans. Did you mean causal?'),
-        ("objective={}", "`objective.kind` is missing; it must be one of causal, masked, spans."),
+        (
+            "objective.kind=casual",
+            '`objective.kind` is "casual" (text); it must be one of causal, prefix, fim, masked, spans, continuation, infilling, mixture.'
+            " Did you mean causal?",
+        ),
+        (
+            "objective={}",
+            "`objective.kind` is missing; it must be one of causal, prefix, fim, masked, spans, continuation, infilling, mixture.",
+        ),
         ("objective.kind=masked", "the masked objective trains a model of family encoder, not decoder."),
+        (
+            "objective={kind: mixture, parts: [{kind: causal}, {kind: spans}]}",
+            "`objective`: the parts of a mixture train one model, and here causal a model of family decoder, spans a model of family",
+        ),
+        ("objective={kind: mixture, parts: [{kind: causal}]}", "`objective.parts` is [{"),
+        ("objective={kind: mixture, parts: [{kind: causal, weigth: 2}, {kind: fim}]}", "did you mean `objective.parts.0.weight`?"),
+        (
+            "objective={kind: mixture, parts: [{kind: fim, suffix_first: 2}, {kind: causal}]}",
+            "`objective.parts.0.suffix_first` is 2 (a whole number); it must be a number, at least 0 and at most 1.",
+        ),
+        (
+            "objective={kind: mixture, parts: [{kind: fmi}, {kind: causal}]}",
+            "one of causal, prefix, fim, masked, spans, continuation, infilling. D",
+        ),
         ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
         ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, and not both."),
         ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),

@@ -11,8 +11,8 @@ import numpy as np
 
 from modeling.config import ModelConfig
 from pretrain import config
+from pretrain.objectives.config import Objective, family
 
-FAMILIES = {"causal": "decoder", "masked": "encoder", "spans": "encoder-decoder"}
 FIRST = 105  # the first ordinary token
 
 
@@ -20,9 +20,11 @@ class SmallVocabulary:
     pad, bos, eos, unk, mask = range(5)
 
     def __init__(self, vocab_size: int = 100_000, fingerprint: str = "vocabulary") -> None:
-        self.sentinels = list(range(5, FIRST))
+        self.sentinels, self.special = list(range(5, FIRST)), list(range(FIRST))
+        self.before, self.after, self.start = [self.bos], [self.eos], self.bos
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
         self.word_starts = np.random.default_rng(7).random(vocab_size) < 0.5
+        self.sentence_ends = np.random.default_rng(8).random(vocab_size) < 0.1
 
 
 class SmallCorpus:
@@ -37,11 +39,9 @@ class SmallCorpus:
         return self.tokens[self.ends[i] - self.lengths[i] : self.ends[i]]
 
 
-def recipe(
-    objective: config.Objective, row_length: int = 32, seed: int = 0, weights: Sequence[float] = (1.0,), **data: Any
-) -> config.Pretrain:
+def recipe(objective: Objective, row_length: int = 32, seed: int = 0, weights: Sequence[float] = (1.0,), **data: Any) -> config.Pretrain:
     model = ModelConfig(
-        family=FAMILIES[objective.kind],  # type: ignore[arg-type]
+        family=family(objective),
         vocab_size=100_000,
         dim=32,
         num_layers=1,

@@ -12,14 +12,16 @@ from modeling.config import Refused
 from pretrain.batches import Row, Rows, assemble, stack
 from pretrain.config import Causal, Masked, Source, Spans, Tokenizer
 from pretrain.objectives import Segment
+from pretrain.objectives.config import Continuation, Fim, Infilling, Mixture, Prefix
 from pretrain.packing import Room
 from pretrain.prepare import prepare
 from pretrain.tokenizer import train
 from tests.pretrain.small_corpus import FIRST, SmallCorpus, SmallVocabulary, recipe
 
 VOCABULARY = SmallVocabulary()
-KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans()], ids=lambda dials: dials.kind)
-GOLDEN = {"causal": 1978182555, "masked": 1344449679, "spans": 2936042911}  # row hashes under FORMAT 1
+MIXTURE = Mixture(parts=(Spans(), Continuation(weight=0.5), Spans(density=0.5, mode="X")))
+KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans(), MIXTURE], ids=lambda dials: dials.kind)
+GOLDEN = {"causal": 1978182555, "masked": 1344449679, "spans": 2936042911, "mixture": 1566495102}  # row hashes under FORMAT 1
 ROW_LENGTHS = st.sampled_from([8, 32])
 LENGTHS = [0, 1, 30, 31, 32, 33, 500, *np.random.default_rng(0).integers(1, 60, 150).tolist()]
 
@@ -166,10 +168,12 @@ def test_the_fingerprint_covers_all_that_decides_a_row_but_the_seed():
         config = recipe(dials or Masked(), weights=weights, **choices)
         return Rows(config, SmallVocabulary(fingerprint=vocabulary), corpora, "train").fingerprint
 
-    assert fingerprint() == fingerprint(seed=1)
+    assert fingerprint() == fingerprint(seed=1) == fingerprint(Masked(weight=2))
     others = [
         fingerprint(),
         fingerprint(Masked(rate=0.2)),
+        fingerprint(Mixture(parts=(Masked(), Masked(rate=0.2)))),
+        fingerprint(Mixture(parts=(Masked(), Masked(rate=0.2, weight=2)))),
         fingerprint(Causal()),
         fingerprint(corpus="another"),
         fingerprint(vocabulary="another"),
@@ -194,15 +198,43 @@ def test_rows_are_those_of_format_1(dials):
     assert sum(rows.row(i).hash for i in range(300)) % 2**32 == GOLDEN[dials.kind]
 
 
+@pytest.mark.parametrize("dials", [Prefix(), Fim(), Infilling(), Mixture(parts=(Causal(), Fim()))], ids=lambda dials: dials.kind)
+def test_documents_stay_apart_under_every_objective(dials):
+    corpus = SmallCorpus(LENGTHS)
+    rows = Rows(recipe(dials, 32), VOCABULARY, [corpus], "train")
+    seen: set[int] = set()
+    for row in (rows.row(i) for i in range(rows.num_rows)):
+        for number in range(1, row.segments.max() + 1):
+            here = row.segments == number
+            tokens = [row.tokens[here], row.targets[here], *([] if row.source is None else [row.source[row.source_segments == number]])]
+            text = [int(t) for t in np.concatenate(tokens) if t >= FIRST]
+            assert len(set(np.searchsorted(corpus.ends, np.array(text, int) - FIRST, side="right"))) <= 1
+            seen.update(text)
+    assert seen == set(corpus.tokens.tolist())
+
+
+def test_a_row_says_which_part_of_a_mixture_each_segment_belongs_to():
+    rows = rows_of(MIXTURE)
+    assert rows.parts == ["spans", "continuation", "X"]
+    found = set()
+    for row in (rows.row(i) for i in range(60)):
+        assert (row.parts[row.segments == 0] == 0).all()
+        for number in range(1, row.segments.max() + 1):
+            [part] = set(row.parts[row.segments == number].tolist())
+            assert (VOCABULARY.sentinels[-3] in row.source[row.source_segments == number]) == (part == 2)
+            found.add(part)
+    assert found == {0, 1, 2}
+
+
 def test_an_empty_row_has_no_targets_and_the_shape_of_the_others():
-    for dials in (Causal(), Masked(), Spans()):
+    for dials in (Causal(), Masked(), Spans(), MIXTURE):
         rows = rows_of(dials)
         empty, real = rows.empty_row(), rows.row(0)
         assert empty.count == empty.size == 0
         assert {name: array.shape for name, array in empty.arrays.items()} == {name: array.shape for name, array in real.arrays.items()}
         batch = stack([real, empty])
         assert (batch.segments[1] == 0).all() and batch.tokens.shape == (2, rows.room.tokens)
-        assert (batch.source is None) == (dials.kind != "spans") and (batch.picked is None) == (dials.kind != "masked")
+        assert (batch.source is None) == (dials.kind not in ("spans", "mixture")) and (batch.picked is None) == (dials.kind != "masked")
 
 
 def test_pairs_of_source_and_target_share_rows_as_text_does():

@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,27 +8,30 @@ from hypothesis import strategies as st
 
 from modeling.batch import IGNORE
 from modeling.config import Refused
-from pretrain.config import Causal, Masked, Objective, Spans
-from pretrain.objectives import HiddenSpans, HiddenTokens, Segment, objective
+from pretrain.objectives import Objective, Segment
+from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Mixture, Prefix, Spans, parts
+from pretrain.objectives.config import Objective as Dials
 from tests.pretrain.small_corpus import FIRST, SmallVocabulary
 
 VOCABULARY = SmallVocabulary(2000)
 DOCUMENTS = st.lists(st.sampled_from([0, 1, 2, 29, 30, 31, 32, 33, 100, 1000]) | st.integers(0, 200), min_size=1, max_size=5)
 
 
-def segments_of(dials: Objective, row_length: int, lengths: list[int], seed: int = 0) -> list[tuple[int, Segment]]:
+def segments_of(
+    dials: Dials, row_length: int, lengths: list[int], seed: int = 0, vocabulary: SmallVocabulary = VOCABULARY
+) -> list[tuple[int, Segment]]:
     """(document, segment) of each piece of documents whose text tokens count up from FIRST; sizes are as foretold."""
-    goal, rng = objective(dials, VOCABULARY, row_length), np.random.default_rng(seed)
+    goal, rng = Objective(dials, vocabulary, row_length), np.random.default_rng(seed)
     pieces = goal.pieces(np.array(lengths))
     made = []
     for i, document in enumerate(pieces.document):
         text = FIRST + np.arange(lengths[document], dtype=np.uint16)
-        segment = goal.segment(text, int(pieces.start[i]), int(pieces.stop[i]), rng)
+        segment = goal.segment(int(document), text, int(pieces.start[i]), int(pieces.stop[i]), rng)
         assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.room.tokens
         if segment.source is not None:
             assert len(segment.source) == pieces.second[i] <= goal.room.source
         if segment.picked is not None:
-            whole_words = isinstance(dials, Masked) and dials.whole_words
+            whole_words = getattr(parts(dials)[segment.part], "whole_words", False)
             assert len(segment.picked) <= pieces.second[i] <= goal.room.picked
             assert whole_words or len(segment.picked) == pieces.second[i]
         made.append((int(document), segment))
@@ -148,7 +154,7 @@ def test_of_a_million_tokens_the_stated_share_is_hidden_in_spans_of_the_stated_l
 
 
 def test_spans_beyond_the_sentinels_are_capped_and_counted():
-    goal = objective(Spans(density=0.5), VOCABULARY, 1024)
+    goal = Objective(Spans(density=0.5), VOCABULARY, 1024)
     pieces = goal.pieces(np.array([599, 603, 604, 900, 10_000]))
     made = [s for _, s in segments_of(Spans(density=0.5), 1024, [599, 603, 604, 900, 10_000])]
     numbers = [len(spans_of(s)) for s in made]
@@ -160,7 +166,7 @@ def test_spans_beyond_the_sentinels_are_capped_and_counted():
 @settings(deadline=None, max_examples=40)
 @given(st.integers(8, 300), st.floats(0.02, 0.9), st.floats(1, 20))
 def test_the_longest_piece_is_as_long_as_the_source_room_allows(row_length, density, mean_length):
-    goal = HiddenSpans(Spans(density=density, mean_length=mean_length), VOCABULARY, row_length)
+    goal = Objective(Spans(density=density, mean_length=mean_length), VOCABULARY, row_length)
     pieces = goal.pieces(np.arange(3 * goal.longest))  # pieces of every length, with 0, 1 and 2 marks
     assert pieces.second.max() <= row_length and pieces.tokens.max() <= goal.room.tokens
     assert goal.room.tokens % 8 == 0 and goal.room.tokens - pieces.tokens.max() < 8
@@ -168,10 +174,189 @@ def test_the_longest_piece_is_as_long_as_the_source_room_allows(row_length, dens
     assert goal.pieces(np.arange(3 * goal.longest)).second.max() > row_length
 
 
+def test_a_prefix_ends_anywhere_and_the_rest_is_predicted_as_a_causal_model_does():
+    made = segments_of(Prefix(), 64, [50, 200, 3, 0] * 500)
+    plain = segments_of(Causal(), 64, [50, 200, 3, 0] * 500)
+    shares = []
+    for (_, segment), (_, whole) in zip(made, plain, strict=True):
+        assert segment.tokens.tolist() == whole.tokens.tolist()
+        skipped = int((segment.targets == IGNORE).sum())
+        assert skipped < len(segment.targets)
+        assert segment.targets[skipped:].tolist() == whole.targets[skipped:].tolist()
+        if len(segment.targets) == 51:
+            shares.append(skipped)
+    counts = np.bincount(shares, minlength=51)  # uniform over the 51 places where the prefix may end
+    assert len(counts) == 51 and abs(np.mean(shares) - 25) < 4 * 51 / np.sqrt(12 * len(shares))
+
+
+def moved(segment: Segment) -> list[list[int]]:
+    """What stands behind PRE, SUF and MID, checking the grammar. Both orders spell the text as first, third, second of these."""
+    whole = [*segment.tokens.tolist(), int(segment.targets[-1])]
+    assert segment.targets.tolist() == whole[1:] and whole[-1] == VOCABULARY.eos
+    at = [whole.index(sentinel) for sentinel in VOCABULARY.sentinels[:3]]
+    assert at == sorted(at) and at[0] == (whole[0] == VOCABULARY.bos)
+    return [whole[first + 1 : last] for first, last in itertools.pairwise([*at, len(whole) - 1])]
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
+def test_the_middle_put_back_spells_every_document(lengths, suffix_first, seed):
+    made = [(document, moved(s)) for document, s in segments_of(Fim(suffix_first=suffix_first), 32, lengths, seed)]
+    assert joined([(d, [*pre, *mid, *suf]) for d, (pre, suf, mid) in made], len(lengths)) == [with_marks(n)[1:-1] for n in lengths]
+
+
+def test_a_document_is_cut_at_two_uniform_points_and_the_suffix_comes_first_as_often_as_asked():
+    length, documents = 300, 3000
+    sizes = np.array([[len(part) for part in moved(s)] for _, s in segments_of(Fim(suffix_first=0), 512, [length] * documents)])
+    # two uniform points leave each part a third on average, with the deviation of Beta(1, 2)
+    assert np.abs(sizes.mean(0) - length / 3).max() < 5 * length / np.sqrt(18 * documents)
+    assert abs((sizes[:, 2] > length / 2).mean() - 1 / 4) < 5 * np.sqrt(3 / 16 / documents)
+    swapped = np.array([[len(part) for part in moved(s)] for _, s in segments_of(Fim(suffix_first=0.25), 512, [length] * documents)])
+    assert abs((swapped[:, 0] == 0).mean() - 0.25 - 0.75 / (length / 2)) < 5 * np.sqrt(3 / 16 / documents)
+
+
+def filled(segment: Segment) -> list[list[int]]:
+    """What each mask of an infilled source stands for, where its tokens are in order."""
+    visible = [t for t in segment.source.tolist() if t not in (VOCABULARY.bos, VOCABULARY.eos)]
+    text = segment.targets[segment.targets >= FIRST].tolist()
+    bounds = [text[0] - 1, *visible, text[-1] + 1]
+    return [list(range(bounds[i - 1] + 1, bounds[i + 1])) for i, t in enumerate(bounds) if t == VOCABULARY.mask]
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.sampled_from([(0.3, 3.0), (0.5, 1.0), (0.9, 1.5)]), st.booleans(), st.integers(0, 99))
+def test_infilling_writes_every_document_and_shows_the_rest_of_it(lengths, dials, permute, seed):
+    density, mean_length = dials
+    made = segments_of(Infilling(density=density, mean_length=mean_length, permute_sentences=permute), 32, lengths, seed)
+    written = [
+        (d, [*([VOCABULARY.bos] if i == 0 else []), *s.targets.tolist()]) for d, group in by_document(made) for i, s in enumerate(group)
+    ]
+    assert joined(written, len(lengths)) == [with_marks(n) for n in lengths]
+    for _, segment in made:
+        assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
+        text, masks = segment.targets[segment.targets >= FIRST], segment.source == VOCABULARY.mask
+        shown = segment.source[segment.source >= FIRST]
+        assert len(np.unique(shown)) == len(shown) and np.isin(shown, text).all()
+        assert len(text) - len(shown) == (max(round(density * len(text)), 1) if len(text) else 0)
+        assert not (masks[1:] & masks[:-1]).any()
+        if not permute:
+            assert (np.diff(shown) > 0).all()
+
+
+def by_document(made: list[tuple[int, Segment]]) -> list[tuple[int, list[Segment]]]:
+    return [(d, [s for _, s in group]) for d, group in itertools.groupby(made, key=lambda item: item[0])]
+
+
+def test_masks_stand_for_poisson_numbers_of_tokens_and_every_place_is_as_likely():
+    length, documents = 400, 2500
+    made = [filled(s) for _, s in segments_of(Infilling(permute_sentences=False), 512, [length] * documents)]
+    assert {len(spans) for spans in made} == {40}  # round(400 * 0.3 / 3)
+    sizes = np.array([len(span) for spans in made for span in spans])
+    assert sizes.sum() == 120 * documents
+    for size in range(8):  # Poisson(3); that each piece's sum is kept makes it binomial, which 40 spans bring within 0.005
+        law = 3**size * math.exp(-3) / math.factorial(size)
+        exact = math.comb(120, size) * (1 / 40) ** size * (39 / 40) ** (120 - size)
+        assert abs((sizes == size).mean() - exact) < 5 * np.sqrt(exact / len(sizes)) and abs(exact - law) < 0.005
+    hidden = np.zeros(length)
+    for spans in made:
+        hidden[np.concatenate([np.array(span, int) for span in spans]) - FIRST] += 1
+    assert np.abs(hidden[20:-20] / documents - 0.3).max() < 0.01 + 5 * np.sqrt(0.3 * 0.7 / documents)
+
+
+def test_sentences_are_shown_whole_and_in_any_order():
+    made = segments_of(Infilling(density=0.001), 512, [200] * 2000)
+    ends = VOCABULARY.sentence_ends[FIRST : FIRST + 199]
+    sentences = np.split(np.arange(FIRST, FIRST + 200), np.flatnonzero(ends) + 1)
+    firsts = np.zeros(len(sentences))
+    for _, segment in made:
+        text = segment.source[1:-1]
+        hidden = np.setdiff1d(np.arange(FIRST, FIRST + 200), text)
+        assert len(hidden) == 1
+        spelled = np.where(text == VOCABULARY.mask, hidden[0], text)
+        cuts = np.flatnonzero(np.isin(spelled, [s[-1] for s in sentences]))[:-1] + 1
+        shown = np.split(spelled, cuts)
+        assert sorted(map(tuple, shown)) == sorted(map(tuple, sentences))
+        firsts[[s[0] for s in sentences].index(shown[0][0])] += 1
+    assert len(sentences) > 10
+    assert np.abs(firsts / 2000 - 1 / len(sentences)).max() < 5 / np.sqrt(2000 * len(sentences))
+
+
+def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_told_first():
+    for dials, sign in ((Continuation(), []), (Continuation(mode="S"), [VOCABULARY.sentinels[-2]])):
+        [(_, segment)] = segments_of(dials, 128, [100])
+        first = VOCABULARY.sentinels[0]
+        assert segment.source.tolist() == [*sign, VOCABULARY.bos, *range(FIRST, FIRST + 75), first, VOCABULARY.eos]
+        assert segment.targets.tolist() == [first, *range(FIRST + 75, FIRST + 100), VOCABULARY.eos]
+        assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
+    for mode, place in (("R", -1), ("X", -3)):
+        made = segments_of(Spans(density=0.5, mode=mode), 1024, [1000])
+        assert {int(s.source[0]) for _, s in made} == {VOCABULARY.sentinels[place]}
+        assert max(int(np.isin(s.source, VOCABULARY.sentinels).sum()) for _, s in made) == 1 + 97  # the modes' own name no span
+
+
+ENCODER_DECODER = Mixture(parts=(Spans(weight=3), Spans(density=0.5, mode="X"), Continuation(mode="S", weight=2), Infilling(weight=2)))
+DECODER = Mixture(parts=(Causal(weight=2), Prefix(), Fim()))
+ENCODER = Mixture(parts=(Masked(random=0), Masked(rate=0.15, random=0, whole_words=True)))
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.sampled_from([ENCODER_DECODER, DECODER, ENCODER]), st.integers(0, 99))
+def test_a_mixture_gives_each_piece_to_one_part_and_loses_no_token(lengths, dials, seed):
+    seen: list[tuple[int, list[int]]] = []
+    for document, segment in segments_of(dials, 32, lengths, seed):
+        arrays = [segment.source if segment.source is not None else segment.tokens, segment.targets]
+        seen.append((document, np.unique(np.concatenate(arrays)).tolist()))
+        kind = dials.parts[segment.part].kind
+        assert (segment.source is not None) == (kind in ("spans", "continuation", "infilling"))
+        assert VOCABULARY.mask not in segment.targets
+    for document, tokens in enumerate(joined(seen, len(lengths))):
+        assert {t for t in tokens if t >= FIRST} == set(range(FIRST, FIRST + lengths[document]))
+
+
+def test_the_parts_of_a_mixture_have_the_pieces_that_their_weights_say():
+    goal = Objective(ENCODER_DECODER, VOCABULARY, 64)
+    pieces = goal.pieces(np.random.default_rng(0).integers(0, 400, 20_000))
+    shares = np.bincount(goal.part_of(pieces.document, pieces.start)) / len(pieces.document)
+    assert np.abs(shares - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(len(pieces.document))
+    long = goal.part_of(np.zeros(4000, int), np.arange(4000) * goal.longest)  # the pieces of one long document too
+    assert np.abs(np.bincount(long) / 4000 - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(4000)
+    assert goal.labels == ["spans", "X", "S", "infilling"]
+    assert Objective(ENCODER, VOCABULARY, 64).labels == ["masked-1", "masked-2"]
+    assert goal.pieces(np.array([50, 90])).tokens.tolist() == goal.pieces(np.array([50, 90])).tokens.tolist()
+
+
+@pytest.mark.parametrize("dials", [Spans(), Continuation(), Infilling(), Masked(), ENCODER_DECODER], ids=lambda dials: dials.kind)
+@pytest.mark.parametrize(("before", "after", "start"), [([], [2], 0), ([50, 51], [2], 2), ([], [2, 50], 50), ([1], [2], 2)])
+@settings(deadline=None, max_examples=20)
+@given(lengths=DOCUMENTS)
+def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, after, start, lengths):
+    """Those of T5, NLLB, mBART and BART: none and two before a text, one and two after it, and decoders that start with any of them."""
+    vocabulary = SmallVocabulary(2000)
+    vocabulary.before, vocabulary.after, vocabulary.start = before, after, start
+    vocabulary.sentinels = list(range(5, 45))
+    made = segments_of(dials, 32, lengths, vocabulary=vocabulary)
+    for document, group in by_document(made):
+        read = [(s.source if s.source is not None else s.tokens).tolist() for s in group]
+        signs = {vocabulary.sentinels[place] for place in (-1, -2, -3)}
+        read = [part[part[0] in signs :] for part in read]
+        whole = [token for part in read for token in part]
+        assert whole[: len(before)] == before and whole[len(whole) - len(after) :] == after
+        assert not set(whole[len(before) : len(whole) - len(after)]) & {50, 51}
+        for segment in group:
+            if segment.source is not None:
+                assert segment.tokens.tolist() == [start, *segment.targets[:-1].tolist()]
+        if dials.kind == "infilling":
+            text = list(range(FIRST, FIRST + lengths[document]))
+            written = [token for segment in group for token in segment.targets.tolist()]
+            assert written == [*before[before[:1] == [start] :], *text, *after]
+
+
 def test_an_objective_is_a_pure_function_of_piece_and_generator():
-    for dials in (Causal(), Masked(), Masked(whole_words=True), Spans()):
+    for dials in (Causal(), Prefix(), Fim(), Masked(), Masked(whole_words=True), Spans(), Infilling(), ENCODER_DECODER):
         first, second, other = (segments_of(dials, 64, [50, 200], seed) for seed in (1, 1, 2))
-        arrays = [[np.concatenate([a for _, s in made for a in vars(s).values() if a is not None]) for made in (first, second, other)]]
+        arrays = [
+            [np.concatenate([a for _, s in made for a in vars(s).values() if isinstance(a, np.ndarray)]) for made in (first, second, other)]
+        ]
         for a, b, c in arrays:
             assert (a == b).all()
             assert dials.kind == "causal" or a.shape != c.shape or (a != c).any()
@@ -181,8 +366,24 @@ def test_spans_without_sentinels_are_refused():
     vocabulary = SmallVocabulary()
     vocabulary.sentinels = []
     with pytest.raises(Refused, match="sentinels"):
-        objective(Spans(), vocabulary, 64)
+        Objective(Spans(), vocabulary, 64)
+
+
+@pytest.mark.parametrize(
+    ("dials", "message"), [(Masked(), "the masked objective needs .* a mask"), (Infilling(), "the infilling .* a mask")]
+)
+def test_a_missing_mask_is_refused_by_the_objective_that_needs_it(dials, message):
+    vocabulary = SmallVocabulary()
+    vocabulary.mask = None
+    with pytest.raises(Refused, match=message):
+        Objective(dials, vocabulary, 64)
+    Objective(Spans(), vocabulary, 64)
+
+
+def test_a_mixture_of_families_is_refused():
+    with pytest.raises(ValueError, match="causal a model of family decoder, spans a model of family encoder-decoder"):
+        Mixture(parts=(Causal(), Spans()))
 
 
 def test_ordinary_tokens_are_all_but_the_marks():
-    assert HiddenTokens(Masked(), VOCABULARY, 64).ordinary.tolist() == list(range(FIRST, VOCABULARY.vocab_size))
+    assert Objective(Masked(), VOCABULARY, 64).parts[0].ordinary.tolist() == list(range(FIRST, VOCABULARY.vocab_size))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import pretrain.packing as packing
 from pretrain.config import Causal, Masked, Spans
-from pretrain.objectives import objective
+from pretrain.objectives import Objective
 from pretrain.packing import Pieces, Room, block_starts, cut, pack, table
 from tests.pretrain.small_corpus import SmallVocabulary
 
@@ -53,7 +53,7 @@ def test_rows_are_as_few_as_plain_best_fit_decreasing_makes_them(sizes):
 
 
 def _tiny_and_long(rng):
-    return objective(Masked(rate=0.15), SmallVocabulary(), 1024).pieces(
+    return Objective(Masked(rate=0.15), SmallVocabulary(), 1024).pieces(
         np.where(rng.random(5000) < 0.8, rng.integers(0, 6, 5000), rng.integers(100, 900, 5000))
     )
 
@@ -112,7 +112,7 @@ def test_the_table_is_the_same_from_many_processes_and_from_its_file(monkeypatch
     lengths = np.random.default_rng(0).integers(0, 60, 200)
     starts = block_starts(lengths)
     assert len(starts) > 40
-    cutter = objective(Spans(), SmallVocabulary(), 64)
+    cutter = Objective(Spans(), SmallVocabulary(), 64)
     alone = table(lengths, starts, cutter)
     for b, (first, stop) in enumerate(pairwise(starts)):
         pieces = cutter.pieces(lengths[first:stop])
@@ -134,5 +134,5 @@ def test_an_interrupted_table_leaves_no_file_under_its_name(monkeypatch, tmp_pat
 
     monkeypatch.setattr(np, "save", fails)
     with pytest.raises(OSError, match="No space"):
-        table(np.array([3, 4]), np.array([0, 2]), objective(Causal(), SmallVocabulary(), 8), tmp_path / "rows.npy")
+        table(np.array([3, 4]), np.array([0, 2]), Objective(Causal(), SmallVocabulary(), 8), tmp_path / "rows.npy")
     assert not (tmp_path / "rows.npy").exists()

@@ -18,6 +18,7 @@ from pretrain.checkpoint import newest_verified
 from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
 from pretrain.metrics import append_line, read_lines
+from pretrain.objectives.config import Continuation, Infilling, Mixture
 from pretrain.run import open_rows, prepare, train
 from pretrain.train import micro_seed
 from tests.processes import run_processes
@@ -102,6 +103,39 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     assert losses(straight.run) == losses(broken.run)
     events = [event["event"] for event in read_lines(Path(broken.run) / "events.jsonl")]
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
+
+
+def parts_of(run: str) -> dict[int, dict[str, float]]:
+    """What each step's line says of the parts of a mixture, training and held out."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_lines(Path(run) / "metrics.jsonl"):
+        told = {key: value for key, value in record.items() if key.startswith(("loss_", "targets_", "heldout_loss_", "heldout_targets_"))}
+        found[record["step"]] = found.get(record["step"], {}) | told
+    return found
+
+
+def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_path: Path) -> None:
+    mixture = Mixture(parts=(dials.Spans(), dials.Spans(density=0.5, mode="X"), Continuation(mode="S"), Infilling()))
+    names = ("spans", "X", "S", "infilling")
+    straight, broken, moved = (
+        recipe(tmp_path, run, "encoder-decoder", objective=mixture, steps=6) for run in ("straight", "broken", "moved")
+    )
+    for config in (straight, broken, moved):
+        prepare(config, 1, quiet)
+    run_processes(2, trained, straight)
+    run_processes(2, _trained_until, broken, 3)
+    run_processes(2, trained, broken)
+    run_processes(1, trained, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}))
+    assert losses(straight.run) == losses(broken.run) and parts_of(straight.run) == parts_of(broken.run)
+    for step, told in parts_of(straight.run).items():
+        assert told == pytest.approx(parts_of(moved.run)[step], rel=1e-5)
+    for record in read_lines(Path(straight.run) / "metrics.jsonl"):
+        prefix = "heldout_" if "heldout_loss" in record else ""
+        counts = [record[f"{prefix}targets_{name}"] for name in names]
+        sums = [record.get(f"{prefix}loss_{name}", 0) * count for name, count in zip(names, counts, strict=True)]
+        assert sum(sums) / sum(counts) == pytest.approx(record[f"{prefix}loss"], rel=1e-5)
+        assert not prefix or sum(counts) == record["heldout_targets"]
+    assert min(counts) > 0
 
 
 def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses(tmp_path: Path) -> None:

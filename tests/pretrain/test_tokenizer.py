@@ -150,9 +150,14 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
             Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": None}))
-    with pytest.raises(Refused, match="gives None as mask_token"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": "<hidden>"}))
+    with pytest.raises(Refused, match="gives '<hidden>' as mask_token, which is no added token"):
         Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    with pytest.raises(Refused, match="names no token that ends a text"):
+        Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": None}))
+    assert Tokenizer.open(tmp_path).mask is None  # for the objective that needs it to refuse
 
 
 def test_fingerprint_follows_everything_that_decides_ids(tokenizer: Tokenizer) -> None:

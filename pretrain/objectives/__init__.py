@@ -1,0 +1,81 @@
+"""What is asked of a piece of text: in, a document's tokens and a generator of random numbers; out, a Segment, the piece's share of a row.
+
+An objective has parts, one or (a mixture) several, which answer the same questions: `room` (what a row holds), `sizes` (of pieces, in
+closed form, before any text is read) and `segment`. A document's marks are positions too: what stands before its text comes first.
+
+Cost of a piece of 300 tokens on one slow core: causal 4 us, prefix 7, fim 11, masked 25 (whole words 41), spans 54, continuation 24,
+infilling 144. A mixture adds 10 us to each. Rows of one objective waste 1 % and less; a mixture of an encoder-decoder's parts wastes what
+their shapes differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from pretrain.objectives import config
+from pretrain.objectives.causal import AfterPrefix, Middle, NextToken
+from pretrain.objectives.masked import HiddenTokens
+from pretrain.objectives.piece import Part, Segment, Vocabulary
+from pretrain.objectives.spans import Continuation, HiddenSpans, Infilling
+from pretrain.packing import Pieces, Room, cut
+
+__all__ = ["Objective", "Segment", "Vocabulary"]
+
+PARTS = {
+    "causal": NextToken,
+    "prefix": AfterPrefix,
+    "fim": Middle,
+    "masked": HiddenTokens,
+    "spans": HiddenSpans,
+    "continuation": Continuation,
+    "infilling": Infilling,
+}
+
+
+class Objective:
+    """The objective that a recipe names, for rows of `row_length` positions (of the source, for spans and continuations).
+
+    In a mixture each piece belongs to one part, drawn by a hash of its place: its document's number in the block, and where it starts.
+    So sizes are known before text is read, packing needs no more than lengths, and a piece keeps its part in every epoch (what is hidden
+    is drawn anew). Pieces are as long as the part that can take least allows, and a row has room for the largest of any part.
+    """
+
+    def __init__(self, dials: config.Objective, vocabulary: Vocabulary, row_length: int) -> None:
+        singles = config.parts(dials)
+        self.parts: list[Part] = [PARTS[single.kind](single, vocabulary, row_length) for single in singles]
+        self.labels = config.labels(dials)
+        self.longest = min(part.longest for part in self.parts)
+        self.room = Room(*map(max, zip(*(part.room(self.longest) for part in self.parts), strict=True)))
+        self.bounds = np.cumsum([single.weight for single in singles]) / sum(single.weight for single in singles)
+
+    def pieces(self, lengths: np.ndarray) -> Pieces:
+        """The pieces that a block's documents of `lengths` text tokens make, and their sizes."""
+        document, start, stop = cut(lengths + self.parts[0].marks.count, self.longest)
+        part_of = self.part_of(document, start)
+        tokens, second, capped = np.zeros_like(start), np.zeros_like(start), 0
+        for number, part in enumerate(self.parts):
+            here = part_of == number
+            sizes = part.sizes(lengths[document[here]], start[here], stop[here])
+            tokens[here], second[here], capped = sizes.tokens, sizes.second, capped + sizes.capped
+        return Pieces(document, start, stop, tokens, second, capped)
+
+    def part_of(self, document: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The part (N,) of the pieces that begin at `start` of these documents of a block."""
+        if len(self.parts) == 1:
+            return np.zeros(len(document), np.int64)
+        share = _mixed(_mixed(document.astype(np.uint64)) + start.astype(np.uint64)) / 2.0**64
+        return np.searchsorted(self.bounds[:-1], share, side="right")
+
+    def segment(self, number: int, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
+        """The piece from `start` to `stop` of a document, which is the block's `number`th."""
+        part = int(self.part_of(np.array([number]), np.array([start]))[0])
+        segment = self.parts[part].segment(document, start, stop, rng)
+        return replace(segment, part=part) if part else segment
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """A hash of 64-bit numbers (SplitMix64: Steele et al. 2014)."""
+    x = numbers + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
