@@ -67,12 +67,10 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True}
-    same = "gelu_new" if hf.get("activation_function") == "gelu_pytorch_tanh" else None
     return {
         **defaults,
         **{"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         **hf,
-        **({"activation_function": same} if same else {}),
         "n_inner": hf.get("n_inner") or 4 * hf["n_embd"],
         "n_ctx": hf["n_positions"],
     }

@@ -49,8 +49,7 @@ lm_head.weight~ = embed.weight
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
     name = "gelu_new" if config.activation == "gelu_tanh" else ACTIVATIONS[config.activation]
-    # "gated-gelu" is the name that means gelu_new with a gate in every version
-    gated = "gated-gelu" if name == "gelu_new" else f"gated-{name}"
+    gated = "gated-gelu" if name == "gelu_new" else f"gated-{name}"  # "gated-gelu" has always meant gelu_new
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -86,7 +85,6 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
         "is_encoder_decoder": True,
         "is_decoder": False,
         "num_decoder_layers": hf["num_layers"],
-        "feed_forward_proj": "relu",
         "layer_norm_epsilon": 1e-6,
         "n_positions": 512,
         "relative_attention_num_buckets": 32,
@@ -94,12 +92,12 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "scale_decoder_outputs": hf.get("tie_word_embeddings", True),
         **hf,
+        "feed_forward_proj": "gated-gelu" if hf.get("feed_forward_proj") == "gated-gelu_new" else hf.get("feed_forward_proj", "relu"),
     }
 
 
 def read(hf: dict[str, Any]) -> dict[str, Any]:
     gate, _, name = hf["feed_forward_proj"].rpartition("-")
-    named = {"feed_forward_proj": "gelu_new" if hf["feed_forward_proj"] == "gated-gelu" else name}
     return {
         "family": "encoder-decoder",
         "vocab_size": hf["vocab_size"],
@@ -109,7 +107,7 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": hf["num_heads"],
         "head_dim": hf["d_kv"],
         "mlp_dim": hf["d_ff"],
-        "activation": activation(named, "feed_forward_proj"),
+        "activation": activation({"feed_forward_proj": "gelu_new" if gate and name == "gelu" else name}, "feed_forward_proj"),
         "gated": gate == "gated",
         "norm_eps": float(hf["layer_norm_epsilon"]),
         "position": "relative",
