@@ -154,16 +154,6 @@ class Start(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _shape_is_the_folder_s(cls, values: Any) -> Any:
-        given = values if isinstance(values, dict) else {}
-        if given.get("from") and (dials := [key for key in given if key in ModelConfig.model_fields and key not in cls.model_fields]):
-            raise ValueError(
-                f"model.from takes the model's shape from {given['from']}, and {', '.join(dials)} are given too: leave them out"
-            )
-        return values
-
     @model_validator(mode="after")
     def _one_place(self) -> "Start":
         if (self.folder is None) == (self.config is None):
