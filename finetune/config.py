@@ -2,28 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from modeling.config import Generation, Lora, ModelConfig, Settings
-from pretrain.config import Tokenizer, Training
-
-
-class Start(Settings):
-    """Where the model comes from: a published folder, or a configuration with new weights."""
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
-
-    folder: str | None = Field(default=None, alias="from")  # a published folder: its shape, tokenizer and weights ...
-    random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
-    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one_place(self) -> "Start":
-        if (self.folder is None) == (self.config is None):
-            raise ValueError("give either model.from (a published folder) or model.config (new weights), and not both")
-        return self
+from modeling.config import Generation, Lora, Settings
+from pretrain.config import Start, Tokenizer, Training
 
 
 class Columns(Settings):

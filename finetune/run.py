@@ -31,7 +31,7 @@ from finetune.translation import Translation
 from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
-from modeling.transformer import Transformer, build
+from modeling.transformer import Transformer
 from pretrain import published, tokenizer
 from pretrain.checkpoint import State, open_checkpoint, read_marker, verify
 from pretrain.engine import Engine, Place
@@ -42,6 +42,7 @@ from pretrain.metrics import Recorder
 from pretrain.run import from_first_rank, newest, peak
 from pretrain.saving import Checkpointer
 from pretrain.stages import Part
+from pretrain.start import begin, check, fingerprint, initialised
 from pretrain.tokenizer import Tokenizer
 from pretrain.train import Progress
 from pretrain.train import train as train_loop
@@ -78,13 +79,15 @@ def train(config: Finetune, place: Place) -> None:
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
+    began = from_first_rank(engine, lambda: fingerprint(config.model))
     newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
-    progress, history = _resume(Path(newest_folder), engine, rows, recorder) if newest_folder else (Progress(), [])
+    progress, history = _resume(Path(newest_folder), engine, config, rows, began, recorder) if newest_folder else (Progress(), [])
     best = config.best or task.best
     shape_facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
         "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None)},
+        "start": began,
     }
     chosen = some(task.dev, config.evaluate_examples)
     tokens = config.micro_rows * config.row_length
@@ -158,27 +161,12 @@ def best_step(run: Path) -> int | None:
 
 
 def start(config: Finetune) -> tuple[ModelConfig, dict[str, Tensor] | None]:
-    """The model that training starts from, still with its old head, and its weights; None for new ones.
-
-    Raises Refused for a folder that is not whole, and one whose tokenizer is not the one it was trained with, or not the run's.
-    """
-    dropout = {"dropout": config.model.dropout, "label_smoothing": config.model.label_smoothing}
-    if config.model.folder is None:
-        assert config.model.config is not None
-        return config.model.config.model_copy(update=dropout), None
-    folder = Path(config.model.folder)
-    shape, state = published.load(folder)
-    if config.row_length > shape.max_positions:
-        raise Refused(f"row_length ({config.row_length}) exceeds the longest text that {folder} knows ({shape.max_positions} tokens).")
-    found = Tokenizer.open(folder).fingerprint
-    if (folder / published.RECORD).exists():
-        trained = published.read_json(folder / published.RECORD)["fingerprints"]["tokenizer"]
-        if trained != found:
-            raise Refused(f"{folder}: its tokenizer's fingerprint is {found}, its model was trained with {trained}: restore the folder.")
-    own = Path(config.run) / "tokenizer"
-    if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
-        raise Refused(f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder.")
-    return shape.model_copy(update=dropout), None if config.model.random else state
+    """The model that training starts from, still with its old head, and its weights; None for new ones. Raises Refused (start.py)."""
+    shape, state = begin(config.model, Path(config.run))
+    if config.model.folder is not None and config.row_length > shape.max_positions:
+        longest = f"the longest text that {config.model.folder} knows ({shape.max_positions} tokens)"
+        raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
+    return shape, state
 
 
 def make_tokenizer(config: Finetune) -> Tokenizer:
@@ -214,13 +202,8 @@ def open_rows(config: Finetune, tasks: Sequence[Task], vocabulary: Tokenizer) ->
 
 
 def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Finetune) -> Transformer:
-    """New weights, keyed by (seed, name), and over them all that the folder has for this model."""
-    made = build(model, config.seed)
-    if state is not None:
-        new = made.state_dict()
-        assert all(name.startswith("head.") for name in new.keys() - state.keys()), sorted(new.keys() - state.keys())
-        kept = {name: state[name] if name in state and state[name].shape == value.shape else value for name, value in new.items()}
-        made.load_state_dict(kept)
+    """The model as training begins: with adapters, and with what the recipe freezes."""
+    made = initialised(model, state, config.seed)
     if config.lora is not None:
         adapt(made, config.lora, config.seed)
     for pattern in config.freeze:
@@ -230,8 +213,11 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
     return made
 
 
-def _resume(folder: Path, engine: Engine, rows: Rows, recorder: Recorder) -> tuple[Progress, list[tuple[int, float]]]:
+def _resume(
+    folder: Path, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder
+) -> tuple[Progress, list[tuple[int, float]]]:
     checkpoint = open_checkpoint(folder)
+    check(checkpoint, config.model, began)
     state = checkpoint.state
     if state.fingerprint != rows.fingerprint:
         raise Refused(

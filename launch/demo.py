@@ -21,6 +21,7 @@ from launch.config import resolve
 from launch.finetune import generate
 from launch.pretrain import pretrain
 from launch.world import write_world
+from modeling.config import ModelConfig
 from modeling.counts import num_parameters
 from pretrain.metrics import read_lines
 from pretrain.publish import publish
@@ -50,6 +51,7 @@ def demo(console: Console) -> None:
 def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
     """One recipe from text to a verified folder, as a row of the table."""
     recipe = resolve(path)
+    assert isinstance(recipe.model, ModelConfig), "the demo begins with new weights"
     run = Path(recipe.run)
     shutil.rmtree(run, ignore_errors=True)
     console.rule(f"{recipe.model.family}: {path}")

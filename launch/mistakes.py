@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from modeling.config import Refused
 
 T = TypeVar("T", bound=BaseModel)
+_UNIONS = (Union, types.UnionType)
 
 
 def checked(kind: type[T], values: dict[str, Any], origins: dict[str, str], file: Path | str) -> T:
@@ -89,11 +90,9 @@ def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, 
     parts: list[str] = []
     beside: list[str] = []
     for part in loc:
-        annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation  # items of a list keep theirs
-        choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        tagged = [c for c in choices if "kind" in c.model_fields and c.model_fields["kind"].default == part]
-        if tagged and len(choices) > 1:
-            annotation = tagged[0]
+        choices = list(_choices(annotation).values())
+        if len(choices) > 1 and part in _choices(annotation):
+            annotation = _choices(annotation)[part]
             continue
         parts.append(str(part))
         beside = list(_fields(choices[0])) if choices else []
@@ -104,16 +103,27 @@ def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, 
             annotation = field.annotation
         else:
             annotation, field = None, None
-    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return ".".join(parts), _wanted(annotation, field.metadata if field else []), beside
 
 
+def _choices(annotation: Any, tag: Any = None) -> dict[Any, type[BaseModel]]:
+    """The groups of settings that a type allows, each by the tag that pydantic puts into locations: its kind, else the tag it was given."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        kind = annotation.model_fields.get("kind")
+        return {kind.default if kind else tag: annotation}
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _choices(inner[0], next((a.tag for a in inner[1:] if isinstance(a, Tag)), None))
+    return {name: choice for a in inner for name, choice in _choices(a).items()} if get_origin(annotation) in _UNIONS else {}
+
+
 def _wanted(annotation: Any, bounds: list[Any]) -> str:
-    if get_origin(annotation) in (Union, types.UnionType):
+    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if get_origin(annotation) in _UNIONS:
         choices = get_args(annotation)
         if all(isinstance(c, type) and issubclass(c, BaseModel) for c in choices):
             return "a mapping whose kind is one of " + ", ".join(c.model_fields["kind"].default for c in choices)
-        return " or ".join(_wanted(choice, bounds) for choice in choices)
+        return " or ".join(dict.fromkeys(_wanted(choice, bounds) for choice in choices))
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

@@ -3,11 +3,11 @@
 One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and `micro_rows`.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from modeling.config import ModelConfig, Settings
+from modeling.config import ModelConfig, Refused, Settings
 from pretrain.objectives import config as objectives
 from pretrain.objectives.config import Causal as Causal  # recipes made in code find them here
 from pretrain.objectives.config import Masked as Masked
@@ -143,22 +143,55 @@ class Stage(Settings):
     micro_rows: int | None = Field(default=None, gt=0)
 
 
+class Start(Settings):
+    """Where the model comes from: a published folder, or a configuration with new weights."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    folder: str | None = Field(default=None, alias="from")  # a published folder: its shape, tokenizer and weights ...
+    random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
+    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Start":
+        if (self.folder is None) == (self.config is None):
+            raise ValueError("give either model.from (a published folder) or model.config (new weights), and not both")
+        return self
+
+
+def _said(model: Any) -> str:
+    return "start" if isinstance(model, Start) or (isinstance(model, dict) and "from" in model) else "new"
+
+
+Model = Annotated[Annotated[ModelConfig, Tag("new")] | Annotated[Start, Tag("start")], Discriminator(_said)]
+
+
 class Pretrain(Training):
     """A run that learns from text."""
 
-    model: ModelConfig
+    model: Model  # its dials, for new weights, or `from`: a published folder to go on from
     tokenizer: Tokenizer = Tokenizer()
     data: Data
     objective: Objective
     stages: tuple[Stage, ...] = ()  # short rows first, small steps first; after the last one the recipe's own values hold
     evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
+    def fits(self, model: ModelConfig) -> None:
+        """Raises Refused where this model is of another family than the objective trains, or shorter than the rows."""
+        if model.family != (family := objectives.family(self.objective)):
+            raise Refused(f"the {self.objective.kind} objective trains a model of family {family}, not {model.family}")
+        if self.data.row_length > model.max_positions:
+            raise Refused(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({model.max_positions})")
+        for number, stage in enumerate(self.stages):
+            if (stage.row_length or 0) > model.max_positions:
+                raise Refused(f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions ({model.max_positions})")
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Pretrain":
-        if self.model.family != (family := objectives.family(self.objective)):
-            raise ValueError(f"the {self.objective.kind} objective trains a model of family {family}, not {self.model.family}")
-        if self.data.row_length > self.model.max_positions:
-            raise ValueError(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({self.model.max_positions})")
+        if isinstance(self.model, ModelConfig):
+            self.fits(self.model)
         return self
 
     @model_validator(mode="after")
@@ -167,10 +200,6 @@ class Pretrain(Training):
             step_rows, micro_rows = stage.step_rows or self.step_rows, stage.micro_rows or self.micro_rows
             if micro_rows > step_rows:
                 raise ValueError(f"stages.{number} has micro_rows {micro_rows}, which exceeds its step_rows {step_rows}")
-            if (stage.row_length or 0) > self.model.max_positions:
-                raise ValueError(
-                    f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions ({self.model.max_positions})"
-                )
         if (earlier := sum(stage.steps for stage in self.stages)) >= self.steps:
             raise ValueError(
                 f"the stages take {earlier} steps together and leave none of `steps` ({self.steps}) to the recipe's own values"

@@ -59,8 +59,8 @@ def seal(folder: Path, config: ModelConfig, tokenizer: Tokenizer, data_fingerpri
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that stock configs name."""
-    return {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
+    """The ids that stock configs name; `start` is what a decoder that reads a source starts with."""
+    return {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos, "start": tokenizer.start}
 
 
 def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

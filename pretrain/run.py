@@ -17,12 +17,11 @@ import torch.distributed as dist
 
 from modeling.config import Refused
 from modeling.counts import train_flops_per_row
-from modeling.transformer import build
 from pretrain import prepare as preparation
 from pretrain import tokenizer
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
-from pretrain.config import Pretrain, Source, Training
+from pretrain.config import Pretrain, Source, Start, Training
 from pretrain.corpus import documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
@@ -32,6 +31,7 @@ from pretrain.metrics import Recorder, peak_flops
 from pretrain.saving import Checkpointer
 from pretrain.shards import Shards
 from pretrain.stages import parts, where
+from pretrain.start import begin, check, fingerprint, initialised
 from pretrain.tokenizer import Tokenizer
 from pretrain.train import Progress
 from pretrain.train import train as train_loop
@@ -59,25 +59,31 @@ def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]
 
 
 def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> Tokenizer:
-    """The run's tokenizer: the one that stands in its folder, else a copy of the recipe's, else one trained on all its sources."""
+    """The run's tokenizer: the one that stands in its folder, else a copy of the start's or the recipe's, else one trained on all sources.
+
+    Raises Refused for a start that cannot be used, and a tokenizer with more pieces than the model has.
+    """
     folder = Path(config.run) / "tokenizer"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    shape, _ = begin(config.model, Path(config.run))
+    config.fits(shape)
+    path = config.model.folder if isinstance(config.model, Start) else config.tokenizer.path
     with folder.with_name("tokenizer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
         if not folder.exists():
             progress("training the tokenizer", 0)
             unfinished = folder.with_name("tokenizer.incomplete")
             shutil.rmtree(unfinished, ignore_errors=True)
-            if config.tokenizer.path is not None:
-                Tokenizer.open(config.tokenizer.path).save(unfinished, config.model.family)
+            if path is not None:
+                Tokenizer.open(path).save(unfinished, shape.family)
             else:
                 texts = (text for source in config.data.sources for text in documents(source))
                 kept = (text for text in texts if not is_heldout(text, config.data.heldout_fraction))
-                tokenizer.train(kept, config.tokenizer, config.model.vocab_size, unfinished)
+                tokenizer.train(kept, config.tokenizer, shape.vocab_size, unfinished)
             unfinished.rename(folder)
     found = Tokenizer.open(folder)
-    if found.vocab_size > config.model.vocab_size:
-        raise Refused(f"the tokenizer in {folder} has {found.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}: raise it")
+    if found.vocab_size > shape.vocab_size:
+        raise Refused(f"the tokenizer in {folder} has {found.vocab_size} pieces, model.vocab_size is {shape.vocab_size}: raise it")
     return found
 
 
@@ -85,12 +91,14 @@ def train(config: Pretrain, place: Place) -> None:
     """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same recipe."""
     run = Path(config.run)
     rows, heldout = open_rows(config)
-    engine = Engine(build(config.model, config.seed), config, place, len(heldout.parts))
+    model, weights = begin(config.model, run)
+    engine = Engine(initialised(model, weights, config.seed), config, place, len(heldout.parts))
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
     folder = from_first_rank(engine, lambda: newest(run, recorder))
-    progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, recorder) if folder else Progress()
+    start = from_first_rank(engine, lambda: fingerprint(config.model))
+    progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, start, recorder) if folder else Progress()
     plan = parts(config)
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
     recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
@@ -99,7 +107,7 @@ def train(config: Pretrain, place: Place) -> None:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
         scores = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
         if complete and place.rank == 0:
-            scores["unigram_loss"] = unigram_loss(rows[-1], heldout, config.model.vocab_size)
+            scores["unigram_loss"] = unigram_loss(rows[-1], heldout, model.vocab_size)
         if config.ema:
             with engine.averaged():
                 averaged = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
@@ -115,12 +123,12 @@ def train(config: Pretrain, place: Place) -> None:
             fingerprint=_read_so_far(config, rows, progress.step).fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
-            extra={**asdict(progress), "scores": scores},
+            extra={**asdict(progress), "scores": scores, "model": model.model_dump(mode="json"), "start": start},
         )
 
     def flops(step: int) -> float:
         part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
-        return part.step_rows * train_flops_per_row(config.model, room.tokens, room.source)
+        return part.step_rows * train_flops_per_row(model, room.tokens, room.source)
 
     with closing(recorder):
         if progress.step == 0:
@@ -179,8 +187,9 @@ def _read_so_far(config: Pretrain, rows: list[Rows], step: int) -> Rows:
     return rows[where(parts(config), max(step - 1, 0)).part.stage]
 
 
-def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list[Rows], recorder: Recorder) -> Progress:
-    """Put a checkpoint's weights and moments into the engine; where it stood."""
+def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list[Rows], start: str | None, recorder: Recorder) -> Progress:
+    """Put a checkpoint's weights and moments into the engine; where it stood. `start`: the fingerprint of where the run started from."""
+    check(checkpoint, config.model, start)
     state, fingerprint = checkpoint.state, _read_so_far(config, rows, checkpoint.state.step).fingerprint
     if state.fingerprint != fingerprint:
         raise Refused(

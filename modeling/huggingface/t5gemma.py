@@ -59,7 +59,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "classifier_dropout_rate": 0.0,
         "initializer_range": config.init_std,
         **token_ids(special),
-        "decoder_start_token_id": special["bos"],
+        "decoder_start_token_id": special.get("start", special["bos"]),
     }
 
 

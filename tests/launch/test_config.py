@@ -73,6 +73,10 @@ def recipe(tmp_path) -> Path:
             "objective={kind: mixture, parts: [{kind: fmi}, {kind: causal}]}",
             "one of causal, prefix, fim, masked, spans, continuation, infilling. D",
         ),
+        ("model.from=f", "there is no key `model.family`;"),  # a folder has its own shape
+        ("model={from: f, randon: true}", "there is no key `model.randon`; did you mean `model.random`?"),
+        ("model={from: f, dropout: 2}", "`model.dropout` is 2 (a whole number); it must be a number, at least 0 and below 1."),
+        ("model=3", "`model` is 3 (a whole number); it must be a mapping of keys to values."),
         ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
         ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, and not both."),
         ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),
