@@ -30,6 +30,9 @@ def checked(kind: type[T], values: dict[str, Any], origins: dict[str, str], file
 
 def _sentences(kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: Path | str) -> Iterator[str]:
     mistakes = error.errors()
+    unknown: dict[Any, list[str]] = {}
+    for mistake in (mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"):
+        unknown.setdefault(mistake["loc"][:-1], []).append(str(mistake["loc"][-1]))
     for mistake in mistakes:
         loc, given, problem = mistake["loc"], mistake["input"], mistake["type"]
         if problem == "too_short" and any(other["loc"][: len(loc)] == loc and other is not mistake for other in mistakes):
@@ -39,7 +42,11 @@ def _sentences(kind: type[BaseModel], error: ValidationError, origins: dict[str,
             key, wanted = f"{key}.kind", wanted.removeprefix("a mapping whose kind is ")
             given = given.get("kind")
         where = f"{_origin(key, origins, file)}: "
-        if problem == "extra_forbidden":
+        if problem == "extra_forbidden" and len(unknown[loc[:-1]]) > 2:  # as when model.from meets a recipe that gives a shape too
+            parent = key.rpartition(".")[0]
+            origin = _origin(parent, origins, file)
+            yield f"{origin}: `{parent}` has no keys {', '.join(unknown[loc[:-1]])}; with what else it says, it has {', '.join(beside)}."
+        elif problem == "extra_forbidden":
             yield f"{where}there is no key `{key}`; {_nearest(key, beside, _known(kind))}"
         elif problem == "value_error":
             yield f"{where}{f'`{key}`: ' if key else ''}{mistake['ctx']['error']}."
