@@ -75,8 +75,8 @@ def recipe(tmp_path) -> Path:
         ),
         (  # a folder has its own shape
             "model.from=f",
-            "`model` has no keys family, vocab_size, dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim, max_positions; with what else it"
-            " says, it has from, random, config, dropout, label_smoothing.",
+            "`model` has no keys family, vocab_size, dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim, max_positions; with what"
+            " else it says, it has from, random, config, dropout, label_smoothing.",
         ),
         ("model={from: f, randon: true}", "there is no key `model.randon`; did you mean `model.random`?"),
         ("model={from: f, dropout: 2}", "`model.dropout` is 2 (a whole number); it must be a number, at least 0 and below 1."),
