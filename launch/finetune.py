@@ -65,14 +65,15 @@ def show(found: dict[str, Any], console: Console) -> None:
     """Scores, their intervals, and the trivial system's, as a table."""
     step = f", step {found['step']}" if "step" in found else ""
     perplexity = f", perplexity {found['perplexity']:.2f}" if "perplexity" in found else ""
-    signatures = "\n".join(f"{name}: {signature}" for name, signature in found["signatures"].items())
-    table = Table(title=f"{found['task']}: {found['examples']:,} dev examples{step}{perplexity}", caption=signatures)
+    table = Table(title=f"{found['task']}: {found['examples']:,} dev examples{step}{perplexity}")
     for name in ("score", "", "95 % interval", found["trivial"]["system"]):
         table.add_column(name, justify="left" if name == "score" else "right")
     for name, score in found["scores"].items():
         low, high = found["intervals"][name]
         table.add_row(name, f"{score:.2f}", f"{low:.2f} to {high:.2f}", f"{found['trivial']['scores'][name]:.2f}")
     console.print(table)
+    for name, signature in found["signatures"].items():
+        console.print(f"{name}: {signature}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def generate(folder: Path, texts: Iterator[str], how: list[str], as_json: bool) -> Iterator[str]:
