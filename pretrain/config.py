@@ -56,6 +56,7 @@ class Tokenizer(Settings):
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
     sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    languages: tuple[str, ...] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
 
 
 class Optimizer(Settings):
