@@ -39,7 +39,7 @@ class Data(Settings):
     sources: tuple[Source, ...] = Field(min_length=1)
     heldout: tuple[Source, ...] = ()  # corpora of their own ...
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
-    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans)
+    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans and continuations)
     cache: str | None = None  # where token shards live; None: inside the run folder
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
