@@ -39,7 +39,7 @@ class Data(Settings):
     sources: tuple[Source, ...] = Field(min_length=1)
     heldout: tuple[Source, ...] = ()  # corpora of their own ...
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
-    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans)
+    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans and continuations)
     cache: str | None = None  # where token shards live; None: inside the run folder
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
@@ -56,6 +56,7 @@ class Tokenizer(Settings):
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
     sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    languages: tuple[str, ...] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
 
 
 class Optimizer(Settings):

@@ -1,6 +1,7 @@
 """Text in, a SentencePiece unigram model out; then text to ids and back, by the very tokenizer.json that is published.
 
-Ids are 0-3 `<pad> <s> </s> <unk>`, 4 `<mask>`, 5-104 the sentinels `<extra_id_0..99>`, 105-360 the bytes, then the pieces by score.
+Ids are 0-3 `<pad> <s> </s> <unk>`, 4 `<mask>`, 5-104 the sentinels `<extra_id_0..99>`, then the language codes that the recipe lists, the
+256 bytes, and the pieces by score.
 A piece holds a space ("▁") at its start only and never a line end, so tokenizer.json cuts text before each space and around each line
 end, and a word always has the same ids. `encode_batch` remembers them: 2.3M tokens/s per core over a corpus of books and 4.8M once
 warm, where SentencePiece itself makes 4-5M and `tokenizers` without that memory 0.5-0.9M. Where words do not recur (Japanese: a line is
@@ -63,6 +64,7 @@ class Tokenizer:
     special: Sequence[int]  # all tokens that are no text
     word_starts: np.ndarray  # (V,) bool: the piece begins a word
     sentence_ends: np.ndarray  # (V,) bool: the piece ends a sentence
+    ours: bool  # trained by `train`, so that decoding gives every text back
     dtype: np.dtype[Any]  # of ids: the smallest unsigned one that holds them all
     fingerprint: str  # of all that decides ids, and of a published tokenizer's own template
 
@@ -70,7 +72,7 @@ class Tokenizer:
         """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file."""
         self._spec, self._settings, self._model = spec, settings, model
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
-        self._ours = spec["pre_tokenizer"] == _CUT
+        self.ours = spec["pre_tokenizer"] == _CUT
         self._ids_of: dict[str, bytes] = {}
         self._remembered = 0
         ids = self._fast.get_vocab()
@@ -85,7 +87,7 @@ class Tokenizer:
         added = [token["id"] for token in spec["added_tokens"] if token["special"]]
         self.special = sorted({*added, *marks.values()})
         self.word_starts, self.sentence_ends = word_starts(spec, pieces), sentence_ends(spec, pieces)
-        rules = [] if self._ours else [self.before, self.after, self.start]  # of ours they follow from the marks
+        rules = [] if self.ours else [self.before, self.after, self.start]  # of ours they follow from the marks
         self.fingerprint = _fingerprint(spec, [self.pad, self.bos, self.eos, self.unk, self.mask], rules)
 
     @classmethod
@@ -105,7 +107,7 @@ class Tokenizer:
     def around(self, family: Family) -> tuple[list[int], list[int]]:
         """What stands before and after a text that a model of this family reads: as the published tokenizer puts it; of ours BOS, and EOS
         where there is an encoder."""
-        if self._ours:
+        if self.ours:
             return [self.bos], [] if family == "decoder" else [self.eos]
         return self._template()
 
@@ -121,7 +123,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without begin and end marks."""
-        if not self._ours:
+        if not self.ours:
             return [np.array(e.ids, self.dtype) for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         words = [_WORD.findall(text) for text in texts]
         new = list(set().union(*words) - self._ids_of.keys())
@@ -161,7 +163,7 @@ class Tokenizer:
         it came."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spec = self._spec | ({"post_processor": self._marking(family)} if self._ours else {})
+        spec = self._spec | ({"post_processor": self._marking(family)} if self.ours else {})
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
         if self._model:
@@ -206,14 +208,14 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
             bos_piece=_MARKS["bos"],
             eos_piece=_MARKS["eos"],
             unk_piece=_MARKS["unk"],
-            user_defined_symbols=[_MARKS["mask"], *_SENTINELS],
+            user_defined_symbols=[_MARKS["mask"], *_SENTINELS, *config.languages],
             max_sentence_length=1 << 30,  # the default drops lines over 4,192 bytes
             num_threads=4,  # fixed: sums of probabilities depend on how the text is divided
             minloglevel=2,
         )
     except RuntimeError as error:
         raise _refusal(error, vocab_size, lines) from None
-    tokenizer = _to_fast(written.getvalue())
+    tokenizer = _to_fast(written.getvalue(), [*_SENTINELS, *config.languages])
     tokenizer.save(folder, "encoder-decoder")
     return tokenizer
 
@@ -248,17 +250,17 @@ def _refusal(error: RuntimeError, vocab_size: int, lines: list[str]) -> Exceptio
     return error
 
 
-def _to_fast(model: bytes) -> Tokenizer:
+def _to_fast(model: bytes, additional: list[str]) -> Tokenizer:
     """The same model for the `tokenizers` library (settings that agree: docs/design.md)."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
     fast = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=pieces.unk_id(), byte_fallback=True))
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in [*_MARKS.values(), *_SENTINELS]])
+    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in [*_MARKS.values(), *additional]])
     settings = {f"{role}_token": mark for role, mark in _MARKS.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "additional_special_tokens": _SENTINELS,
+        "additional_special_tokens": additional,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }

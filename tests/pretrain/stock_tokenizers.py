@@ -1,10 +1,11 @@
-"""Tiny tokenizers of the published kinds, in folders that stock transformers saved."""
+"""Tiny tokenizers of the published kinds, and models for them, in folders that stock transformers saved."""
 
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -65,3 +66,37 @@ def stock_folder(kind: str, folder: Path) -> Path:
     if start is not None:
         (folder / "config.json").write_text(json.dumps({"decoder_start_token_id": start}))
     return folder
+
+
+_BERT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+_BART = {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
+_BART |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 80}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", {**_BERT, "max_position_embeddings": 80}),
+    "roberta": ("RobertaForMaskedLM", {**_BERT, "max_position_embeddings": 82}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 80}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 24, "d_kv": 10, "d_ff": 40, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu"},
+    ),
+    "bart": ("BartForConditionalGeneration", _BART),
+    "mbart": ("MBartForConditionalGeneration", _BART),
+    "nllb": ("M2M100ForConditionalGeneration", _BART),
+}
+
+
+def stock_model(kind: str, folder: Path) -> Any:
+    """A model of this kind with large random weights, saved beside its tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(stock_folder(kind, folder))
+    name, sizes = MODELS[kind]
+    named = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
+    start = KINDS[kind]()[1]
+    named |= {} if start is None else {"decoder_start_token_id": start}
+    stock_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = stock_class(stock_class.config_class(vocab_size=len(tokenizer), **sizes, **named)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model

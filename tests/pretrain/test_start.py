@@ -7,18 +7,20 @@ import pytest
 import torch
 import transformers
 
+from modeling.batch import IGNORE
 from modeling.config import Refused
 from pretrain import config as dials
 from pretrain import published
+from pretrain.batches import stack
 from pretrain.checkpoint import newest_verified
 from pretrain.config import Start
 from pretrain.metrics import read_lines
-from pretrain.objectives.config import Infilling
+from pretrain.objectives.config import Continuation, Infilling, Mixture, family
 from pretrain.publish import publish
 from pretrain.run import open_rows, prepare
 from pretrain.start import begin, check, fingerprint, initialised
 from pretrain.tokenizer import Tokenizer
-from tests.pretrain.stock_tokenizers import stock_folder
+from tests.pretrain.stock_tokenizers import stock_folder, stock_model
 from tests.pretrain.test_run import _trained_until, losses, quiet, recipe, trained
 from tests.processes import run_processes
 from tests.published import MODELS, random_model, tokenizer
@@ -128,6 +130,37 @@ def test_rows_have_the_marks_of_a_published_tokenizer_and_the_run_keeps_it(famil
             if row.source is not None:
                 assert row.tokens[here][0] == stock.pad_token_id  # T5 starts its decoder with the padding
     assert whole > 20
+
+
+OBJECTIVES = {
+    "bert": dials.Masked(rate=0.15, whole_words=True),
+    "roberta": dials.Masked(),
+    "gpt2": dials.Causal(),
+    "t5": Mixture(parts=(dials.Spans(density=0.3), Continuation(mode="S"))),
+    "bart": Infilling(),
+    "mbart": Infilling(),
+    "nllb": Infilling(permute_sentences=False),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_packed_rows_have_the_loss_that_the_stock_model_of_an_imported_folder_gives_each_document(kind: str, tmp_path: Path) -> None:
+    stock = stock_model(kind, tmp_path / "folder")
+    config = started(tmp_path, "run", family(OBJECTIVES[kind]), tmp_path / "folder", objective=OBJECTIVES[kind])
+    prepare(config, 1, quiet)
+    shape, state = begin(config.model, Path(config.run))
+    model, rows = initialised(shape, state, seed=0).eval(), open_rows(config)[1]
+    with torch.no_grad():
+        for row in (rows.row(i) for i in range(8)):
+            mine = model(stack([row]), per_token=True)[0][0]
+            for number in range(1, row.segments.max() + 1):
+                here = row.segments == number
+                tokens, targets = (torch.from_numpy(side[here])[None] for side in (row.tokens, row.targets))
+                read = {"input_ids": tokens}
+                if row.source is not None:
+                    read = {"input_ids": torch.from_numpy(row.source[row.source_segments == number])[None], "decoder_input_ids": tokens}
+                theirs = torch.nn.functional.cross_entropy(stock(**read).logits[0], targets[0], reduction="none", ignore_index=IGNORE)
+                torch.testing.assert_close(mine[torch.from_numpy(here)], theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_start_that_does_not_suit_the_recipe_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -87,6 +87,15 @@ def test_the_published_folder_encodes_alike_in_the_stock_class(tokenizer: Tokeni
     assert Tokenizer.open(tmp_path).fingerprint == tokenizer.fingerprint
 
 
+def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
+    made = train(["\n".join(sentences(300))], TokenizerConfig(languages=("en_XX", "de_DE")), 600, tmp_path)
+    stock = AutoTokenizer.from_pretrained(tmp_path)
+    assert made.vocab_size == 600 and made.special == list(range(107)) and made.sentinels == list(range(5, 105))
+    assert made.encode_batch(["en_XXabc de_DE"])[0].tolist() == stock("en_XXabc de_DE", add_special_tokens=False)["input_ids"]
+    assert stock.convert_tokens_to_ids(["en_XX", "de_DE"]) == [105, 106] and set(stock.all_special_ids) == set(range(107))
+    assert made.word_starts[[105, 106]].all()
+
+
 def test_ids_are_those_of_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     lines = [text for text in HARD if "literal" not in text] + sentences(300)
