@@ -17,7 +17,7 @@ from finetune.qa import Pointer, Question
 from finetune.scores import entities
 from finetune.tagged import iob2
 from finetune.task import placed
-from modeling.batch import Batch
+from modeling.batch import IGNORE, Batch
 from modeling.config import Generation, Refused
 
 _WORD = re.compile(r"[@#$]?\w(?:\S*\w)?|[^\w\s]+")  # what CoNLL files have as words: it's, @ada, t.co/x whole, the stop after Lima apart
@@ -65,8 +65,11 @@ def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dic
     for text in texts:
         spans = [match.span() for match in _WORD.finditer(text)]
         tokens, places = placed(opened.tokenizer, opened.config.family, text, [begin for begin, _ in spans])
-        batch = torch.from_numpy(tokens)[None]
-        best = opened.logits(Batch(batch, None, batch))[0].argmax(-1).numpy()
+        batch, space = torch.from_numpy(tokens)[None], opened.tokenizer.encode_batch([" "])[0][-1:]
+        labelled = [at for place in places for at in (place - 1, place) if at == place or tokens[at] in space]  # as in training
+        targets = torch.full_like(batch, IGNORE)
+        targets[0, labelled] = 0
+        best = opened.logits(Batch(batch, None, targets))[0].argmax(-1).numpy()
         found = entities(list(iob2([opened.config.labels[best[place]] for place in places])))
         yield {
             "entities": [

@@ -45,6 +45,7 @@ class Ner(Settings):
     kind: Literal["ner"] = "ner"
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
+    crf: bool = False  # score a sentence's labels as one sequence; for recurrent models
     written: bool = False  # a decoder or an encoder-decoder writes the entities instead of labelling words
     prompt: str | None = None
     weight: float = Field(default=1.0, gt=0)

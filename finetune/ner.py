@@ -72,13 +72,17 @@ class Ner(_Entities):
     def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
         super().__init__(dials)
         self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
+        self.crf = dials.crf
         self.space = tokenizer.encode_batch([" "])[0][-1:].tolist()  # none where the tokenizer drops spaces (WordPiece)
         self.labels = ("O", *(f"{prefix}-{kind}" for kind in self.kinds for prefix in "BI"))
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
         """Of an encoder-decoder the encoder alone: labels need nothing written."""
+        if self.crf and config.cell == "attention":
+            raise Refused("task.crf is for recurrent models: no stock class of the others has a CRF. Leave it out.")
         family = "decoder" if config.family == "decoder" else "encoder"
-        return config.model_copy(update={"family": family, "labels": self.labels, "spans": False})
+        head = {"labels": self.labels, "crf": self.crf, "spans": False}
+        return config.model_copy(update={"family": family, "alignment": "none", **head})
 
     def segments(self, examples: Sequence[Sentence]) -> list[Segment]:
         made = []

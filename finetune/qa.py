@@ -94,7 +94,7 @@ class Qa(_Questions):
         self.pointer = Pointer(tokenizer, family, row_length, dials.stride, dials.longest, may_refuse)
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
-        return config.model_copy(update={"labels": (), "spans": True})
+        return config.model_copy(update={"labels": (), "crf": False, "spans": True})
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         return [Segment(w.tokens, self.pointer.targets(w, q)) for q in examples for w in self.pointer.windows(q)]

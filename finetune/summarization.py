@@ -71,7 +71,7 @@ class Extraction(_Summaries):
         self.number = max(1, round(sum(picks) / len(picks)))
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
-        return config.model_copy(update={"labels": ("leave", "pick"), "spans": False})
+        return config.model_copy(update={"labels": ("leave", "pick"), "crf": False, "spans": False})
 
     def segments(self, examples: Sequence[Pair]) -> list[Segment]:
         made = []

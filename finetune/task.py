@@ -92,7 +92,7 @@ class TextToText:
     def shaped(self, config: ModelConfig) -> ModelConfig:
         if config.family == "encoder":
             raise Refused("this task writes text, and an encoder cannot: give a decoder or an encoder-decoder as model.from.")
-        return config.model_copy(update={"labels": (), "spans": False})
+        return config.model_copy(update={"labels": (), "crf": False, "spans": False})
 
     def segments(self, examples: Sequence[Pair]) -> list[Segment]:
         marks = self.tokenizer

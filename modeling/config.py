@@ -1,4 +1,4 @@
-"""What a model is, as plain values: ModelConfig, one frozen set of dials for all three transformer families.
+"""What a model is, as plain values: ModelConfig, one frozen set of dials for all three families, of attention or of recurrent cells.
 
 In: literals from a recipe or a published folder. Out: a validated value; building the model is transformer.py's business.
 """
@@ -24,17 +24,23 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+# What blocks of attention have and recurrent layers have not.
+_OF_BLOCKS = ("gated", "norm_places", "first_attention_norm", "embed_norm", "final_norm", "position", "local_window")
+
+
 class ModelConfig(Settings):
-    """The dials of one Block, `x = post(x + inner(sublayer(pre(x))))`, and of what stands around it."""
+    """The dials of one Block, `x = post(x + inner(sublayer(pre(x))))`, or of recurrent layers, and of what stands around them."""
 
     family: Family
     vocab_size: int = Field(gt=0)
     dim: int = Field(gt=0)
     num_layers: int = Field(gt=0)  # of each stack: an encoder-decoder has twice as many blocks
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    mlp_dim: int = Field(gt=0)
+    cell: Literal["attention", "rnn", "lstm", "gru"] = "attention"  # what layers are made of
+    alignment: Literal["none", "additive", "multiplicative", "hard"] = "none"  # how a recurrent decoder looks at its source
+    num_heads: int = Field(default=0, ge=0)  # this and the next three: above 0 for attention, and recurrent layers have none
+    num_kv_heads: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0)
+    mlp_dim: int = Field(default=0, ge=0)
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
     bias: bool = False  # linears and norms alike
@@ -60,14 +66,32 @@ class ModelConfig(Settings):
     logit_bias: bool | Literal["fixed"] = False  # "fixed": added, but never trained (BART)
     tie_embeddings: bool = True
     labels: tuple[str, ...] = ()  # names; a label head stands in place of the vocabulary head
+    crf: bool = False  # label heads of recurrent models: the sequence of labels is scored as a whole
     spans: bool = False  # a head of two logits stands there: does an answer begin here, does it end here
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the training loss of the vocabulary and label heads
     init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
+    def _has_its_parts(self) -> "ModelConfig":
+        """A dial that does nothing is refused, and so is one that is missing."""
+        attends = self.cell == "attention"
+        if wrong := [dial for dial in ("num_heads", "num_kv_heads", "head_dim", "mlp_dim") if attends != (getattr(self, dial) > 0)]:
+            raise ValueError(f"{', '.join(wrong)}: attention layers need each above 0, and recurrent ones have none; cell is {self.cell}")
+        fields = type(self).model_fields
+        if idle := [dial for dial in _OF_BLOCKS if not attends and getattr(self, dial) != fields[dial].default]:
+            raise ValueError(f"a model of cell {self.cell} has no {', '.join(idle)}: leave them out")
+        if self.alignment != "none" and (attends or self.family != "encoder-decoder"):
+            raise ValueError(f"alignment ({self.alignment}) is for recurrent encoder-decoders; this is an {self.family} of {self.cell}")
+        if self.crf and (attends or not self.labels):
+            raise ValueError("crf is for the label heads of recurrent models: no stock class of the others has it")
+        if not attends and self.family != "decoder" and self.dim % 2:
+            raise ValueError(f"dim ({self.dim}) must be even: a recurrent encoder reads both ways, with half of it each")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of numbers")

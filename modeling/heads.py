@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeling.batch import IGNORE
 from modeling.block import ACTIVATIONS, make_norm
 from modeling.config import ModelConfig
+from modeling.crf import CRF
 
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits that exist at a time
 
@@ -28,6 +29,7 @@ class Head(nn.Module):
         self.dense = nn.Linear(config.dim, config.dim, config.bias) if dense else None
         self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, dense)
         self.labels = nn.Linear(config.dim, config.outputs) if config.outputs else None
+        self.crf = CRF(config.outputs) if config.crf else None
         words = self.labels is None
         untied = words and not config.tie_embeddings
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
@@ -47,7 +49,7 @@ class Head(nn.Module):
         """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right;
         `each`: the sum, which alone has a gradient, and each loss (the vocabulary's and labels' heads).
 
-        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Only spans need the segments.
+        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Spans and chains need the segments.
         """
         if self.dense is not None:
             h_BPD = self.norm(self.act(self.dense(h_BPD)))
@@ -56,6 +58,10 @@ class Head(nn.Module):
             h_BPD = h_BPD * self.logit_scale
         if targets_BP is None:
             return F.linear(h_BPD, weight, bias)
+        if self.crf is not None:
+            scores = F.linear(h_BPD, weight, bias)
+            nll = self.crf(scores, targets_BP, segments_BP)
+            return (nll, self.crf(scores, targets_BP, segments_BP, best=True).argmax(-1) == targets_BP) if per_token else nll.sum()
         if self.spans:
             assert segments_BP is not None
             nll, correct = span_losses(F.linear(h_BPD, weight, bias), segments_BP, targets_BP)

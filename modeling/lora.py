@@ -33,6 +33,8 @@ def adapt(model: Transformer, lora: Lora, seed: int) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".blocks." in f".{name}"]
+    if not found:
+        raise Refused(f"lora adapts the linear maps of blocks, and a model of cell {model.config.cell} has none: leave it out.")
     for target in lora.targets:
         if not any(name.endswith(f".{target}") for name, _ in found):
             raise Refused(

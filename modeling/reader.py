@@ -3,11 +3,13 @@
 Prompts of unequal length are padded on the left, sources on the right; padding is segment 0 and nobody sees it.
 """
 
+from itertools import chain
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.attention import Cache
 from modeling.config import Generation, Refused
 from modeling.transformer import Transformer
 
@@ -27,7 +29,7 @@ class Reader:
         self.begin, end = self.tokens.shape[1], self.tokens.shape[1] + how.max_new
         _fits(model, end)
         self.segments = F.pad(segments, (0, how.max_new), value=1)
-        self.caches = [(Cache(end), Cache(0 if self.memory is None else self.memory.shape[1])) for _ in self.decoder.blocks]
+        self.caches: list[Any] = self.decoder.caches(end, 0 if self.memory is None else self.memory.shape[1])
 
     @property
     def made(self) -> int:
@@ -60,9 +62,8 @@ class Reader:
         self.tokens, self.segments = self.tokens[rows_B], self.segments[rows_B]
         if self.memory is not None and self.sources is not None:
             self.memory, self.sources = self.memory[rows_B], self.sources[rows_B]
-        for own, memory in self.caches:
-            own.select(rows_B)
-            memory.select(rows_B)
+        for cache in chain.from_iterable(self.caches):
+            cache.select(rows_B)
 
 
 def _without_repeats(scores_BV: Tensor, tokens_BT: Tensor, segments_BT: Tensor, n: int) -> Tensor:

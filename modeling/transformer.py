@@ -1,4 +1,4 @@
-"""The three families as compositions of one Stack, and the one way to make them: `build(config, seed)`.
+"""The three families as compositions of one Stack (or RecurrentStack), and the one way to make them: `build(config, seed)`.
 
 In: a Batch of packed rows. Out: the summed loss of its valid targets (fp32), or each target's loss, or logits.
 Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import Visibility
+from modeling.attention import Cache, Visibility
 from modeling.batch import IGNORE, Batch
 from modeling.block import Block, Caches, View, Views, make_norm
-from modeling.config import ModelConfig
+from modeling.config import ModelConfig, Refused
 from modeling.heads import Head
 from modeling.position import SCHEMES, within_documents
+from modeling.recurrent import RecurrentStack, score_function
 
 
 class Transformer(nn.Module):
@@ -27,9 +28,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        both = config.family == "encoder-decoder"
-        self.encoder = Stack(config, causal=False) if config.family != "decoder" else None
-        self.decoder = Stack(config, causal=True, cross=both) if config.family != "encoder" else None
+        both, stack = config.family == "encoder-decoder", Stack if config.cell == "attention" else RecurrentStack
+        self.encoder = stack(config, causal=False) if config.family != "decoder" else None
+        self.decoder = stack(config, causal=True, cross=both) if config.family != "encoder" else None
         self.head = Head(config)
 
     def forward(self, batch: Batch, per_token: bool = False, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -39,7 +40,8 @@ class Transformer(nn.Module):
         """
         h, targets = self.hidden(batch), batch.targets
         if logits:
-            return self.head(h, self.embed)
+            scores = self.head(h, self.embed)
+            return scores if self.head.crf is None else self.head.crf(scores, targets, batch.segments, best=True)
         if batch.picked is not None:
             at = batch.picked.clamp(min=0)
             h = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
@@ -52,13 +54,18 @@ class Transformer(nn.Module):
         if per_token:
             nll, correct = self.head(h, self.embed, targets, batch.segments, per_token=True)
             return at_home(nll), at_home(correct.float()) > 0
-        if batch.parts is None:
+        draws = self.training and self.config.alignment == "hard"
+        if batch.parts is None and not draws:
             return self.head(h, self.embed, targets, batch.segments)
         total, nll = self.head(h, self.embed, targets, batch.segments, each=True)
-        return total, at_home(nll)
+        if draws:
+            assert isinstance(self.decoder, RecurrentStack) and self.decoder.log_draws_BT is not None
+            total = total + score_function(nll, self.decoder.log_draws_BT, targets, batch.segments)
+        return total if batch.parts is None else (total, at_home(nll))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits of every position, (B, T, V): for comparisons and generation, not for training."""
+        """Logits of every position, (B, T, V): for comparisons and generation, not for training. With a CRF: of the positions that have
+        targets (whatever they are), the score of the best sequence of labels with that label there."""
         return self(batch, logits=True)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -78,6 +85,8 @@ class Transformer(nn.Module):
 
     def recompute(self, on: bool) -> None:
         """Activation checkpointing, block by block (Chen et al. 2016): less memory for about a third more time."""
+        if on and self.config.cell != "attention":
+            raise Refused(f"engine.recompute goes block by block, and a model of cell {self.config.cell} has no blocks: set it to false.")
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 stack.recompute = on
@@ -94,6 +103,10 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.final_norm)
         self.recompute = False
+
+    def caches(self, length: int, memory_length: int) -> list[Caches]:
+        """What generation of texts up to `length` keeps, layer by layer."""
+        return [(Cache(length), Cache(memory_length)) for _ in self.blocks]
 
     def forward(
         self,
@@ -158,7 +171,9 @@ def initialise(model: Transformer, seed: int) -> None:
 
     Norms are 1, biases 0. Matrices are normal with `init_std`; those that write into the residual stream (o, down) are smaller
     by sqrt(2 * num_layers), so that the stream keeps its scale with depth (GPT-2). Where embeddings are scaled up, their
-    deviation is the inverse, so that what enters the first block has unit scale (sqrt(dim), as in T5Gemma: dim ** -0.5).
+    deviation is the inverse, so that what enters the first block has unit scale (sqrt(dim), as in T5Gemma: dim ** -0.5). A matrix
+    of a recurrent stack has the deviation fan-in ** -0.5, which keeps the scale over steps, and an LSTM's forget gates begin
+    open, with a bias of 1 (Jozefowicz et al. 2015).
     """
     for name, parameter in model.named_parameters():
         reset(name, parameter, model.config, seed)
@@ -167,8 +182,10 @@ def initialise(model: Transformer, seed: int) -> None:
 @torch.no_grad()
 def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
     """Initialise one parameter."""
-    if name.endswith("bias"):
+    if name.rpartition(".")[2].startswith("bias"):
         parameter.zero_()
+        if config.cell == "lstm" and "bias_ih" in name:
+            parameter.chunk(4)[1].fill_(1)  # input, forget, cell, output
     elif parameter.ndim == 1:
         parameter.fill_(1)
     else:
@@ -177,6 +194,8 @@ def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
             std /= math.sqrt(2 * config.num_layers)
         elif name == "embed.weight" and config.embed_scale != 1:
             std = 1 / config.embed_scale
+        elif config.cell != "attention" and not name.startswith(("embed.", "head.")):
+            std = parameter.shape[1] ** -0.5
         parameter.normal_(0, std, generator=generator(seed, name))
 
 

@@ -51,6 +51,19 @@ print(tokenizer.decode(asked.input_ids[0, out.start_logits.argmax() : out.end_lo
     ),
 }
 
+_STOCK = """\
+```python
+from transformers import AutoTokenizer, {auto_class}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
+{example}
+```"""
+_OWN = """\
+A recurrent model has no stock class. The tokenizer loads as `AutoTokenizer`; the model loads in Trifold, as in
+```
+trifold generate FOLDER "a text"
+```"""
+
 
 def render(run: Path, source: Checkpoint, record: dict[str, Any], stock_class: str) -> str:
     """The card, in Markdown with the hub's header."""
@@ -58,11 +71,13 @@ def render(run: Path, source: Checkpoint, record: dict[str, Any], stock_class: s
     kind = "labels" if config.labels else "spans" if config.spans else config.family
     tag, auto_class, example = _LOADING[kind]
     auto_class = "T5GemmaForTokenClassification" if stock_class.startswith("T5GemmaForToken") else auto_class
+    own = config.cell != "attention"
+    loading = _OWN if own else _STOCK.format(auto_class=auto_class, example=example)
     parameters = sum(math.prod(source.shape(name)) for name in source.names)
     recipe = yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True)
     return f"""\
 ---
-library_name: transformers
+library_name: {"trifold" if own else "transformers"}
 pipeline_tag: {tag}
 tags: [trifold]
 ---
@@ -72,12 +87,7 @@ tags: [trifold]
 {config.max_positions:,} tokens. Trained for {state.step:,} steps{_tokens(state.extra)}.{_averaged(record, state.config)}
 
 ## Load it
-```python
-from transformers import AutoTokenizer, {auto_class}
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {auto_class}.from_pretrained(folder)
-{example}
-```
+{loading}
 
 ## Held-out scores
 {_scores(run, state.step)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeling.config import Refused
 from pretrain.config import Optimizer, Schedule
 from pretrain.muon import Muon
 
@@ -18,6 +19,8 @@ def make_optimizer(model: nn.Module, config: Optimizer, muon_dtype: torch.dtype)
     """AdamW, or Muon for the matrices inside blocks. Groups carry `base_lr`, the rate at factor 1; frozen parameters are in none."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = {name for name, p in trained if config.kind == "muon" and _in_block(name, p)}
+    if config.kind == "muon" and not matrices:
+        raise Refused("optimizer.kind muon is for matrices inside blocks, and none are trained here: take adamw.")
     adam = {"lr": config.lr, "base_lr": config.lr}
     muon = {"lr": config.muon_lr, "base_lr": config.muon_lr, "momentum": config.muon_momentum}
     groups: list[dict[str, Any]] = [

@@ -22,6 +22,7 @@ from modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
 from modeling.huggingface.m2m100 import M2M100
 from modeling.huggingface.mbart import MBART
 from modeling.huggingface.modernbert import MODERNBERT, MODERNBERT_SPANS, MODERNBERT_TOKENS
+from modeling.huggingface.recurrent import RECURRENT
 from modeling.huggingface.roberta import ROBERTA, ROBERTA_SPANS, ROBERTA_TOKENS
 from modeling.huggingface.t5 import T5
 from modeling.huggingface.t5gemma import T5GEMMA, T5GEMMA_TOKENS
@@ -29,6 +30,7 @@ from modeling.huggingface.tables import Architecture, from_stock, known_names, s
 from modeling.transformer import Transformer, reset
 
 ARCHITECTURES = (
+    RECURRENT,
     *(LLAMA, MODERNBERT, T5GEMMA),
     *(GPT2, BERT, ROBERTA, T5, BART, MBART, M2M100),
     *(LLAMA_TOKENS, MODERNBERT_TOKENS, T5GEMMA_TOKENS, GPT2_TOKENS, BERT_TOKENS, ROBERTA_TOKENS),

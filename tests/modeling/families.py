@@ -36,6 +36,17 @@ CONFIGS = {
         embed_scale=32**0.5, tie_embeddings=False, **SIZES,
     ),
 }  # fmt: skip
+_RECURRENT: dict[str, Any] = dict(vocab_size=61, dim=32, num_layers=2, max_positions=32, init_std=0.2)
+RECURRENT = {
+    "lstm decoder": ModelConfig(family="decoder", cell="lstm", **_RECURRENT),
+    "gru decoder": ModelConfig(family="decoder", cell="gru", **_RECURRENT),
+    "rnn encoder": ModelConfig(family="encoder", cell="rnn", head_dense=True, **_RECURRENT),
+    "lstm encoder": ModelConfig(family="encoder", cell="lstm", **_RECURRENT),
+    "rnn fixed vector": ModelConfig(family="encoder-decoder", cell="rnn", **_RECURRENT),
+    "lstm additive": ModelConfig(family="encoder-decoder", cell="lstm", alignment="additive", **_RECURRENT),
+    "gru multiplicative": ModelConfig(family="encoder-decoder", cell="gru", alignment="multiplicative", tie_embeddings=False, **_RECURRENT),
+    "gru hard": ModelConfig(family="encoder-decoder", cell="gru", alignment="hard", **_RECURRENT),
+}
 
 
 def documents(config: ModelConfig, lengths: list[tuple[int, int]], seed: int = 0) -> list[Batch]:

@@ -10,6 +10,8 @@ from modeling.batch import Batch
 from modeling.config import Generation, Refused
 from modeling.generate import generate, hypotheses
 from modeling.huggingface import export
+from modeling.transformer import build
+from tests.modeling.families import RECURRENT
 from tests.published import MODELS, SPECIAL, random_model
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +49,22 @@ def test_the_best_beams_come_in_order_with_their_true_scores() -> None:
     assert [beams[0][0]] == generate(model, [[5, 6]], Generation(max_new=4, beams=3), **SPECIAL)
     with pytest.raises(Refused, match="3 beams cannot give 4 texts"):
         hypotheses(model, [[5]], Generation(beams=3, num_best=4), **SPECIAL)
+
+
+@pytest.mark.parametrize("name", ["lstm decoder", "lstm additive", "gru multiplicative", "rnn fixed vector"])
+def test_beams_of_recurrent_models_find_the_best_of_all_texts(name: str) -> None:
+    """As many beams as there are tokens lose nothing in two steps, so the best text is the best of all pairs, scored without a cache."""
+    model = build(RECURRENT[name], seed=5).eval()
+    prompt, size = [5, 6, 7], model.config.vocab_size
+    row = [1] if model.encoder is not None else prompt
+    tokens = torch.tensor([[*row, first] for first in range(size)])
+    source = (torch.tensor([prompt] * size), None) if model.encoder is not None else (None, None)
+    logp = model.logits(Batch(tokens, None, tokens, *source)).log_softmax(-1)[:, -2:]
+    scores = logp[:, 0].diagonal()[:, None] + logp[:, 1]
+    [best] = hypotheses(model, [prompt], Generation(max_new=2, beams=size, num_best=5, length_penalty=0.0), bos=1, eos=-1, pad=0)
+    values, index = scores.flatten().topk(5)
+    assert [tokens for tokens, _ in best] == [[i // size, i % size] for i in index.tolist()]
+    torch.testing.assert_close(torch.tensor([score for _, score in best]), values.detach())
 
 
 def test_sampling_draws_among_the_likely_tokens_by_their_probability() -> None:

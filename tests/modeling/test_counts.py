@@ -1,5 +1,6 @@
 """Closed forms against built models, and against figures worked out elsewhere."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from modeling.config import ModelConfig
 from modeling.counts import num_parameters, train_flops_per_row
 from modeling.transformer import Transformer, build
-from tests.modeling.families import CONFIGS
+from tests.modeling.families import CONFIGS, RECURRENT
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs/model").glob("*.yaml"))
 
@@ -18,13 +19,31 @@ PRESETS = sorted((Path(__file__).parents[2] / "configs/model").glob("*.yaml"))
 def _preset(path: Path) -> ModelConfig:
     values = yaml.safe_load(path.read_text())
     assert list(values) == ["model"]
-    return ModelConfig(**values["model"] | {"norm_places": tuple(values["model"]["norm_places"])})
+    return ModelConfig.model_validate_json(json.dumps(values["model"]))
 
 
 def _variants(config: ModelConfig) -> list[ModelConfig]:
     updates = [{}, {"tie_embeddings": False}, {"bias": not config.bias}, {"head_dense": True, "logit_bias": True}]
     updates += [{"labels": tuple("abcde")}, {"spans": True}]
     return [ModelConfig(**config.model_dump() | update) for update in updates]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_the_closed_form_counts_recurrent_layers(name: str, cell: str) -> None:
+    tagger = {"labels": ("a", "b", "c"), "crf": True} if name == "lstm encoder" else {}
+    for updates in ({"cell": cell}, {"cell": cell, "logit_bias": True}, {"cell": cell, **tagger}):
+        config = ModelConfig(**RECURRENT[name].model_dump() | updates)
+        assert num_parameters(config) == sum(p.numel() for p in build(config, 0).parameters()), config
+
+
+def test_an_alignment_looks_at_the_source_and_never_at_its_own_row() -> None:
+    fixed, aligned = (ModelConfig(**RECURRENT["lstm additive"].model_dump() | {"alignment": kind}) for kind in ("none", "additive"))
+    once, twice = (train_flops_per_row(fixed, n, 10) for n in (20, 40))
+    encoder = 6 * 10 * 2 * 2 * 4 * 16 * (32 + 16 + 2)
+    assert twice - once == once - encoder  # a step costs the same however far it stands
+    more = 6 * ((2 * 32 + 1) * 32 + (2 * 32 + 1) * 32 + 4 * 32 * 32)
+    assert train_flops_per_row(aligned, 20, 10) - once == 20 * (more + 12 * 32 * 10)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

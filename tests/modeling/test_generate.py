@@ -7,16 +7,17 @@ from modeling.batch import Batch
 from modeling.config import Generation, ModelConfig, Refused
 from modeling.generate import generate
 from modeling.transformer import Transformer, build
-from tests.modeling.families import CONFIGS
+from tests.modeling.families import CONFIGS, RECURRENT
 
 BOS, EOS, PAD = 1, 2, 0
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [11, 12], [40, 41, 42, 43, 44]]
-GENERATORS = [name for name, config in CONFIGS.items() if config.family != "encoder"]
+EVERY = CONFIGS | RECURRENT
+GENERATORS = [name for name, config in EVERY.items() if config.family != "encoder"]
 
 
 def _varied(name: str) -> Transformer:
     """Untied: a tied model of random weights repeats its last token."""
-    return build(ModelConfig(**CONFIGS[name].model_dump() | {"tie_embeddings": False}), seed=4).eval()
+    return build(ModelConfig(**EVERY[name].model_dump() | {"tie_embeddings": False}), seed=4).eval()
 
 
 def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> list[int]:
@@ -62,8 +63,9 @@ def test_the_batch_stops_when_its_last_row_has_ended() -> None:
     assert len(steps) == len(rows[0]) == len(rows[1]) + 1 == 3
 
 
-def test_padding_tokens_have_no_influence() -> None:
-    model = _varied("gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "lstm decoder", "gru multiplicative"])
+def test_padding_tokens_have_no_influence(name: str) -> None:
+    model = _varied(name)
     one, other = (generate(model, PROMPTS, Generation(max_new=6), bos=BOS, eos=-1, pad=pad) for pad in (0, 33))
     assert one == other
 
@@ -75,7 +77,7 @@ def test_generation_switches_dropout_off_and_leaves_the_mode_as_it_was() -> None
 
 
 def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
-    for name in ("llama", "t5gemma"):
+    for name in ("llama", "t5gemma", "lstm additive"):
         model = _varied(name)
         alone, beside = (generate(model, prompts, Generation(max_new=4), bos=BOS, eos=-1, pad=PAD)[0] for prompts in ([[]], [[], [5, 6]]))
         assert alone == beside and len(alone) == 4

@@ -11,8 +11,9 @@ from torch import Tensor
 from modeling.batch import IGNORE, Batch
 from modeling.config import ModelConfig
 from modeling.transformer import Transformer, build, initialise
-from tests.modeling.families import CONFIGS, documents, packed
+from tests.modeling.families import CONFIGS, RECURRENT, documents, packed
 
+EVERY = CONFIGS | {name: config for name, config in RECURRENT.items() if config.alignment != "hard"}  # which draws: test_recurrent.py
 LENGTHS = [(7, 6), (1, 3), (9, 10), (4, 1)]  # 21 target and 20 source tokens
 
 
@@ -20,10 +21,10 @@ def _with(config: ModelConfig, **updates: object) -> ModelConfig:
     return ModelConfig(**config.model_dump() | updates)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_packed_document_has_the_losses_it_has_alone(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    parts = documents(CONFIGS[name], LENGTHS)
+    model = build(EVERY[name], seed=1)
+    parts = documents(EVERY[name], LENGTHS)
     row = packed(parts, length=26, source_length=24)
     with torch.no_grad():
         together, right = model(row, per_token=True)
@@ -33,27 +34,27 @@ def test_a_packed_document_has_the_losses_it_has_alone(name: str) -> None:
     assert torch.equal(together[:, 21:], torch.zeros(1, 5)) and not right[:, 21:].any()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_packed_row_has_the_gradients_of_its_documents(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    parts = documents(CONFIGS[name], LENGTHS)
+    model = build(EVERY[name], seed=1)
+    parts = documents(EVERY[name], LENGTHS)
     together = _gradients(model, [packed(parts, length=26, source_length=24)])
     for key, gradient in _gradients(model, parts).items():
         torch.testing.assert_close(together[key], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_rows_without_segments_are_whole_documents(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    (part,) = documents(CONFIGS[name], [(9, 7)])
+    model = build(EVERY[name], seed=1)
+    (part,) = documents(EVERY[name], [(9, 7)])
     plain = replace(part, segments=None, source_segments=None)
     torch.testing.assert_close(model.logits(plain), model.logits(part), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_padding_tokens_have_no_influence_and_a_row_of_padding_no_nan(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    row = packed(documents(CONFIGS[name], LENGTHS[:2]), length=16, source_length=12)
+    model = build(EVERY[name], seed=1)
+    row = packed(documents(EVERY[name], LENGTHS[:2]), length=16, source_length=12)
     other = replace(row, tokens=torch.where(row.segments == 0, 50, row.tokens))
     if row.source is not None:
         other = replace(other, source=torch.where(row.source_segments == 0, 50, row.source))
@@ -65,10 +66,10 @@ def test_padding_tokens_have_no_influence_and_a_row_of_padding_no_nan(name: str)
         assert torch.equal(gradient, torch.zeros_like(gradient)), key
 
 
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.family != "encoder"])
+@pytest.mark.parametrize("name", [name for name, config in EVERY.items() if config.family != "encoder"])
 def test_a_later_token_changes_no_earlier_logit(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    (part,) = documents(CONFIGS[name], [(12, 7)])
+    model = build(EVERY[name], seed=1)
+    (part,) = documents(EVERY[name], [(12, 7)])
     changed = part.tokens.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 61
     before, after = model.logits(part), model.logits(replace(part, tokens=changed))
@@ -172,12 +173,12 @@ def test_a_tied_table_collects_both_gradients() -> None:
     torch.testing.assert_close(_gradients(tied, [row])["embed.weight"], parts["embed.weight"] + parts["head.weight"])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision_runs_forward_and_backward_close_to_fp32(name: str, mode: str) -> None:
-    exact = build(CONFIGS[name], seed=1)
+    exact = build(EVERY[name], seed=1)
     model = copy.deepcopy(exact).bfloat16() if mode == "bf16" else exact
-    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    row = packed(documents(EVERY[name], LENGTHS), length=26, source_length=24)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         loss = model(row)
     loss.backward()
@@ -187,9 +188,9 @@ def test_low_precision_runs_forward_and_backward_close_to_fp32(name: str, mode: 
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.dtype == parameter.dtype, key
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_labels_take_the_place_of_the_vocabulary(name: str) -> None:
-    config = _with(CONFIGS[name], labels=("a", "b", "c", "d", "e"))
+    config = _with(EVERY[name], labels=("a", "b", "c", "d", "e"))
     model = build(config, seed=1)
     row = packed(documents(config, LENGTHS), length=26, source_length=24)
     row = replace(row, targets=torch.where(row.targets == IGNORE, IGNORE, row.targets % 5))
@@ -198,10 +199,10 @@ def test_labels_take_the_place_of_the_vocabulary(name: str) -> None:
     assert model.logits(row).shape == (1, 26, 5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_loss_is_cross_entropy_of_the_logits(name: str) -> None:
-    model = build(CONFIGS[name], seed=1)
-    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    model = build(EVERY[name], seed=1)
+    row = packed(documents(EVERY[name], LENGTHS), length=26, source_length=24)
     expected = F.cross_entropy(model.logits(row).flatten(0, 1), row.targets.flatten(), reduction="sum")
     torch.testing.assert_close(model(row), expected)
 
