@@ -27,7 +27,8 @@ def documents(source: Source) -> Iterator[str]:
 
     Plain text: a document is a run of lines up to an empty line ("blank_line"), with its inner line ends as they are and its last
     one removed, or each line ("line"). An empty line holds nothing at all: one that holds spaces is text. No document spans two files.
-    Rows of JSONL, Parquet and hub sets are one document each; a null is an empty document.
+    Rows of JSONL, Parquet and hub sets are one document each; a null is an empty document. A .json file is SQuAD's: a document is a
+    question and its context.
     Raises Refused for anything that cannot be read, and for a source in which no document has any text.
     """
     found = False
@@ -87,6 +88,8 @@ def _file(path: Path, source: Source) -> Iterator[str]:
     match _kind(path):
         case ".jsonl":
             return _json_lines(path, source.text_column)
+        case ".json":
+            return _questions(path)
         case ".parquet" if path.suffix == ".gz":
             raise Refused(f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)")
         case ".parquet":
@@ -125,6 +128,18 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
             has = f"has the columns {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
             raise Refused(f"{where}, has no column {column!r}: it {has}; set text_column")
         yield _text(row[column], column, where)
+
+
+def _questions(path: Path) -> Iterator[str]:
+    """Each question of a SQuAD file before its context: text in which a model learns to find the one in the other."""
+    try:
+        whole = json.loads("".join(lines(path)))
+        for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
+            yield from (f"{asked['question']}\n{paragraph['context']}" for asked in paragraph["qas"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path} is no SQuAD file, as which .json is read ({type(error).__name__} {error}): give other text as .jsonl"
+        ) from None
 
 
 def _text(value: object, column: str, where: str) -> str:

@@ -203,7 +203,7 @@ def test_configs_as_transformers_4_wrote_them_are_read() -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(Refused, match="MambaForCausalLM; Trifold reads .*LlamaForCausalLM"):
+    with pytest.raises(Refused, match=r"MambaForCausalLM; Trifold reads .*LlamaForCausalLM"):
         restore({"architectures": ["MambaForCausalLM"]}, {})
     assert len({architecture.stock_class for architecture in ARCHITECTURES}) == len(ARCHITECTURES)
 

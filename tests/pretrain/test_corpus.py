@@ -141,3 +141,13 @@ def test_fingerprint_follows_the_text_and_how_it_is_read_not_the_weight(tmp_path
     assert corpus_fingerprint(Source(path=str(path), weight=3.0)) == first
     assert corpus_fingerprint(Source(path=str(path), documents="line")) != first
     assert corpus_fingerprint(Source(path=str(written(path, b"one\n\nTWO\n")))) != first
+
+
+def test_a_squad_file_is_read_as_questions_before_their_contexts(tmp_path: Path) -> None:
+    file = tmp_path / "squad.json"
+    asked = [{"question": "Who?", "answers": []}, {"question": "Why?", "answers": []}]
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ada met Bob.", "qas": asked}]}]}))
+    assert list(documents(Source(path=str(file)))) == ["Who?\nAda met Bob.", "Why?\nAda met Bob."]
+    file.write_text('{"rows": []}')
+    with pytest.raises(Refused, match="is no SQuAD file"):
+        list(documents(Source(path=str(file))))
