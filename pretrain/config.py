@@ -16,7 +16,7 @@ from pretrain.objectives.config import Spans as Spans
 
 
 class Source(Settings):
-    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, .parquet, SQuAD's .json; also .gz) and `hub` (a set's id)."""
+    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, .parquet, SQuAD's .json; also .gz) and `hub` (an id)."""
 
     path: str | None = None
     hub: str | None = None
