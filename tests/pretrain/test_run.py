@@ -123,8 +123,7 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     for config in (straight, broken, moved):
         prepare(config, 1, quiet)
     run_processes(2, trained, straight)
-    run_processes(2, _trained_until, broken, 3)
-    run_processes(2, trained, broken)
+    run_processes(2, _in_legs, broken, (3, 4))
     run_processes(1, trained, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}))
     assert losses(straight.run) == losses(broken.run) and parts_of(straight.run) == parts_of(broken.run)
     for step, told in parts_of(straight.run).items():
