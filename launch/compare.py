@@ -94,8 +94,8 @@ def comparable(recipes: Sequence[AnyRecipe]) -> None:
         small, large = sorted(((num_parameters(_shape(r)), r.run) for r in (a, b)), key=lambda pair: pair[0])
         if large[0] > LARGEST * small[0]:
             raise Refused(
-                f"{large[1]} has {large[0]:,} parameters and {small[1]} {small[0]:,}, {large[0] / small[0] - 1:.0%} more: models are compared"
-                f" at the same size, up to {LARGEST - 1:.0%}. Change model.dim of one."
+                f"{large[1]} has {large[0]:,} parameters and {small[1]} {small[0]:,}, {large[0] / small[0] - 1:.0%} more:"
+                f" models are compared at the same size, up to {LARGEST - 1:.0%}. Change model.dim of one."
             )
         left, right = (flatten(r.model_dump(mode="json")) for r in (a, b))
         left["vocabulary"], right["vocabulary"] = _shape(a).vocab_size, _shape(b).vocab_size

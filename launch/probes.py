@@ -123,7 +123,8 @@ def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch) -> list[Map]:
 
 def _pieces(tokenizer: Tokenizer, tokens_1T: Tensor) -> list[str]:
     names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
-    return [names.get(i) or tokenizer.decode([i]).strip() or "_" for i in tokens_1T[0].tolist()]
+    texts = [names.get(i) or tokenizer.decode([i]).strip() for i in tokens_1T[0].tolist()]
+    return [text if text.isprintable() and text else "_" for text in texts]
 
 
 def _documents(rows: Numbered) -> Iterator[Batch]:
