@@ -203,6 +203,20 @@ def resume(
 
 
 @app.command()
+def compare(
+    configs: Annotated[list[str], typer.Argument(help="recipes, and changes to all of them, such as steps=300", metavar="CONFIG...")],
+    out: Annotated[Path, typer.Option(help="the folder of the report")] = Path("runs/compare"),
+    sentence: Annotated[str | None, typer.Option(help="a sentence to look at; without it one of the held-out ones")] = None,
+) -> None:
+    """Train models of the same size on the same rows, and draw one report; what is finished is used as it is."""
+    from launch.compare import compare
+
+    changes = [text for text in configs if "=" in text]
+    recipes = [resolve_any(text, changes) for text in configs if "=" not in text]
+    typer.echo(f"{compare(recipes, out, sentence, Console())} is the report.")
+
+
+@app.command()
 def demo() -> None:
     """The whole system on a generated small world: prepared, trained on two workers, one killed, resumed, published, verified, used."""
     from launch.demo import demo

@@ -102,6 +102,15 @@ class Attention(nn.Module):
         y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
+    def weights(self, x_BTD: Tensor, view: View) -> Tensor:
+        """Where each head looks, (B, N, T, K): what the kernels never make, for pictures. The view's rows need segments."""
+        q_BNTH, k = (
+            self._turned(f(x), view) for f, x in ((self.q, x_BTD), (self.k, x_BTD if view.memory_BSD is None else view.memory_BSD))
+        )
+        scores = self.scale * q_BNTH @ k.repeat_interleave(q_BNTH.shape[1] // k.shape[1], dim=1).mT
+        seen = view.visibility.dense()
+        return (scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen).softmax(-1)
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

@@ -13,6 +13,7 @@ HOMES = {
     "sentencepiece": ("pretrain/tokenizer.py",),
     "datasets": ("pretrain/corpus.py", "finetune/"),
     "transformers": ("pretrain/verify.py",),
+    "matplotlib": ("launch/report.py",),
     "typer": ("launch/",),
     "rich": ("launch/",),
 }

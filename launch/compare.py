@@ -1,0 +1,184 @@
+"""One `trifold compare`: models trained on the same rows with as many parameters, measured alike, and drawn in one report.
+
+In: recipes, each of a run that is new, begun or finished; recipes of one task are compared with each other. Out: a folder with report.html,
+which holds everything, and a PNG of each picture. What is finished is not trained again, so the same command goes on after a stop, and one
+more recipe adds one more model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from finetune.run import open_rows as task_rows
+from finetune.run import open_tasks
+from finetune.scores import Sacre, intervals
+from launch import report
+from launch.config import AnyRecipe, FinetuneRecipe, Recipe, flatten
+from launch.finetune import finetune
+from launch.pretrain import pretrain
+from launch.probes import Map, maps, opened, reach, speed
+from modeling.config import ModelConfig, Refused
+from modeling.counts import num_parameters
+from pretrain.batches import Numbered
+from pretrain.metrics import read_lines
+from pretrain.published import read_json
+from pretrain.run import open_rows as text_rows
+from pretrain.start import begin
+from pretrain.tokenizer import Tokenizer
+
+LARGEST = 1.1  # times as many parameters as the smallest
+OWN = ("run", "model.", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.")  # in what compared recipes may differ
+BINS = 6  # of sentence length, each with as many sentences
+
+
+@dataclass(frozen=True)
+class Point:
+    """A held-out loss, and what had been spent by then."""
+
+    tokens: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The score of the sentences of one length, with its interval."""
+
+    words: float  # mean length of the source
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model and all that was measured of it."""
+
+    name: str
+    group: str  # runs of one group are compared with each other
+    parameters: int
+    steps: int
+    curve: list[Point]
+    scores: dict[str, str]
+    by_length: list[Bin]
+    reach: list[float]
+    speed: dict[int, float]
+    maps: list[Map]
+
+
+def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, console: Console) -> Path:
+    """Train what is not trained yet, measure, and write the report. Raises Refused where the recipes are not comparable."""
+    comparable(recipes)
+    for recipe in recipes:
+        if not _finished(recipe):
+            console.rule(recipe.run)
+            finetune(recipe, console) if isinstance(recipe, FinetuneRecipe) else pretrain(recipe, console)
+    runs = []
+    for recipe in recipes:
+        console.print(f"measuring {recipe.run}", highlight=False)
+        runs.append(_measured(recipe, sentence))
+    return report.write(out, runs)
+
+
+def comparable(recipes: Sequence[AnyRecipe]) -> None:
+    """Refuse models of one group that differ by more than a tenth in parameters, and recipes that differ in what is learned from."""
+    for a, b in combinations(recipes, 2):
+        if a.run == b.run:
+            raise Refused(f"two recipes have the run folder {a.run}: give each its own `run`.")
+        if _group(a) != _group(b):
+            continue
+        small, large = sorted(((num_parameters(_shape(r)), r.run) for r in (a, b)), key=lambda pair: pair[0])
+        if large[0] > LARGEST * small[0]:
+            raise Refused(
+                f"{large[1]} has {large[0]:,} parameters and {small[1]} {small[0]:,}, {large[0] / small[0] - 1:.0%} more:"
+                f" models are compared at the same size, up to {LARGEST - 1:.0%}. Change model.dim of one."
+            )
+        left, right = (flatten(r.model_dump(mode="json")) for r in (a, b))
+        left["vocabulary"], right["vocabulary"] = _shape(a).vocab_size, _shape(b).vocab_size
+        for key in left | right:
+            if not key.startswith(OWN) and left.get(key) != right.get(key):
+                said = f"{left.get(key)!r} in {a.run} and {right.get(key)!r} in {b.run}"
+                raise Refused(f"{key} is {said}: models that are compared learn from the same.")
+
+
+def _group(recipe: AnyRecipe) -> str:
+    return recipe.task.kind if isinstance(recipe, FinetuneRecipe) else recipe.objective.kind
+
+
+def _shape(recipe: AnyRecipe) -> ModelConfig:
+    return begin(recipe.model, Path(recipe.run))[0]
+
+
+def _finished(recipe: AnyRecipe) -> bool:
+    events = [line["event"] for line in read_lines(Path(recipe.run) / "events.jsonl")]
+    steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
+    if isinstance(recipe, FinetuneRecipe):
+        return events[-1:] == ["scored"] and (steps >= recipe.steps or recipe.patience > 0)
+    return events[-1:] == ["finished"] and steps >= recipe.steps
+
+
+def _measured(recipe: AnyRecipe, sentence: str | None) -> Run:
+    folder = Path(recipe.run)
+    model, tokenizer = opened(folder), Tokenizer.open(folder / "tokenizer")
+    heldout, first = _heldout(recipe, tokenizer, model.config)
+    curve = _curve(folder)
+    return Run(
+        name=folder.name,
+        group=_group(recipe),
+        parameters=num_parameters(model.config),
+        steps=recipe.steps,
+        curve=curve,
+        scores=_scores(folder, curve),
+        by_length=_by_length(folder) if _group(recipe) == "translation" else [],
+        reach=reach(model, heldout),
+        speed=speed(model.config),
+        maps=maps(model, tokenizer, sentence or first),
+    )
+
+
+def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer, model: ModelConfig) -> tuple[Numbered, str]:
+    """Held-out rows, and a text of theirs to look at."""
+    if isinstance(recipe, Recipe):
+        rows = text_rows(recipe)[1]
+        row = rows.row(0)
+        return rows, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
+    tasks = open_tasks(recipe, tokenizer, model.family)
+    lines = read_lines(Path(recipe.run) / "predictions.jsonl")
+    texts = sorted((line["source"] for line in lines if "source" in line), key=lambda text: abs(len(text.split()) - 14))
+    return task_rows(recipe, tasks, tokenizer)[1], texts[0] if texts else "She said that it was late."
+
+
+def _curve(folder: Path) -> list[Point]:
+    """Each evaluation, after the tokens and seconds of the steps before it; of a step that was done twice the later one counts."""
+    lines = read_lines(folder / "metrics.jsonl")
+    steps = {line["step"]: line for line in lines if "seconds" in line}
+    scored = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+    seconds = np.cumsum([steps[step]["seconds"] for step in sorted(steps)])
+    spent = {step: (steps[step]["tokens"], float(total)) for step, total in zip(sorted(steps), seconds, strict=True)}
+    return [Point(*spent.get(step, (0, 0.0)), loss) for step, loss in sorted(scored.items())]
+
+
+def _scores(folder: Path, curve: list[Point]) -> dict[str, str]:
+    said = {"held-out nats": f"{curve[-1].loss:.3f}", "seconds": f"{curve[-1].seconds:,.0f}", "tokens": f"{curve[-1].tokens:,}"}
+    if (folder / "scores.json").exists():
+        found = read_json(folder / "scores.json")
+        low, high = found["intervals"][found["best"]]
+        said[found["best"]] = f"{found['scores'][found['best']]:.2f} ({low:.2f} to {high:.2f})"
+    return said
+
+
+def _by_length(folder: Path) -> list[Bin]:
+    """BLEU of the dev sentences, cut by the number of words of their sources into bins of equal size."""
+    lines = sorted(read_lines(folder / "predictions.jsonl"), key=lambda line: len(line["source"].split()))
+    bleu, bins = Sacre("BLEU"), []
+    for part in np.array_split(np.arange(len(lines)), BINS):
+        chosen = [lines[i] for i in part]
+        counts = bleu.statistics([line["prediction"] for line in chosen], [line["references"] for line in chosen])
+        low, high = intervals(counts, lambda total: {"bleu": bleu.score(total)}, resamples=200)["bleu"]
+        words = float(np.mean([len(line["source"].split()) for line in chosen]))
+        bins.append(Bin(words, bleu.score(counts.sum(axis=0)), low, high))
+    return bins

@@ -1,0 +1,140 @@
+"""What a trained model can be asked besides its scores: how far back a prediction reaches, how fast it learns rows, where it looks.
+
+In: a run folder, or the model in it. Out: plain numbers for pictures. All on the CPU, in fp32, in this process; a few seconds each.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import IGNORE, Batch
+from modeling.block import Attention
+from modeling.config import Generation, ModelConfig
+from modeling.generate import generate
+from modeling.recurrent import Alignment
+from modeling.transformer import Transformer, build
+from pretrain.batches import Numbered, stack
+from pretrain.publish import source_of
+from pretrain.tokenizer import Tokenizer
+
+LENGTHS = (16, 32, 64, 128, 256, 512)
+POSITIONS = 2048  # of each batch whose speed is measured
+ENOUGH = 8  # documents without which a mean is not drawn
+
+
+class Map(NamedTuple):
+    """Weights of one look: a row for each token that looks, a column for each that is looked at."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    weights: list[list[float]]
+
+
+def opened(run: Path) -> Transformer:
+    """The model of a run's newest checkpoint."""
+    source = source_of(run, lambda event, **facts: None, None)
+    config = ModelConfig.model_validate_json(json.dumps(source.state.extra.get("model") or source.state.config["model"]))
+    model = Transformer(config).eval()
+    model.load_state_dict({name: source.full(name) for name in source.names})
+    return model
+
+
+def reach(model: Transformer, rows: Numbered, documents: int = 64) -> list[float]:
+    """How much a document's last prediction leans on its inputs: the norm of the loss's gradient there, d tokens back, over that at d = 0.
+
+    The mean over documents, as far back as there are enough of them. What vanishes here cannot be learned from.
+    """
+    sums: dict[int, list[float]] = {}
+    if model.decoder is None:
+        return []
+    for batch, _ in zip(_documents(rows), range(documents), strict=False):
+        x_1TD = model.embedded(batch.tokens).detach().requires_grad_()
+        memory = None if batch.source is None or model.encoder is None else model.encoder(model.embedded(batch.source), None)
+        h_1TD = model.decoder(x_1TD, None, memory, None)
+        (gradient,) = torch.autograd.grad(model.head(h_1TD[:, -1:], model.embed, batch.targets[:, -1:]), x_1TD)
+        norms = gradient[0].norm(dim=-1).flip(0)
+        for distance, norm in enumerate((norms / norms[0]).tolist()):
+            sums.setdefault(distance, []).append(norm)
+    return [sum(norms) / len(norms) for _, norms in sorted(sums.items()) if len(norms) >= ENOUGH]
+
+
+def speed(config: ModelConfig) -> dict[int, float]:
+    """Tokens a second, forward and backward, of rows of each length, as many positions a batch (an encoder-decoder reads as many more)."""
+    model, made = build(config, 0), {}
+    for length in (n for n in LENGTHS if n <= config.max_positions):
+        tokens = torch.randint(0, config.vocab_size, (POSITIONS // length, length), generator=torch.Generator().manual_seed(0))
+        batch = Batch(tokens, None, tokens, tokens if config.family == "encoder-decoder" else None)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            model(batch).backward()
+            times.append(time.perf_counter() - start)
+        made[length] = tokens.numel() / min(times)
+    return made
+
+
+def maps(model: Transformer, tokenizer: Tokenizer, text: str) -> list[Map]:
+    """Where a model looks while it reads the text, or writes its translation of it. None where it has nothing to look with."""
+    ids = tokenizer.encode_batch([text])[0].tolist()
+    source = torch.tensor([[tokenizer.bos, *ids, tokenizer.eos]])
+    if model.decoder is None or model.encoder is None:
+        return _looks(model, tokenizer, Batch(source[:, :-1], torch.ones_like(source[:, :-1]), source[:, 1:]))
+    how = Generation(max_new=64)
+    [made] = generate(model, source.tolist(), how, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
+    written = torch.tensor([[tokenizer.bos, *made]])
+    tokens = written[:, :-1]
+    return _looks(model, tokenizer, Batch(tokens, torch.ones_like(tokens), written[:, 1:], source, torch.ones_like(source)))
+
+
+@torch.no_grad()
+def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch) -> list[Map]:
+    """Alignments of a recurrent decoder; of a transformer the last layer's heads, and the mean of those that look at the source."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        weights = result[2] if isinstance(module, Alignment) else module.weights(*given[:2])[0]  # type: ignore[operator]
+        seen.setdefault(name, []).append(weights)
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Alignment | Attention):
+            hooks.append(module.register_forward_hook(lambda m, given, result, name=name: keep(name, m, given, result)))
+    model(batch, logits=True)
+    for hook in hooks:
+        hook.remove()
+    read = _pieces(tokenizer, batch.tokens if batch.source is None else batch.source)
+    if "decoder.align" in seen:
+        return [Map("alignment", _pieces(tokenizer, batch.targets), read, torch.cat(seen["decoder.align"]).tolist())]
+    last = model.config.num_layers - 1
+    found = []
+    if cross := seen.get(f"decoder.blocks.{last}.cross.f"):
+        found.append(Map("source, mean of the last layer's heads", _pieces(tokenizer, batch.targets), read, cross[0].mean(0).tolist()))
+    for stack_name in ("encoder", "decoder"):
+        if (heads := seen.get(f"{stack_name}.blocks.{last}.attn.f")) and not (found and stack_name == "decoder"):
+            found += [Map(f"head {i + 1}", read, read, head.tolist()) for i, head in enumerate(heads[0])]
+    return found
+
+
+def _pieces(tokenizer: Tokenizer, tokens_1T: Tensor) -> list[str]:
+    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
+    texts = [names.get(i) or tokenizer.decode([i]).strip() for i in tokens_1T[0].tolist()]
+    return [text if text.isprintable() and text else "_" for text in texts]
+
+
+def _documents(rows: Numbered) -> Iterator[Batch]:
+    """The documents of packed rows that end in a target, each alone."""
+    for number in range(rows.num_rows):
+        row = stack([rows.row(number)])
+        assert row.segments is not None
+        for segment in range(1, int(row.segments.max()) + 1):
+            own = row.segments[0] == segment
+            targets = row.targets[:, own]
+            source = None if row.source is None or row.source_segments is None else row.source[:, row.source_segments[0] == segment]
+            if own.any() and targets[0, -1] != IGNORE:
+                yield Batch(row.tokens[:, own], None, targets, source)

@@ -1,0 +1,155 @@
+"""`trifold compare` on three tiny models: trained once, drawn, grown by one more; and what it refuses."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from launch.compare import compare
+from launch.config import resolve_any
+from launch.probes import maps, reach
+from modeling.batch import Batch
+from modeling.config import Refused
+from modeling.transformer import build
+from pretrain.batches import Row
+from pretrain.metrics import read_lines
+from tests.finetune.small_tasks import vocabulary, write_pairs
+from tests.modeling.families import CONFIGS, RECURRENT
+
+pytest.importorskip("matplotlib")
+BOTH = {"family": "encoder-decoder", "vocab_size": 400, "num_layers": 1, "max_positions": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gru": BOTH | {"cell": "gru", "dim": 40},
+    "gru-attention": BOTH | {"cell": "gru", "dim": 34, "alignment": "additive"},
+    "transformer": BOTH | {"dim": 36, "num_heads": 2, "num_kv_heads": 2, "head_dim": 10, "mlp_dim": 56, "position": "rope"},
+}
+
+
+def recipes(folder: Path, names: list[str], **changes: Any) -> list[Any]:
+    made = []
+    vocabulary(folder)
+    pairs = write_pairs(folder / "train", 40, 1)
+    for name in names:
+        values = {
+            "run": str(folder / name), "model": {"config": SHAPES[name]}, "tokenizer": {"path": str(folder / "vocabulary")},
+            "task": {"kind": "translation", "train": [pairs], "dev": [pairs]}, "row_length": 64, "steps": 2, "step_rows": 2,
+            "micro_rows": 2, "optimizer": {"lr": 1e-3}, "evaluate_every": 2, "checkpoints": {"every": 2}, "evaluate_examples": 4,
+            "generation": {"max_new": 8}, "cluster": {"workers": 0, "threads_per_worker": 1},
+        }  # fmt: skip
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values | changes))
+        made.append(resolve_any(file))
+    return made
+
+
+class Images(HTMLParser):
+    """The pictures of a page, and whether it asks for anything from outside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.captions: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert "href" not in given and str(given.get("src", "data:image/png;base64,")).startswith("data:image/png;base64,")
+        if tag == "img":
+            self.captions.append(str(given["alt"]))
+
+
+def test_models_are_trained_once_drawn_and_joined_by_another(tmp_path: Path) -> None:
+    console, out = Console(quiet=True), tmp_path / "out"
+    page = compare(recipes(tmp_path, ["gru", "gru-attention"]), out, None, console)
+    assert {file.name for file in out.iterdir()} == {"report.html"} | {
+        f"translation-{name}.png" for name in ("loss", "length", "reach", "speed", "gru-attention-looks")
+    }
+    before = {name: (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("gru", "gru-attention")}
+    compare(recipes(tmp_path, ["gru", "gru-attention", "transformer"]), out, "Mr Ada sees Bob.", console)
+    assert all((tmp_path / name / "metrics.jsonl").read_bytes() == was for name, was in before.items())
+    text = page.read_text()
+    assert len(Images(text).captions) == 6 and all(f"<td>{name}</td>" in text for name in SHAPES)
+    bleu = json.loads((tmp_path / "transformer" / "scores.json").read_text())["scores"]["bleu"]
+    assert f"<td>{bleu:.2f} (" in text
+    assert read_lines(tmp_path / "transformer" / "events.jsonl")[-1]["event"] == "scored"
+
+
+def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    console = Console(quiet=True)
+    a, b = recipes(tmp_path, ["gru", "transformer"])
+    large = b.model_copy(update={"model": b.model.model_copy(update={"config": b.model.config.model_copy(update={"mlp_dim": 200})})})
+    with pytest.raises(Refused, match=r"transformer has 6\d,\d+ parameters and .*gru \d\d,\d+, .*% more: .* up to 10%"):
+        compare([a, large], tmp_path, None, console)
+    with pytest.raises(Refused, match=r"steps is 2 in .*gru and 3 in .*transformer"):
+        compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, console)
+    with pytest.raises(Refused, match="two recipes have the run folder"):
+        compare([a, a], tmp_path, None, console)
+
+
+class OneDocument:
+    """Rows of one document each, always the same tokens."""
+
+    num_rows, targets_per_byte, parts = 8, None, ()
+
+    def row(self, i: int) -> Row:
+        tokens = torch.arange(12)
+        return Row(tokens.numpy(), torch.ones_like(tokens).numpy(), tokens.numpy())
+
+    def empty_row(self) -> Row:
+        raise NotImplementedError
+
+
+def test_reach_is_the_gradient_of_the_last_loss_by_distance() -> None:
+    """Against finite differences of the embedding of one token."""
+    model = build(RECURRENT["lstm decoder"], 1).double().eval()
+    found = reach(model, OneDocument())
+    tokens = torch.arange(12)[None]
+    x = model.embedded(tokens).detach()
+    assert model.decoder is not None
+
+    def loss(at: int, dim: int, by: float) -> torch.Tensor:
+        moved = x.clone()
+        moved[0, at, dim] += by
+        return torch.nn.functional.cross_entropy(model.head(model.decoder(moved, None)[:, -1], model.embed), tokens[:, -1])
+
+    norms = [sum(((loss(at, d, 1e-5) - loss(at, d, -1e-5)) / 2e-5).detach() ** 2 for d in range(32)) ** 0.5 for at in (11, 10, 5)]
+    torch.testing.assert_close(torch.tensor([found[d] for d in (0, 1, 6)]).double(), torch.stack(norms) / norms[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5gemma", "modernbert", "t5"])
+def test_the_weights_that_are_drawn_are_those_that_the_kernel_uses(name: str) -> None:
+    """Weights times values, through the output map, are the layer's output."""
+    model = build(CONFIGS[name], 1).eval()
+    tokens = torch.arange(3, 12)[None]
+    ones = torch.ones_like(tokens)
+    batch = Batch(tokens, ones, tokens, *((tokens.flip(1), ones) if model.decoder is not None and model.encoder is not None else ()))
+    checked = []
+
+    def check(module: Any, given: Any, result: torch.Tensor) -> None:
+        x, view = given[:2]
+        values = module._heads(module.v(x if view.memory_BSD is None else view.memory_BSD))
+        weights = module.weights(x, view)
+        mixed = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
+        torch.testing.assert_close(module.o(mixed.transpose(1, 2).flatten(2)), result, rtol=1e-4, atol=1e-5)
+        checked.append(weights.sum(-1))
+
+    for module in model.modules():
+        if type(module).__name__ == "Attention":
+            module.register_forward_hook(check)
+    with torch.no_grad():
+        model.logits(batch)
+    assert checked and all(torch.allclose(total, torch.ones_like(total)) for total in checked)
+
+
+def test_what_has_nothing_to_look_with_gives_no_map(tmp_path: Path) -> None:
+    words = vocabulary(tmp_path)
+    for name, titles in (("lstm decoder", []), ("rnn fixed vector", []), ("lstm additive", ["alignment"]), ("gru hard", ["alignment"])):
+        model = build(RECURRENT[name].model_copy(update={"vocab_size": words.vocab_size}), 1).eval()
+        found = maps(model, words, "Mr Ada sees Bob.")
+        assert [m.title for m in found] == titles
+        assert all(abs(sum(row) - 1) < 1e-5 and len(row) == len(m.columns) for m in found for row in m.weights)
+        assert all(len(m.weights) == len(m.rows) for m in found)
