@@ -1,7 +1,8 @@
 """The whole system on a laptop, as on a cluster: each family trained on the small world by two workers of which one is killed half way.
+Then the published folders learn four tasks, each beside a model of the same shape that begins with random weights.
 
-In: nothing from outside. Out: runs/demo/FAMILY with a published, verified folder, and one table. Each demo starts anew.
-Cost: 4 minutes on 2 cores.
+In: nothing from outside. Out: runs/demo/NAME with a published, verified folder, and two tables. Each demo starts anew.
+Cost: not measured whole yet; by tokens and step times about 11 minutes on 2 quiet cores.
 """
 
 import json
@@ -17,35 +18,61 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.config import resolve
-from launch.finetune import generate
+from finetune.run import best_step
+from launch.config import FinetuneRecipe, resolve
+from launch.finetune import finetune, generate
 from launch.pretrain import pretrain
 from launch.world import write_world
+from launch.world_tasks import write_tasks
 from modeling.config import ModelConfig
 from modeling.counts import num_parameters
 from pretrain.metrics import read_lines
 from pretrain.publish import publish
+from pretrain.published import read_json
 from pretrain.verify import verify
 
-PROMPTS = {  # recipe: what its model is asked once it is published
+FAMILIES = {  # recipe: what its model is asked once it is published
     "configs/demo/decoder.yaml": "The employer of",
     "configs/demo/encoder.yaml": "On Sundays Fenla <mask> fond of <mask>.",
     "configs/demo/encoder-decoder.yaml": "On Sundays Fenla <extra_id_0> fond of <extra_id_1>.",
 }
+TASKS = {  # the same; all that the prompts tell is made up anew
+    "configs/demo/translation.yaml": "The employer of Selarl Keloraley is Marewick Brothers.",
+    "configs/demo/summaries.yaml": "Today Selarl Keloraley lives in Vereham. Wenil Yaraton lives in Fenuvemouth. Selarl Keloraley is"
+    " a tailor. Berilo Oruvewick likes chess. Selarl Keloraley works for Holuwick Works. Wenil Yaraton was born in 1931."
+    " Selarl Keloraley likes reading. Berilo Oruvewick often visits Wenil Yaraton.",
+    "configs/demo/tags.yaml": "Marewick Brothers employs Selarl Keloraley. She lives in Vereham.",
+    "configs/demo/questions.yaml": "Where does Selarl Keloraley live?\tWenil Yaraton has a house in Fenuvemouth. Wenil Yaraton likes chess."
+    " Selarl Keloraley works for Holuwick Works. She lives in Vereham.",
+}
+KILLED = "translation"  # one fine-tune loses a worker too
 
 
 def demo(console: Console) -> None:
-    """Train, kill, resume, publish, verify and use a model of each family; end with the table."""
+    """Train, kill, resume, publish, verify and use a model of each family; teach them four tasks; end with a table of each."""
     began = time.monotonic()
     write_world(Path("runs/demo/world"))
-    rows = [_family(path, prompt, console) for path, prompt in PROMPTS.items()]
-    table = Table(title=f"Trifold's demo, {time.monotonic() - began:.0f} s")
-    table.add_column("family", style="dim")
+    write_tasks(Path("runs/demo/tasks"))
+    families = [_family(path, prompt, console) for path, prompt in FAMILIES.items()]
+    trained = time.monotonic()
+    tasks = [_task(path, prompt, console) for path, prompt in TASKS.items()]
+    for title, rows, seconds in (
+        ("Pretraining", families, trained - began),
+        ("Fine-tuning: what pretraining was worth", tasks, time.monotonic() - trained),
+    ):
+        console.print(_side_by_side(f"{title}, {seconds:.0f} s", rows))
+
+
+def _side_by_side(title: str, rows: list[dict[str, str]]) -> Table:
+    """A column for each row, headed by its first value."""
+    head, *names = rows[0]
+    table = Table(title=title)
+    table.add_column(head, style="dim")
     for row in rows:
-        table.add_column(row["family"], overflow="fold")
-    for name in list(rows[0])[1:]:
+        table.add_column(row[head], overflow="fold")
+    for name in names:
         table.add_row(name, *(row[name] for row in rows))
-    console.print(table)
+    return table
 
 
 def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
@@ -58,15 +85,10 @@ def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
     killed = _kill_when(run, recipe.steps // 2 + 5, rank=1)  # after a save, so that steps are lost and done again
     pretrain(recipe, console)
 
-    out = publish(run, run / "published", on_event=lambda event, **facts: console.print(f"{event}: {facts}"))
-    report = verify(out)
-    [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
-    console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)
-
+    out, verified = _published(run, prompt, console)
     metrics, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
     scores = [record for record in metrics if "heldout_loss" in record]
     speeds = sorted(record["tokens_per_s"] for record in metrics if "tokens_per_s" in record)
-    resumed = [event["step"] for event in events if event["event"] == "resumed"]
     return {
         "family": recipe.model.family,
         "parameters": f"{num_parameters(recipe.model) / 1e6:.2f}M",
@@ -76,10 +98,51 @@ def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
         "held-out accuracy": _change(scores, "accuracy"),
         "tokens/s": f"{speeds[len(speeds) // 2]:,.0f}",
         "waste": f"{_last(events, 'data')['waste']:.1%}",
-        "killed and resumed": f"rank 1 at step {killed.get('step', '?')}, from step {', '.join(map(str, resumed)) or '?'}",
+        "killed and resumed": _killed(run, killed),
         "folder": str(out),
-        "verified": f"{sum(check.ok for check in report.checks)} of {len(report.checks)} checks",
+        "verified": verified,
     }
+
+
+def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
+    """One recipe from a family's published folder to a task's, and the same from random weights, as a row of the table."""
+    recipe = resolve(path, (), FinetuneRecipe)
+    random = resolve(path, ["model.random=true", f"run={recipe.run}-random"], FinetuneRecipe)
+    scores, seconds = [], []
+    killed: dict[str, Any] = {}
+    for one in (recipe, random):
+        console.rule(f"{recipe.task.kind} from {'random weights' if one is random else recipe.model.folder}: {path}")
+        shutil.rmtree(one.run, ignore_errors=True)
+        began = time.monotonic()
+        if one is recipe and recipe.task.kind == KILLED:
+            killed = _kill_when(Path(one.run), recipe.steps // 2 + 5, rank=1)
+        finetune(one, console)
+        seconds.append(time.monotonic() - began)
+        scores.append(read_json(Path(one.run) / "scores.json"))
+    out, verified = _published(Path(recipe.run), prompt, console)
+    best, trivial = scores[0]["best"], scores[0]["trivial"]
+    return {
+        "task": recipe.task.kind,
+        "family": Path(str(recipe.model.folder)).parent.name,
+        "steps": str(recipe.steps),
+        "score": best,
+        "from pretrained": f"{scores[0]['scores'][best]:.1f}",
+        "from random": f"{scores[1]['scores'][best]:.1f}",
+        "trivial": f"{trivial['scores'][best]:.1f} ({trivial['system']})",
+        "seconds": " and ".join(f"{value:.0f}" for value in seconds),
+        "killed and resumed": _killed(Path(recipe.run), killed) if killed else "-",
+        "folder": str(out),
+        "verified": verified,
+    }
+
+
+def _published(run: Path, prompt: str, console: Console) -> tuple[Path, str]:
+    """A run's folder, its checks, and what it answers."""
+    out = publish(run, run / "published", on_event=lambda event, **facts: console.print(f"{event}: {facts}"), checkpoint=best_step(run))
+    report = verify(out)
+    [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
+    console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)
+    return out, f"{sum(check.ok for check in report.checks)} of {len(report.checks)} checks"
 
 
 def _change(scores: list[dict[str, Any]], name: str) -> str:
@@ -99,6 +162,11 @@ def _kill_when(run: Path, step: int, rank: int) -> dict[str, Any]:
 
     threading.Thread(target=watch, daemon=True).start()
     return done
+
+
+def _killed(run: Path, killed: dict[str, Any]) -> str:
+    resumed = [str(event["step"]) for event in read_lines(run / "events.jsonl") if event["event"] == "resumed"]
+    return f"rank 1 at step {killed.get('step', '?')}, from step {', '.join(resumed) or '?'}"
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:

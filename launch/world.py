@@ -1,11 +1,12 @@
-"""A small world made up from a seed: people, places and firms with facts that agree with each other, told in varied English sentences.
+"""A small world made up from a seed: people, places and firms with facts that agree with each other, told in varied sentences.
 
 In: a seed. Out: documents of several sentences each (3 MB in about 1 s), so that the demo and tests need nothing from outside. A fact comes
 back in many documents, so a tiny model can learn it. The held-out documents tell the same facts, each of them only in sentences that the
 training documents never use for that fact (though for others): whoever predicts them well knows the facts and not only the lines.
+One document in five is in the world's second language (launch/world_language.py).
 
-Facts are data (kind, subject, value) apart from the sentences that tell them: another language, entity tags, summaries and questions are
-further tables over the same facts.
+Facts are data (relation, subject, value) apart from the sentences that tell them: launch/world_tasks.py makes translations, entity tags,
+summaries and questions of them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from launch.world_language import GLOSSES, translated
 
 Kind = Literal["person", "place", "firm"]
 
@@ -62,8 +65,14 @@ GIVEN_ENDS, FAMILY_ENDS, TOWN_ENDS = (
 )
 
 
-def make_world(seed: int, people: int = 150, places: int = 40, firms: int = 40) -> dict[Entity, list[Fact]]:
-    """Every entity with what is true of it. No two share a name; employers, homes and birthplaces exist; friends have each other."""
+World = dict[Entity, list[Fact]]
+
+
+def make_world(seed: int, people: int = 150, places: int = 40, firms: int = 40, telling: int = 0) -> World:
+    """Every entity with what is true of it. No two share a name; employers, homes and birthplaces exist; friends have each other.
+
+    Another `telling` has the same names and other facts: what one telling taught does not answer a question about another.
+    """
     rng = np.random.default_rng((seed, 0))
     taken: set[str] = set()
 
@@ -81,13 +90,17 @@ def make_world(seed: int, people: int = 150, places: int = 40, firms: int = 40) 
     houses = [Entity("firm", f"{fresh(FAMILY_ENDS)} {pick(['Works', 'Brothers', 'Company', 'and Sons'])}") for _ in range(firms)]
     rivers, regions = ([fresh(["e", "a", "is"]) for _ in range(count)] for count in (12, 8))
 
+    rng = np.random.default_rng((seed, 3, telling))  # from here on: the names are the same in every telling
+
     def year(first: int, last: int) -> str:
         return str(rng.integers(first, last))
 
     def some(entities: list[Entity]) -> Entity:
         return entities[int(rng.integers(len(entities)))]
 
-    world: dict[Entity, list[Fact]] = {}
+    order = rng.permutation(people).tolist()
+    friends = {one: other for a, b in zip(order[::2], order[1::2], strict=False) for one, other in ((a, b), (b, a))}
+    world: World = {}
     for town in towns:
         told: dict[str, Entity | str] = {
             "river": pick(rivers),
@@ -101,12 +114,12 @@ def make_world(seed: int, people: int = 150, places: int = 40, firms: int = 40) 
         world[house] = [Fact(relation, house, value) for relation, value in told.items()]
     for i, person in enumerate(folk):
         told = {"born_in": some(towns), "born_year": year(1900, 2000), "lives_in": some(towns), "trade": pick(TRADES)}
-        told |= {"employer": some(houses), "likes": pick(PASTIMES), "friend": folk[i ^ 1] if (i ^ 1) < people else some(folk)}
+        told |= {"employer": some(houses), "likes": pick(PASTIMES), "friend": folk[friends[i]] if i in friends else some(folk)}
         world[person] = [Fact(relation, person, value) for relation, value in told.items()]
     return world
 
 
-def documents(world: dict[Entity, list[Fact]], seed: int, count: int, heldout: bool) -> Iterator[str]:
+def documents(world: World, seed: int, count: int, heldout: bool) -> Iterator[str]:
     """Documents about one entity each: some of its facts, and at times what is true of another one that was just mentioned."""
     rng = np.random.default_rng((seed, 1 + heldout))
     entities = list(world)
@@ -118,8 +131,13 @@ def documents(world: dict[Entity, list[Fact]], seed: int, count: int, heldout: b
         if others and rng.random() < 0.6:
             more = world[others[-1]]
             facts += [more[i] for i in rng.permutation(len(more))[:2]]
+        if not heldout:  # said again in other words, as texts do: who predicts them learns to look back
+            facts += [facts[i] for i in rng.permutation(len(facts))[:2]]
         before = [None, *(fact.subject for fact in facts)]
-        yield " ".join(_told(fact, fact.subject == last, heldout, reserved[fact], rng) for fact, last in zip(facts, before, strict=False))
+        english = rng.random() < 0.8
+        yield " ".join(
+            _told(fact, fact.subject == last, heldout, reserved[fact], english, rng) for fact, last in zip(facts, before, strict=False)
+        )
 
 
 def write_world(folder: Path, seed: int = 0, train: int = 12_000, heldout: int = 400) -> None:
@@ -133,23 +151,31 @@ def write_world(folder: Path, seed: int = 0, train: int = 12_000, heldout: int =
             file.write_text(text, encoding="utf-8")
 
 
+def sentence(fact: Fact, number: int, english: bool = True, subject: str | None = None) -> str:
+    """A fact in the sentence of that number, of its subject by name or by another word, such as a pronoun."""
+    s, v = subject or fact.subject.name, name(fact.value)
+    return SENTENCES[fact.relation][number].format(s=s, v=v) if english else translated(GLOSSES[fact.relation][number], s, v)
+
+
+def name(value: Entity | str) -> str:
+    return value.name if isinstance(value, Entity) else value
+
+
 def _reserved(fact: Fact, seed: int) -> int:
     """Which of a fact's sentences only the held-out documents use."""
-    name = fact.value.name if isinstance(fact.value, Entity) else fact.value
-    key = [*f"{fact.relation} {fact.subject.name} {name}".encode()]
+    key = [*f"{fact.relation} {fact.subject.name} {name(fact.value)}".encode()]
     return int(np.random.default_rng([seed, *key]).integers(len(SENTENCES[fact.relation])))
 
 
-def _told(fact: Fact, again: bool, heldout: bool, reserved: int, rng: np.random.Generator) -> str:
+def _told(fact: Fact, again: bool, heldout: bool, reserved: int, english: bool, rng: np.random.Generator) -> str:
     """A fact as one sentence: its reserved one when held out, else any other; of a subject just spoken of, half the time by pronoun."""
     sentences = SENTENCES[fact.relation]
-    sentence = sentences[reserved] if heldout else sentences[(reserved + int(rng.integers(1, len(sentences)))) % len(sentences)]
-    value = fact.value.name if isinstance(fact.value, Entity) else fact.value
-    pronoun = again and sentence.startswith("{s}") and rng.random() < 0.5
-    return sentence.format(s=_pronoun(fact.subject) if pronoun else fact.subject.name, v=value)
+    number = reserved if heldout else (reserved + int(rng.integers(1, len(sentences)))) % len(sentences)
+    by_pronoun = again and sentences[number].startswith("{s}") and rng.random() < 0.5
+    return sentence(fact, number, english, pronoun(fact.subject) if by_pronoun and english else "he" if by_pronoun else None)
 
 
-def _pronoun(entity: Entity) -> str:
+def pronoun(entity: Entity) -> str:
     if entity.kind != "person":
         return "It"
     return "She" if entity.name.split()[0][-1] in "aeiou" else "He"
