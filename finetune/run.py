@@ -4,14 +4,12 @@ In: a Finetune recipe and rank facts. Out: the run folder, with predictions.json
 a trivial system). `train` continues by itself from the newest checkpoint that verifies; which one was best is read from the checkpoints.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from finetune import config as dials
 from finetune.config import Finetune
-from finetune.evaluate import report, scored, some
+from finetune.judge import Judge
 from finetune.ner import open_ner
 from finetune.qa import open_qa, read_squad
 from finetune.records import read_pairs
@@ -32,11 +30,10 @@ from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
 from modeling.transformer import Transformer
-from pretrain import published, tokenizer
-from pretrain.checkpoint import State, open_checkpoint, read_marker, verify
+from pretrain import tokenizer
+from pretrain.checkpoint import State, open_checkpoint
 from pretrain.engine import Engine, Place
-from pretrain.evaluate import evaluate
-from pretrain.lease import Lease, committed, take_generation
+from pretrain.lease import Lease, take_generation
 from pretrain.loader import Loader
 from pretrain.metrics import Recorder
 from pretrain.run import from_first_rank, newest, peak
@@ -82,28 +79,13 @@ def train(config: Finetune, place: Place) -> None:
     began = from_first_rank(engine, lambda: fingerprint(config.model))
     newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
     progress, history = _resume(Path(newest_folder), engine, config, rows, began, recorder) if newest_folder else (Progress(), [])
-    best = config.best or task.best
-    shape_facts = {
+    judge = Judge(config, engine, task, heldout, history)
+    facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
         "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None)},
         "start": began,
     }
-    chosen = some(task.dev, config.evaluate_examples)
-    tokens = config.micro_rows * config.row_length
-
-    def score(complete: bool) -> dict[str, Any]:
-        share = -(-heldout.num_rows * len(chosen) // len(task.dev))
-        with _judged_weights(config, engine):
-            scores = evaluate(engine, heldout, place, num_rows=share, micro_rows=config.micro_rows)
-            predictions = task.predict(engine, chosen, config.generation, tokens)
-        scores |= scored(task, predictions, chosen)
-        if best not in scores:
-            raise Refused(f"`best` is {best!r}; the scores of this task are {', '.join(scores)}.")
-        history.append((progress.step, scores[best]))
-        if place.rank == 0:
-            _write_lines(run / "predictions.jsonl", [task.record(*pair) for pair in zip(chosen, predictions, strict=True)])
-        return scores
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
@@ -114,14 +96,9 @@ def train(config: Finetune, place: Place) -> None:
             fingerprint=rows.fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
-            judged=-scores[best] if best in scores else None,
-            extra={**asdict(progress), "scores": scores, "history": history, "best": best, **shape_facts},
+            judged=-scores[judge.best] if judge.best in scores else None,
+            extra={**asdict(progress), "scores": scores, "history": judge.history, "best": judge.best, **facts},
         )
-
-    def enough() -> bool:
-        """Whether the score has not become better for `patience` evaluations in a row."""
-        values = [value for _, value in history]
-        return 0 < config.patience <= len(values) - 1 - values.index(max(values, default=0.0)) if values else False
 
     loader = Loader(
         [rows],
@@ -135,7 +112,7 @@ def train(config: Finetune, place: Place) -> None:
     )
     with closing(recorder):
         if progress.step == 0:
-            recorder.metrics(0, **score(False))
+            recorder.metrics(0, **judge.score(0))
         train_loop(
             config,
             engine,
@@ -143,21 +120,14 @@ def train(config: Finetune, place: Place) -> None:
             Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
             recorder,
             progress,
-            score=score,
+            score=lambda complete: judge.score(progress.step),
             describe=describe,
             flops=lambda step: config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
             peak_flops=peak(engine, config),
-            enough=enough,
+            enough=judge.enough,
         )
-        if progress.step == config.steps or enough():
-            _finish(config, engine, task, heldout, recorder, best, tokens)
-
-
-def best_step(run: Path) -> int | None:
-    """The step of the committed checkpoint with the highest score; of equals the earliest. None where none was scored."""
-    states = [read_marker(folder)["state"] for folder in committed(run)]
-    judged = [(state["judged"], state["step"]) for state in states if state.get("judged") is not None]
-    return min(judged)[1] if judged else None
+        if progress.step == config.steps or judge.enough():
+            judge.finish(recorder)
 
 
 def start(config: Finetune) -> tuple[ModelConfig, dict[str, Tensor] | None]:
@@ -229,34 +199,6 @@ def _resume(
     return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"]), [(step, score) for step, score in state.extra["history"]]
 
 
-def _finish(config: Finetune, engine: Engine, task: Task, heldout: Rows, recorder: Recorder, best: str, tokens: int) -> None:
-    """Score the best checkpoint on all of dev."""
-    run = Path(config.run)
-    step = from_first_rank(engine, partial(best_step, run))
-    folder = from_first_rank(engine, lambda: _of_step(run, step))
-    checkpoint = open_checkpoint(folder)
-    engine.load(checkpoint.read, checkpoint.state.optimizer_step)
-    with _judged_weights(config, engine):
-        predictions = task.predict(engine, task.dev, config.generation, tokens)
-        losses = evaluate(engine, heldout, engine.place, num_rows=heldout.num_rows, micro_rows=config.micro_rows)
-    if engine.place.rank == 0:
-        _write_lines(run / "predictions.jsonl", [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)])
-        found = {"task": config.task.kind, "best": best, "step": step, **losses, **report(task, predictions)}
-        published.write_json(run / "scores.json", found)
-        recorder.event("scored", step=step, **found["scores"])
-
-
-def _judged_weights(config: Finetune, engine: Engine) -> AbstractContextManager[None]:
-    """The averaged weights where there are any, since those are published, else the trained ones."""
-    return engine.averaged() if config.ema else nullcontext()
-
-
-def _of_step(run: Path, step: int | None) -> Path:
-    folder = [f for f in committed(run) if read_marker(f)["state"]["step"] == step][-1]
-    verify(folder)
-    return folder
-
-
 def _texts(config: Finetune) -> Iterator[str]:
     """What a tokenizer is trained on: all training texts, of both sides."""
     for task in (config.task, *config.more):
@@ -268,9 +210,3 @@ def _texts(config: Finetune) -> Iterator[str]:
         else:
             questions = [question for place in task.train for question in read_squad(place)]
             yield from (*(question.question for question in questions), *dict.fromkeys(question.context for question in questions))
-
-
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    fresh = path.with_name(path.name + ".fresh")
-    fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    fresh.replace(path)

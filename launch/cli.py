@@ -71,7 +71,7 @@ def publish(
     adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA adapters alone, in PEFT's format")] = False,
 ) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
-    from finetune.run import best_step
+    from finetune.judge import best_step
     from launch.progress import EVENTS
     from pretrain.adapter import publish_adapter
     from pretrain.publish import publish

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetune.run import best_step
+from finetune.judge import best_step
 from launch.config import FinetuneRecipe, resolve
 from launch.finetune import finetune, generate
 from launch.pretrain import pretrain

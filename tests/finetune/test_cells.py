@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.run import best_step, prepare, train
+from finetune.judge import best_step
+from finetune.run import prepare, train
 from modeling.config import Refused
 from pretrain.engine import Place
 from pretrain.publish import publish

@@ -11,7 +11,8 @@ import torch
 
 from finetune.config import Finetune
 from finetune.evaluate import Opened, scored
-from finetune.run import best_step, open_rows, open_tasks, prepare, train
+from finetune.judge import best_step
+from finetune.run import open_rows, open_tasks, prepare, train
 from modeling.config import Refused
 from pretrain import published
 from pretrain.adapter import publish_adapter

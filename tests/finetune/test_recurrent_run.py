@@ -7,7 +7,8 @@ import pytest
 
 from finetune.answer import answers
 from finetune.evaluate import Opened
-from finetune.run import best_step, prepare, train
+from finetune.judge import best_step
+from finetune.run import prepare, train
 from modeling.config import Generation, ModelConfig, Refused
 from modeling.transformer import build
 from pretrain import published
