@@ -117,7 +117,7 @@ def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch) -> list[Map]:
         found.append(Map("source, mean of the last layer's heads", _pieces(tokenizer, batch.targets), read, cross[0].mean(0).tolist()))
     for stack_name in ("encoder", "decoder"):
         if (heads := seen.get(f"{stack_name}.blocks.{last}.attn.f")) and not (found and stack_name == "decoder"):
-            found += [Map(f"head {i + 1}", read, read, head.tolist()) for i, head in enumerate(heads[0])]
+            found += [Map(f"last layer, head {i + 1}", read, read, head.tolist()) for i, head in enumerate(heads[0])]
     return found
 
 

@@ -31,7 +31,9 @@ def write(out: Path, runs: Sequence["Run"]) -> Path:
                 parts.append(_picture(plt, out / f"{group}-{name}.png", caption, lambda: draw(plt, drawn, colours)))  # noqa: B023
         for run in members:
             if run.maps:
-                caption = f"Where {run.name} looks: a row for each token that looks, dark where it looks most."
+                caption = (
+                    f"Where {run.name} looks: a row for each token that looks, white where it does not (0), black where there alone (1)."
+                )
                 parts.append(_picture(plt, out / f"{group}-{run.name}-looks.png", caption, lambda: _maps(plt, run)))  # noqa: B023
     file = out / "report.html"
     head = f"<!doctype html><meta charset=utf-8><title>Trifold: a comparison</title><style>{_STYLE}</style><h1>A comparison</h1>"
@@ -87,6 +89,7 @@ def _reach(plt: Any, runs: Sequence["Run"], colours: dict[str, Any]) -> Any:
     figure, axes = _one(plt, "tokens back", "gradient norm, relative to the last token read")
     for run in runs:
         axes.plot(run.reach, color=colours[run.name], label=run.name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yscale("log")
     axes.legend()
     return figure

@@ -10,7 +10,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from launch.compare import compare
+from launch.compare import comparable, compare
 from launch.config import resolve_any
 from launch.probes import maps, reach
 from modeling.batch import Batch
@@ -22,6 +22,7 @@ from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT
 
 pytest.importorskip("matplotlib")
+CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
 BOTH = {"family": "encoder-decoder", "vocab_size": 400, "num_layers": 1, "max_positions": 64}
 SHAPES: dict[str, dict[str, Any]] = {
     "gru": BOTH | {"cell": "gru", "dim": 40},
@@ -88,6 +89,14 @@ def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: 
         compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, console)
     with pytest.raises(Refused, match="two recipes have the run folder"):
         compare([a, a], tmp_path, None, console)
+
+
+@pytest.mark.parametrize("names", ["compare/world-*.yaml", "finetune/multi30k*.yaml"])
+def test_the_shipped_recipes_are_comparable(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIFOLD_DATA", "data")
+    files = sorted(CONFIGS_FOLDER.glob(names))
+    assert len(files) > 5
+    comparable([resolve_any(file) for file in files])
 
 
 class OneDocument:
