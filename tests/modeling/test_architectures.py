@@ -13,7 +13,7 @@ from modeling.batch import IGNORE
 from modeling.config import Generation, Refused
 from modeling.generate import generate
 from modeling.huggingface import decoding, export, recognise, restore
-from modeling.huggingface.tables import from_stock, lines, to_stock
+from modeling.huggingface.tables import gradients, to_stock
 from pretrain.config import Optimizer
 from pretrain.optimizer import make_optimizer
 from tests.modeling import stock
@@ -37,7 +37,6 @@ def test_logits_gradients_and_bytes_are_those_of_the_stock_class(name: str, tmp_
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
 
     batch = batch_of(ours.config, 30, seed=1)
-    stock.share_copies(model)
     theirs = stock.loss(model, batch)
     theirs.backward()
     mine = ours(batch) / (batch.targets != IGNORE).sum()
@@ -49,12 +48,10 @@ def test_logits_gradients_and_bytes_are_those_of_the_stock_class(name: str, tmp_
 
 def _largest_relative(ours: Any, found: Any, model: Any) -> float:
     """The largest difference of a gradient, relative to the largest of its tensor (at least a hundredth of the model's largest)."""
-    grads = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters(remove_duplicate=False)}
-    grads |= {key: torch.zeros_like(buffer) for key, buffer in model.named_buffers()}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    grads = {key: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for key, tensor in named}
     shapes = {key: tensor.shape for key, tensor in found.state.items()}
-    names = [line.stock for line in lines(found.architecture.table, found.config, shapes)]
-    table = found.architecture.table.replace(" | minus1", "")  # a gradient is not shifted
-    theirs = from_stock(table, found.config, shapes, {key: grads[key] for key in names})[0]
+    theirs = gradients(found.architecture.table, found.config, shapes, grads)
     mine = {key: p.grad for key, p in ours.named_parameters() if p.grad is not None}
     assert {key for key in theirs if theirs[key].any()} <= mine.keys()
     top = max(grad.abs().max().item() for grad in theirs.values())
