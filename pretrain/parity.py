@@ -117,7 +117,7 @@ def _batch(config: ModelConfig, pad: int, length: int) -> Batch:
         some = torch.randint(0, config.vocab_size, (2, n), generator=draw)
         return torch.where(some == pad, (pad + 1) % config.vocab_size, some)
 
-    x, source = tokens(length), tokens(length + 2) if config.family == "encoder-decoder" else None
+    x, source = tokens(length), tokens(min(length + 2, config.max_positions)) if config.family == "encoder-decoder" else None
     targets = torch.randint(0, config.outputs or config.vocab_size, x.shape, generator=draw)
     if config.spans:  # where an answer begins and ends, and nothing else
         targets = torch.full_like(x, IGNORE)
