@@ -99,6 +99,15 @@ def verify(folder: Path) -> None:
         raise Refused(f"{folder} is not what it should be: {report.failures}")
 
 
+@app.command("import")
+def import_(folder: Path) -> None:
+    """Show what Trifold reads of a folder that stock classes load: architecture, tokenizer, what is dropped, what can be done with it."""
+    from pretrain.imported import describe
+
+    for what, said in describe(folder):
+        typer.echo(f"{what:>16}  {said}")
+
+
 @app.command()
 def finetune(
     config: Config,

@@ -1,30 +1,26 @@
-"""The gate: is a published folder what it should be, judged by the stock class itself? `publish` and `trifold verify` both ask it.
+"""The gate: is a folder what it should be, judged by the stock class itself? `publish` and `trifold verify` both ask it.
 
-In: a folder, and where at hand the model it was made of. Out: a Report of named checks, one page. Each check is independent of our own
-tables: a wrong name shows as missing or unexpected, a wrong source as other logits, a wrong setting by its value, however short the input.
-A recurrent model has no stock class: it is asked what can be asked without one.
-Cost: two copies of the model in host memory, in fp32, and a few hundred tokens through each. transformers is imported in this file only.
+In: a folder, ours or anybody's, and where at hand the model it was made of. Out: a Report of named checks, one page. The checks are
+independent of our own tables: a wrong name shows as missing or unexpected, a wrong source as other logits, a wrong setting by its value,
+however short the input. A recurrent model has no stock class: it is asked what can be asked without one. Cost: two copies of the model and
+of its gradients in host memory, in fp32, and a few hundred tokens through each (pretrain/parity.py). transformers is imported here only.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.batch import Batch
-from modeling.config import Family, Generation, ModelConfig, Refused
-from modeling.generate import generate
-from modeling.huggingface import export, express, restore
-from modeling.huggingface.fields import flat, lost, same
+from modeling.config import Family, ModelConfig, Refused
+from modeling.huggingface import Found, export, recognise
+from modeling.huggingface.fields import bears_on_logits, flat, lost, same, token_roles
 from modeling.transformer import Transformer
-from pretrain import published
+from pretrain import parity, published
+from pretrain.parity import Check
 from pretrain.tokenizer import Tokenizer
-
-TOLERANCE = 1e-5  # of the largest logit (at least 1): ten times what fp32 rounding gives, a thousandth of what a softcap of 50 does
-NEW_TOKENS = 20
 
 HARD_LINES = (
     "",
@@ -38,14 +34,6 @@ HARD_LINES = (
     "a literal <s> and </s>, <mask> and <extra_id_7> inside",
     "x" * 300,
 )
-
-
-class Check(NamedTuple):
-    """One thing the gate looked at."""
-
-    name: str
-    ok: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -97,11 +85,12 @@ def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | 
     recorded = published.read_record(folder)
     yield _files(folder, recorded)
     hf, tensors = published.read_json(folder / "config.json"), published.read_tensors(folder)
-    config, read = restore(hf, tensors)
-    state = read
+    yield _index(folder, tensors)
+    found = recognise(hf, tensors)
+    yield _tensors(found, tensors)
     tokenizer = Tokenizer.open(folder)
-    special = published.special_ids(tokenizer)
-    trained = published.recorded_config(recorded) if recorded else config
+    special = published.special_ids(tokenizer) if recorded else token_roles(hf)
+    trained, state = (published.recorded_config(recorded) if recorded else found.config), found.state
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     yield _dtype(dtype, tensors)
     if reference is not None:
@@ -109,7 +98,7 @@ def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | 
         yield _weights(tensors, export(trained, reference[1], special, getattr(torch, dtype))[1])
         if dtype == "float32":
             state = dict(reference[1])
-    yield _config(trained, config)
+    yield _config(trained, found.config)
 
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -125,18 +114,23 @@ def _checks(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | 
     ours = Transformer(trained).eval()
     ours.load_state_dict(state)
     if trained.cell != "attention":
-        yield from _without_stock_class(ours, config, read, special)
+        again = Transformer(found.config).eval()
+        again.load_state_dict(found.state)
+        yield from parity.alone(ours, again, special)
         return
     stock.eval()
-    names = _names(stock, info)
+    names = _names(stock, info, recorded)
     yield names
     if not names.ok:  # the stock class then has random weights
         return
-    yield _settings(hf, stock.config.to_dict(), express(trained, special)[1], all_written=bool(recorded))
-    yield _tied(stock, trained)
-    yield _logits(ours, stock, special["pad"])
+    yield _settings(hf, stock.config.to_dict(), found.architecture.write(trained, special), all_written=bool(recorded))
+    yield parity.tied(stock, trained)
+    yield parity.logits(ours, stock, special["pad"])
+    if found.fresh:  # the folder has no head, so nothing else can be compared
+        return
+    yield parity.training(ours, stock, found.architecture, special["pad"])
     if trained.family != "encoder" and not trained.outputs:
-        yield _greedy(ours, stock, special)
+        yield parity.greedy(ours, stock, published.generation(folder), special)
 
 
 def _files(folder: Path, record: Mapping[str, Any]) -> Check:
@@ -146,6 +140,24 @@ def _files(folder: Path, record: Mapping[str, Any]) -> Check:
     wrong = [f"{name} is missing" for name in recorded.keys() - found.keys()]
     wrong += [f"{name} is not what was published (sha256 differs)" for name in recorded if name in found and found[name] != recorded[name]]
     return Check("files", not wrong, "; ".join(sorted(wrong)) or f"{len(recorded)} files as {published.RECORD} says")
+
+
+def _index(folder: Path, tensors: Mapping[str, Tensor]) -> Check:
+    """One file, or shards whose index has every tensor (else it could not be read) and their whole size; never both."""
+    if not (folder / published.INDEX).exists():
+        return Check("index", True, "all weights are in one file")
+    if (folder / "model.safetensors").exists():
+        return Check("index", False, f"model.safetensors lies beside {published.INDEX}: which one is read differs")
+    said = published.read_json(folder / published.INDEX).get("metadata", {}).get("total_size")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return Check("index", said in (None, size), f"{len(tensors)} tensors of {size} bytes; the index says {said}")
+
+
+def _tensors(found: Found, tensors: Mapping[str, Tensor]) -> Check:
+    """What Trifold reads of a folder. It drops what the architecture's class does not have; publish writes no such thing."""
+    said = f"{len(tensors)} in the folder, {len(found.state)} in the model"
+    said += f"; dropped: {', '.join(found.dropped)}" if found.dropped else ""
+    return Check("tensors", True, said + (f"; not there, and new: {', '.join(found.fresh)}" if found.fresh else ""))
 
 
 def _config(trained: ModelConfig, read: ModelConfig) -> Check:
@@ -169,18 +181,18 @@ def _dtype(said: str, tensors: Mapping[str, Tensor]) -> Check:
 
 
 def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mapping[str, Any]) -> Check:
-    """The stock tokenizer gives the ids that training read; ours, whose fingerprint is recorded, also adds the marks and loses nothing."""
+    """The stock tokenizer gives the ids that training read, and in folders of ours the marks around them; our own loses nothing."""
     wrong = []
-    end = [] if family == "decoder" else [tokenizer.eos]
+    before, after = tokenizer.around(family)
     for line, array in zip(HARD_LINES, tokenizer.encode_batch(HARD_LINES), strict=True):
         ids = [int(i) for i in array]
         if fast(line, add_special_tokens=False)["input_ids"] != ids:
             wrong.append(f"{line[:20]!r} is encoded otherwise")
-        if fast.decode(ids) != tokenizer.decode(ids):
+        if fast.decode(ids, clean_up_tokenization_spaces=False) != tokenizer.decode(ids):
             wrong.append(f"{line[:20]!r} is decoded otherwise")
-        if recorded and fast(line)["input_ids"] != [tokenizer.bos, *ids, *end]:
+        if recorded and fast(line)["input_ids"] != [*before, *ids, *after]:
             wrong.append(f"{line[:20]!r} has other begin and end marks than a {family} trains with")
-        if recorded and tokenizer.decode(ids) != line:
+        if tokenizer.ours and tokenizer.decode(ids) != line:
             wrong.append(f"{line[:20]!r} does not come back")
     if recorded and recorded["fingerprints"]["tokenizer"] != tokenizer.fingerprint:
         wrong.append("its fingerprint is not the one the model was trained with")
@@ -188,101 +200,37 @@ def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mappin
 
 
 def _special(folder: Path, fast: Any, tokenizer: Tokenizer, vocab_size: int) -> Check:
-    """Each file that names a special token means the same id."""
+    """Each file that names a special token means the same id. With tokenizers made elsewhere a role may have no name."""
     wrong = [f"{tokenizer.vocab_size} pieces, but {vocab_size} rows of embeddings"] if tokenizer.vocab_size > vocab_size else []
-    marks = ("pad", "bos", "eos", "unk", "mask")
-    named = {"AutoTokenizer": {f"{mark}_token_id": getattr(fast, f"{mark}_token_id") for mark in marks}}
+    fields = {mark: f"{mark}_token_id" for mark in ("pad", "bos", "eos", "unk", "mask")} | {"start": "decoder_start_token_id"}
+    named = {"AutoTokenizer": {field: getattr(fast, field) for field in fields.values() if hasattr(fast, field)}}
     named |= {path.name: published.read_json(path) for path in folder.glob("*config.json")}
     for where, ids in named.items():
-        for mark in marks:
+        for mark, field in fields.items():
             right = getattr(tokenizer, mark)
-            found = ids.get(f"{mark}_token_id", right)
-            if found != right:
-                wrong.append(f"{where} says {mark} is {found}, tokenizer.json {right}")
+            said = ids.get(field, right)
+            if said != right and (tokenizer.ours or None not in (said, right)):
+                wrong.append(f"{where} says {mark} is {said}, tokenizer.json {right}")
     return Check("special tokens", not wrong, "; ".join(wrong) or "the same ids everywhere")
 
 
-def _names(stock: Any, info: Mapping[str, Any]) -> Check:
-    wrong = [f"{kind} {', '.join(map(str, sorted(names)[:4]))}" for kind, names in sorted(info.items()) if names]
-    return Check("names", not wrong, "; ".join(wrong) or f"{type(stock).__name__} misses none and knows all")
+def _names(stock: Any, info: Mapping[str, Any], recorded: Mapping[str, Any]) -> Check:
+    """The stock class finds all it wants and knows all there is; of what was made elsewhere it may leave out what we do."""
+    kinds = {kind: names for kind, names in sorted(info.items()) if names and (recorded or kind != "unexpected_keys")}
+    wrong = [f"{kind} {', '.join(map(str, sorted(names)[:4]))}" for kind, names in kinds.items()]
+    return Check("names", not wrong, "; ".join(wrong) or f"{type(stock).__name__} misses none" + (" and knows all" if recorded else ""))
 
 
 def _settings(hf: Mapping[str, Any], loaded: Mapping[str, Any], meant: Mapping[str, Any], all_written: bool) -> Check:
     """Every setting by its value, in the file and in the loaded class: windows, softcaps and thetas may not show in short inputs."""
     wrong = []
+    fields = {name: value for name, value in flat(meant) if all_written or bears_on_logits(name)}
     for where, have in (("config.json", dict(flat(hf))), ("the loaded class", dict(flat(loaded)))):
-        for name, value in flat(meant):
+        for name, value in fields.items():
+            if name == "tie_word_embeddings" and not (all_written and where == "config.json"):
+                continue  # T5's class sets it to true and ties by the weights; `tied weights` looks in memory
             if name not in have and where == "config.json" and all_written:
                 wrong.append(f"{where} lacks {name}")
-            elif name in have and not same(have[name], value):
+            elif name in have and not same(have[name], value) and (all_written or have[name] is not None):
                 wrong.append(f"{where} has {name} = {have[name]!r}, not {value!r}")
-    return Check("settings", not wrong, "; ".join(wrong[:4]) or f"{len(list(flat(meant)))} fields by value")
-
-
-def _tied(stock: Any, config: ModelConfig) -> Check:
-    if config.outputs:
-        return Check("tied weights", True, "a task's head shares no weights")
-    head, embed = stock.get_output_embeddings().weight, stock.get_input_embeddings().weight
-    if config.family == "encoder-decoder":  # the stock class ties the head to the decoder's embeddings
-        embed = stock.get_decoder().get_input_embeddings().weight
-    tied = head.data_ptr() == embed.data_ptr()
-    said = f"the head and the embeddings are {'one tensor' if tied else 'two tensors'}"
-    return Check("tied weights", tied == config.tie_embeddings, said)
-
-
-def _logits(ours: Transformer, stock: Any, pad: int) -> Check:
-    """The largest difference over several lengths, the longest past the local windows."""
-    config, worst, largest = ours.config, 0.0, 1.0
-    lengths = sorted({min(n, config.max_positions) for n in (1, 7, max(48, 3 * config.local_window))})
-    for length in lengths:
-        tokens, source = _tokens(config, pad, length), _tokens(config, pad, length + 2)
-        logits, out = _ours(ours, tokens, source), stock(**_inputs(config, tokens, source))
-        other = torch.stack([out.start_logits, out.end_logits], dim=-1) if config.spans else out.logits
-        worst, largest = max(worst, (logits - other).abs().max().item()), max(largest, logits.abs().max().item())
-    said = f"differ by at most {worst:.1e} at lengths {lengths} (allowed: {TOLERANCE * largest:.1e}, logits reach {largest:.1f})"
-    return Check("logits", worst <= TOLERANCE * largest, said)
-
-
-def _greedy(ours: Transformer, stock: Any, special: Mapping[str, int]) -> Check:
-    """The stock class with its cache, and ours with ours."""
-    config = ours.config
-    prompt = _tokens(config, special["pad"], min(9, config.max_positions - 1))[:1]
-    new = min(NEW_TOKENS, config.max_positions - prompt.shape[1])
-    other = stock.generate(prompt, max_new_tokens=new, do_sample=False, num_beams=1)[0].tolist()
-    other = other[prompt.shape[1] if config.family == "decoder" else 1 :]
-    mine = generate(ours, prompt.tolist(), Generation(max_new=new), bos=special["bos"], eos=special["eos"], pad=special["pad"])[0]
-    return Check("greedy", mine == other, f"{len(other)} tokens with the cache" + ("" if mine == other else f": {other}, not {mine}"))
-
-
-def _tokens(config: ModelConfig, pad: int, length: int) -> Tensor:
-    """Two rows of arbitrary tokens, the same each time; no padding, which the stock classes would mask."""
-    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(length))
-    return torch.where(tokens == pad, (pad + 1) % config.vocab_size, tokens)
-
-
-def _ours(model: Transformer, tokens: Tensor, source: Tensor) -> Tensor:
-    ones = torch.ones_like
-    if model.config.family != "encoder-decoder":
-        return model.logits(Batch(tokens, ones(tokens), tokens))
-    return model.logits(Batch(tokens, ones(tokens), tokens, source, ones(source)))
-
-
-def _without_stock_class(ours: Transformer, config: ModelConfig, read: Mapping[str, Tensor], special: Mapping[str, int]) -> Iterator[Check]:
-    """What can be asked of a model that no other library knows: read back, does it say the same, and does it write what it says?"""
-    again = Transformer(config).eval()
-    again.load_state_dict(read)
-    tokens, source = _tokens(config, special["pad"], 48), _tokens(config, special["pad"], 50)
-    same = torch.equal(_ours(again, tokens, source), _ours(ours, tokens, source))
-    yield Check("reload", same, f"read back, its logits are {'' if same else 'not '}the same to the last bit; there is no stock class")
-    if config.family == "encoder" or config.outputs:
-        return
-    new = NEW_TOKENS
-    written = generate(again, source[:1].tolist(), Generation(max_new=new), bos=special["bos"], eos=-1, pad=special["pad"])[0]
-    prompt = source[0].tolist() if config.family == "decoder" else [special["bos"]]
-    row = torch.tensor([prompt + written[:-1]])
-    said = again.logits(Batch(row, None, row, None if config.family == "decoder" else source[:1]))[0, -new:].argmax(-1).tolist()
-    yield Check("greedy", written == said, f"{new} tokens with the cache" + ("" if written == said else f": {written}, not {said}"))
-
-
-def _inputs(config: ModelConfig, tokens: Tensor, source: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": source, "decoder_input_ids": tokens} if config.family == "encoder-decoder" else {"input_ids": tokens}
+    return Check("settings", not wrong, "; ".join(wrong[:4]) or f"{len(fields)} fields by value")

@@ -27,6 +27,28 @@ _BOTH = ModelConfig(
     family="encoder-decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40,
     max_positions=64, activation="gelu_tanh", norm_places=("pre", "inner"), embed_scale=24**0.5,
 )  # fmt: skip
+_LAYER = dict(norm="layer", bias=True, gated=False)
+_GPT2 = _DECODER.model_copy(
+    update=dict(_LAYER, position="learned", activation="gelu_tanh", num_kv_heads=3, head_dim=8, tie_embeddings=False)
+)
+_BERT = _ENCODER.model_copy(
+    update=dict(
+        _LAYER, position="learned", norm_places=("post",), local_window=0, first_attention_norm=True, final_norm=False, task_dense=False,
+        token_types=2, num_layers=2, tie_embeddings=False, rope_theta=10_000.0, global_every=1,
+    )
+)  # fmt: skip
+_T5 = _BOTH.model_copy(
+    update=dict(
+        norm_places=("pre",), position="relative", num_kv_heads=3, head_dim=6, attention_scale=1.0, embed_scale=1.0, tie_embeddings=False
+    )
+)
+_MBART = _BOTH.model_copy(
+    update=dict(
+        _LAYER, norm_places=("pre",), norm_eps=1e-5, position="learned", position_offset=2, embed_norm=True, num_kv_heads=3, head_dim=8,
+        activation="gelu", logit_bias="fixed", tie_embeddings=False,
+    )
+)  # fmt: skip
+_M2M = dict(position="sinusoidal", position_offset=1, embed_norm=False, logit_bias=False, activation="relu")
 MODELS = {
     "llama": _DECODER,
     "llama, own head, other theta": _DECODER.model_copy(update={"tie_embeddings": False, "rope_theta": 5e5, "num_layers": 3}),
@@ -39,6 +61,20 @@ MODELS = {
     "t5gemma": _BOTH,
     "t5gemma, own head, own scale": _BOTH.model_copy(update={"tie_embeddings": False, "attention_scale": 32**-0.5, "norm_eps": 1e-5}),
     "t5gemma, three layers, two groups": _BOTH.model_copy(update={"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}),
+    "gpt2": _GPT2,
+    "gpt2, tied": _GPT2.model_copy(update={"tie_embeddings": True, "activation": "gelu"}),
+    "bert": _BERT,
+    "roberta": _BERT.model_copy(update={"position_offset": 1}),
+    "t5": _T5,
+    "t5, tied, relu": _T5.model_copy(update={"tie_embeddings": True, "activation": "relu", "gated": False, "logit_scale": 24**-0.5}),
+    "bart": _MBART.model_copy(update={"norm_places": ("post",), "final_norm": False, "embed_scale": 1.0}),
+    "mbart": _MBART,
+    "mbart, tied": _MBART.model_copy(update={"tie_embeddings": True}),
+    "m2m100": _MBART.model_copy(update=_M2M),
+    "gpt2, tags": _GPT2.model_copy(update={"labels": TAGS}),
+    "bert, tags": _BERT.model_copy(update={"labels": TAGS}),
+    "bert, answers": _BERT.model_copy(update={"spans": True}),
+    "roberta, tags": _BERT.model_copy(update={"labels": TAGS, "position_offset": 1}),
     "llama, tags": _DECODER.model_copy(update={"labels": TAGS}),
     "llama, answers": _DECODER.model_copy(update={"spans": True}),
     "modernbert, tags": _ENCODER.model_copy(update={"labels": TAGS, "bias": True}),

@@ -80,11 +80,16 @@ def same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) if number else a == b or (a in tanh and b in tanh)
 
 
+def bears_on_logits(name: str) -> bool:
+    """Whether a field of a stock config, by its dotted name, says what model it is."""
+    return not (_FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS)))
+
+
 def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator[str]:
     """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a clause each."""
     theirs, ours = dict(flat(hf)), dict(flat(rewritten))
     for name in {**theirs, **ours}:
-        if _FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS)):
+        if not bears_on_logits(name):
             continue
         if name not in theirs:
             yield f"lacks {name}"

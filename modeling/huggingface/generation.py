@@ -16,11 +16,8 @@ _SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}  
 def write_generation(how: Generation) -> dict[str, Any]:
     """The stock fields of these settings; the ids of special tokens are the model's config's."""
     said = how.model_dump()
-    names = (
-        _ALWAYS
-        | {ours: stock for ours, stock in _IF_SET.items() if said[ours] != Generation.model_fields[ours].default}
-        | (_SAMPLING if how.sample else {})
-    )
+    given = {ours: stock for ours, stock in _IF_SET.items() if said[ours] != Generation.model_fields[ours].default}
+    names = _ALWAYS | given | (_SAMPLING if how.sample else {})
     return {stock: said[ours] for ours, stock in names.items()}
 
 

@@ -132,6 +132,17 @@ def from_stock(
     return state, [line.stock for line in besides if not line.sources]
 
 
+def gradients(table: str, config: ModelConfig, shapes: Mapping[str, torch.Size], stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of our tensors, given those of the stock class's: of one that is written twice both copies count."""
+    total: dict[str, Tensor] = {}
+    for line in lines(table, config, shapes):
+        back = OPS[line.op][1]
+        gradient = back(stock[line.stock]) - back(torch.zeros_like(stock[line.stock]))  # what an op adds (minus1) is no slope
+        for source, part in zip(line.sources, gradient.split([shapes[source][0] for source in line.sources]), strict=True):
+            total[source] = total[source] + part if source in total else part
+    return total
+
+
 def _stock_shape(line: Line, shapes: Mapping[str, torch.Size]) -> torch.Size:
     stacked = torch.cat([torch.empty(shapes[source], device="meta") for source in line.sources])
     return OPS[line.op][0](stacked).shape

@@ -91,14 +91,18 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, seed: int = 0) -> Any:
-    """The stock model, its weights random: norms and biases too, which a fresh model has at 1 and 0."""
+def make(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The stock model, its weights random: norms and biases too, which a fresh model has at 1 and 0. `changes` are of its config."""
     import transformers
 
     stock_class, settings = (MODELS | TASKS)[name]
     stock_class = getattr(transformers, stock_class)
     dropouts = ("dropout", "attention_dropout", "activation_dropout", "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    settings = {**{place: 0.0 for place in (*dropouts, "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")}, **settings}
+    settings = {
+        **{place: 0.0 for place in (*dropouts, "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")},
+        **settings,
+        **changes,
+    }
     settings |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0} if "d_model" in settings else {}
     model = stock_class(stock_class.config_class(**json.loads(json.dumps(settings)))).eval()
     if name == "T5 1.1":  # its class ties when made, but not when a folder holds a head of its own

@@ -1,13 +1,14 @@
 """Published names and configs, against the stock classes of transformers themselves."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from modeling.config import ModelConfig, Refused
+from modeling.config import Refused
 from modeling.huggingface import ARCHITECTURES, export, restore
 from modeling.huggingface.tables import from_stock, to_stock
 from tests.published import MODELS, SPECIAL, batch_of, random_model
@@ -19,12 +20,9 @@ def stock_model(hf: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     stock_class = getattr(transformers, hf["architectures"][0])
     config = stock_class.config_class.from_dict(json.loads(json.dumps(hf)))
     config._attn_implementation = "eager"
-    model = stock_class(config).eval()
-    found = model.load_state_dict(tensors, strict=False)
-    assert not found.unexpected_keys
-    assert set(found.missing_keys) <= set((model._tied_weights_keys or ()) if config.tie_word_embeddings else ())
-    model.tie_weights()
-    return model
+    model, info = stock_class.from_pretrained(None, config=config, state_dict=dict(tensors), output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,4 +210,4 @@ def test_published_configs_switch_every_dropout_off() -> None:
     for name in MODELS:
         config = MODELS[name].model_copy(update={"dropout": 0.1})
         text = json.dumps(export(config, random_model(MODELS[name]).state_dict(), SPECIAL)[0])
-        assert '"attention_dropout": 0.0' in text and isinstance(config, ModelConfig)
+        assert re.search(r'(dropout\w*|pdrop)": 0.0', text) and not re.search(r'(dropout\w*|pdrop)": (0\.[1-9]|1)', text)

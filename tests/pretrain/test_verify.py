@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from modeling import huggingface
 from modeling.config import ModelConfig, Refused
 from modeling.generate import generate
 from modeling.huggingface.fields import flat
-from pretrain import published
+from modeling.huggingface.tables import gradients
+from pretrain import parity, published
 from pretrain import verify as gate
 from pretrain.verify import Report, verify
 from tests.published import MODELS, random_model, tokenizer
 
 pytest.importorskip("transformers")
 FAMILIES = {"llama": {"num_layers": 1}, "modernbert": {"num_layers": 2, "global_every": 2}, "t5gemma": {"num_layers": 1}}
+FAMILIES |= {name: {"num_layers": 1} for name in ("gpt2", "bert", "roberta", "t5", "bart", "mbart", "m2m100")}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,11 @@ def test_a_sound_folder_passes_with_and_without_the_model_it_was_made_of(name: s
     for report in (verify(folder, reference), verify(folder)):
         assert report.ok, report.failures
         names = [check.name for check in report.checks]
-        assert {*"files config dtype tokenizer names settings logits".split(), "special tokens", "tied weights"} <= set(names)
+        assert {
+            *"files index tensors config dtype tokenizer names settings logits training".split(),
+            "special tokens",
+            "tied weights",
+        } <= set(names)
         assert ("greedy" in names) == (reference[0].family != "encoder" and not reference[0].outputs)
 
 
@@ -70,7 +77,7 @@ def test_a_sound_bf16_folder_passes(name: str, folder_of: Any) -> None:
 
 def mutations(table: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str]]:
     """(what was done, the table): each row renamed, its op dropped, its parts swapped, its source swapped with a row of equal shape."""
-    rows = [row for row in table.splitlines() if row.strip()]
+    rows = [row for row in table.splitlines() if row.strip() and "~ =" not in row]  # what is never written cannot be written wrongly
 
     def changed(**by: str) -> str:
         return "\n".join(by.get(f"_{i}", row) for i, row in enumerate(rows))
@@ -95,17 +102,28 @@ def mutations(table: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, 
                 break
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_mutation_of_every_row_is_caught(name: str, folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def _all_and_some() -> list[Any]:
+    """Of our presets' architectures every mutation, of the others each ninth; all of theirs, and what they count, is a proof."""
+    presets, others = list(FAMILIES)[:3], list(FAMILIES)[3:]
+    return (
+        [(name, 1) for name in presets]
+        + [(name, 9) for name in others]
+        + [pytest.param(name, 1, marks=pytest.mark.proof) for name in others]
+    )
+
+
+@pytest.mark.parametrize(("name", "every"), _all_and_some())
+def test_every_mutation_of_every_row_is_caught(name: str, every: int, folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong table is used for writing and for reading back, as a real mistake would be."""
-    index, dials = list(FAMILIES).index(name), FAMILIES[name]
-    right = huggingface.ARCHITECTURES[index]
-    name = next(other for other, config in MODELS.items() if other.startswith(name) and not config.tie_embeddings)
+    dials = FAMILIES[name]
+    name = next(other for other, config in MODELS.items() if other.split(",")[0] == name and not config.tie_embeddings)
     folder, (config, state) = folder_of(name, **dials)
     assert verify(folder, (config, state)).ok
-    monkeypatch.setattr(gate, "NEW_TOKENS", 2)
-    rows, by = sum(bool(row) for row in right.table.splitlines()), Counter[str]()
-    for what, table in mutations(right.table, {key: tensor.shape for key, tensor in state.items()}):
+    right = huggingface.express(config, published.special_ids(tokenizer()))[0]
+    index = huggingface.ARCHITECTURES.index(right)
+    monkeypatch.setattr(parity, "NEW_TOKENS", 2)
+    rows, by = sum(" = " in row and "~ =" not in row for row in right.table.splitlines()), Counter[str]()
+    for what, table in islice(mutations(right.table, {key: tensor.shape for key, tensor in state.items()}), 0, None, every):
         wrong = [*huggingface.ARCHITECTURES]
         wrong[index] = dataclasses.replace(right, table=table)
         monkeypatch.setattr(huggingface, "ARCHITECTURES", tuple(wrong))
@@ -117,7 +135,7 @@ def test_every_mutation_of_every_row_is_caught(name: str, folder_of: Any, monkey
         assert found, what
         by[f"{what.partition(':')[0]}, seen by {' and '.join(sorted(found))}"] += 1
     print(f"{name}: {rows} rows, {sum(by.values())} mutations, all caught", *by.items(), sep="\n    ")
-    assert sum(by.values()) > rows
+    assert sum(by.values()) > rows / every
 
 
 def other_values(value: Any) -> Iterator[Any]:
@@ -147,14 +165,23 @@ def changed_fields(hf: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}: {change}", copy
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *list(FAMILIES)[:3],
+        "bert",
+        "bart",
+        *(pytest.param(name, marks=pytest.mark.proof) for name in ("gpt2", "roberta", "t5", "mbart", "m2m100")),
+    ],
+)
 def test_every_changed_or_missing_setting_is_caught(name: str, folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By value, hashes set aside, without the model at hand: trifold.json says what was trained."""
     folder, _ = folder_of(name, **FAMILIES[name])
     config_json = folder / "config.json"
     # What takes longest is left out here; it is not needed.
-    monkeypatch.setattr(gate, "_logits", lambda *_: gate.Check("logits", True, ""))
-    monkeypatch.setattr(gate, "_greedy", lambda *_: gate.Check("greedy", True, ""))
+    monkeypatch.setattr(parity, "logits", lambda *_: gate.Check("logits", True, ""))
+    monkeypatch.setattr(parity, "greedy", lambda *_: gate.Check("greedy", True, ""))
+    monkeypatch.setattr(parity, "training", lambda *_: gate.Check("training", True, ""))
     monkeypatch.setattr(gate, "_tokenizer", lambda *_: gate.Check("tokenizer", True, ""))
     right = published.read_json(config_json)
     missed, count = [], 0
@@ -270,7 +297,7 @@ def test_a_head_that_the_stock_class_ties_by_mistake_is_seen(folder_of: Any) -> 
 
 def test_generation_that_differs_from_the_stock_class_with_its_cache_is_seen(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = folder_of("llama")
-    monkeypatch.setattr(gate, "generate", lambda *given, **ids: [[*generate(*given, **ids)[0][:-1], 7]])
+    monkeypatch.setattr(parity, "generate", lambda *given, **ids: [[*generate(*given, **ids)[0][:-1], 7]])
     assert failed(verify(folder)) == {"greedy"}
 
 
@@ -279,20 +306,62 @@ def test_tied_weights_are_looked_at_in_memory(folder_of: Any) -> None:
 
     folder, (config, _) = folder_of("t5gemma")
     stock = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    assert gate._tied(stock, config).ok and not gate._tied(stock, config.model_copy(update={"tie_embeddings": False})).ok
+    assert parity.tied(stock, config).ok and not parity.tied(stock, config.model_copy(update={"tie_embeddings": False})).ok
     stock.lm_head.out_proj.weight = torch.nn.Parameter(stock.lm_head.out_proj.weight.clone())
-    assert not gate._tied(stock, config).ok
+    assert not parity.tied(stock, config).ok
 
 
-def test_a_folder_made_by_the_stock_class_alone_is_verified_too(folder_of: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_made_by_the_stock_class_alone_is_verified_too(name: str, folder_of: Any, tmp_path: Path) -> None:
+    import transformers
 
-    folder, _ = folder_of("llama")
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    folder, _ = folder_of(name)
+    stock_class = getattr(transformers, published.read_json(folder / "config.json")["architectures"][0])
+    stock_class.from_pretrained(folder).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     report = verify(tmp_path)
     assert report.ok, report.failures
     assert "made elsewhere" in report.checks[0].detail
+
+
+def test_a_bare_class_is_verified_by_its_hidden_states(folder_of: Any, tmp_path: Path) -> None:
+    import transformers
+
+    folder, _ = folder_of("bert")
+    transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    report = verify(tmp_path)
+    assert report.ok, report.failures
+    tensors = next(check for check in report.checks if check.name == "tensors")
+    assert "dropped: bert.pooler.dense" in tensors.detail and "new: head.bias" in tensors.detail
+
+
+def test_an_index_that_does_not_fit_is_seen(folder_of: Any) -> None:
+    folder, _ = folder_of("llama")
+    tensors = published.read_tensors(folder)
+    published.write_tensors(folder, tensors, 20_000)
+    reseal(folder)
+    assert "index: model.safetensors lies beside" in verify(folder).failures
+    (folder / "model.safetensors").unlink()
+    reseal(folder)
+    assert verify(folder).ok
+    index = published.read_json(folder / published.INDEX)
+    published.write_json(folder / published.INDEX, index | {"metadata": {"total_size": 7}})
+    reseal(folder)
+    assert "the index says 7" in verify(folder).failures
+
+
+@pytest.mark.parametrize("name", ["t5gemma", "gpt2", "bert, answers"])
+def test_a_gradient_that_differs_is_named(name: str, folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = folder_of(name)
+
+    def bent(*given: Any) -> dict[str, torch.Tensor]:
+        found = gradients(*given)
+        return found | {"embed.weight": found["embed.weight"] * 1.001}
+
+    monkeypatch.setattr(parity, "gradients", bent)
+    report = verify(folder)
+    assert failed(report) == {"training"} and "in embed.weight" in report.failures
 
 
 def test_without_transformers_the_extra_is_named(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
