@@ -1,12 +1,12 @@
 """What a published model says to a text: its task's natural output, found from its head. In: texts. Out: a mapping for each, JSON as it is.
 
 Without a task's head a decoder continues the text, an encoder-decoder answers it, an encoder fills in each `<mask>`; one that was taught a
-task is asked as it was taught. A label head gives entities with their spans and types. Questions are "question<TAB>context"; a span head
-gives the answer, where it stands, and its score.
+task is asked as it was taught. A label head gives entities with their spans and types, or picks the sentences of a summary. Questions are
+"question<TAB>context"; a span head gives the answer, where it stands, and its score.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from finetune.evaluate import Opened
 from finetune.qa import Pointer, Question
 from finetune.scores import entities
+from finetune.summarization import picked, sentences
 from finetune.tagged import iob2
 from finetune.task import placed
 from modeling.batch import IGNORE, Batch
@@ -26,10 +27,18 @@ TOGETHER = 16  # texts that are answered at a time
 
 def answers(opened: Opened, texts: Iterable[str], how: Generation) -> Iterator[dict[str, Any]]:
     """An answer for each text, in order."""
-    work = _entities if opened.config.labels else _spans if opened.config.spans else _filled if opened.config.family == "encoder" else _text
+    work = _way(opened)
     remaining = iter(texts)
     while batch := list(islice(remaining, TOGETHER)):
         yield from work(opened, batch, how)
+
+
+def _way(opened: Opened) -> Callable[[Opened, list[str], Generation], Iterator[dict[str, Any]]]:
+    if opened.config.labels:
+        return _entities if opened.task.get("picks") is None else _picked
+    if opened.config.spans:
+        return _spans
+    return _filled if opened.config.family == "encoder" else _text
 
 
 def plain(said: dict[str, Any]) -> str:
@@ -77,6 +86,16 @@ def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dic
                 for kind, first, last in sorted(found, key=lambda entity: entity[1])
             ]
         }
+
+
+def _picked(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+    """As many sentences of a text as summaries had on average; of a text that is too long those at its beginning."""
+    for text in texts:
+        tokens, places = placed(opened.tokenizer, opened.config.family, text, [begin for begin, _ in sentences(text)])
+        tokens = tokens[: opened.config.max_positions]
+        batch = torch.from_numpy(tokens)[None]
+        logits = opened.logits(Batch(batch, None, batch))[0].numpy()
+        yield {"text": picked(text, logits[[place for place in places if place < len(tokens)]], opened.task["picks"])}
 
 
 def _spans(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:

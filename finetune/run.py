@@ -83,7 +83,7 @@ def train(config: Finetune, place: Place) -> None:
     facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
-        "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None)},
+        "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None), "picks": getattr(task, "number", None)},
         "start": began,
     }
 

@@ -89,9 +89,7 @@ class Extraction(_Summaries):
         summaries = []
         for pair, scores in zip(examples, logits, strict=True):
             _, places = self._placed(pair)
-            gain = scores[places, 1] - scores[places, 0]
-            spans = sentences(pair.source)
-            summaries.append(" ".join(pair.source[slice(*spans[i])] for i in sorted(np.argsort(-gain)[: self.number])))
+            summaries.append(picked(pair.source, scores[places], self.number))
         return summaries
 
     def _placed(self, pair: Pair) -> tuple[np.ndarray, list[int]]:
@@ -104,6 +102,12 @@ class Extraction(_Summaries):
                 )
             tokens = np.append(tokens[: self.row_length - 1], self.tokenizer.eos)
         return tokens, [place for place in places if place < len(tokens) - 1]
+
+
+def picked(text: str, logits: np.ndarray, number: int) -> str:
+    """The `number` sentences that are rather to be picked than left, in the text's order; logits (sentences, 2)."""
+    spans = sentences(text)
+    return " ".join(text[slice(*spans[i])] for i in sorted(np.argsort(logits[:, 0] - logits[:, 1])[:number]))
 
 
 def sentences(text: str) -> list[tuple[int, int]]:

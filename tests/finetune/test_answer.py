@@ -63,3 +63,19 @@ def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_p
     assert plain["text"] == asked + json.loads(said)["text"] and json.loads(said)["text"]
     [longer] = generate(folder, iter(["Ada sees Bob."]), ["max_new=20"], as_json=True)
     assert len(longer) > len(said)
+
+
+def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "encoder", labels=("leave", "pick"))
+    record = json.loads((folder / "trifold.json").read_text())
+    (folder / "trifold.json").write_text(json.dumps(record | {"task": {"kind": "summarization", "prompt": None, "picks": 2}}))
+    opened = Opened(folder)
+    text = "Ada sees Bob. In Cleo we see Dan. Mr Eve likes Finn. Yes."
+    _, places = placed(opened.tokenizer, "encoder", text, [0, 14, 34, 53])
+
+    def logits(batch):  # type: ignore[no-untyped-def]
+        wanted = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor([places[3], places[1]])).float()[None]
+        return torch.stack([1 - wanted, wanted], dim=-1)
+
+    opened.logits = logits  # type: ignore[method-assign]
+    assert list(answers(opened, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]
