@@ -28,7 +28,8 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
         ray start --address="$address:6379" --disable-usage-stats --block &
 fi
 
-trifold pretrain "$@" cluster.wait_seconds=300 --address "$address:6379" &
+sleep 45  # until all have joined
+trifold pretrain "$@" --address "$address:6379" &
 run=$!
 trap 'kill -TERM $run' TERM
 code=0
