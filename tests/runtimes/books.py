@@ -62,9 +62,9 @@ KINDS = {  # its tokenizer, its class and settings: 1.3M, 1.3M and 1.5M paramete
 
 
 def make(kind: str, folder: Path) -> Any:
-    """The stock model, just initialised, saved with its tokenizer in a folder. Training the tokenizer takes 2 to 20 s of one core."""
+    """The stock model, just initialised, saved with its tokenizer in a folder. Training the tokenizer takes 1 to 4 s of one core."""
     train_tokenizer, stock_class, settings = KINDS[kind]
-    tokenizer = train_tokenizer(text(2_000_000).split("\n"))
+    tokenizer = train_tokenizer(text(1_000_000).split("\n"))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     stock_class = getattr(transformers, stock_class)
