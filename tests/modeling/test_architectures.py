@@ -124,7 +124,7 @@ def test_a_training_step_from_the_same_folder_and_batch_gives_the_loss_and_the_w
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    ("name", "dtype", "gap"), [("GPT-2", torch.float64, 1e-9), ("BERT", torch.float64, 1e-9), ("T5 1.1", torch.float32, 0.01)]
+    ("name", "dtype", "gap"), [("GPT-2", torch.float64, 1e-9), ("BERT", torch.float64, 1e-9), ("T5 1.1", torch.float32, 1e-4)]
 )
 def test_two_hundred_steps_on_the_books_give_the_curve_of_stock_and_torch(
     name: str, dtype: torch.dtype, gap: float, tmp_path: Path
