@@ -273,6 +273,8 @@ def _settings(config: Training, model: Transformer, place: Place) -> dict[str, A
     """DeepSpeed's own configuration. Accumulation is ours (set_gradient_accumulation_boundary), hence 1 here."""
     bucket = min(500_000_000, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
     zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if model.config.cell != "attention":  # gathered once for all its steps: ranks take unequally many, and must gather equally often
+        zero["leaf_module"] = {"classes": ["RecurrentStack"]}
     if config.engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": place.device == "cuda"}
     settings: dict[str, Any] = {

@@ -40,7 +40,9 @@ def pairs(folder: Path) -> dict[str, Any]:
 
 def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: Path) -> None:
     folder = recurrent_folder(tmp_path, "encoder-decoder", alignment="additive")
-    config = recipe(tmp_path / "run", folder, pairs(tmp_path), steps=80, optimizer={"lr": 1e-2})
+    config = recipe(
+        tmp_path / "run", folder, pairs(tmp_path), steps=160, evaluate_every=80, checkpoints={"every": 80}, optimizer={"lr": 1e-2}
+    )
     prepare(config, quiet)
     train(config, ALONE)
     found = scores_of(config)
@@ -53,7 +55,7 @@ def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: 
 
 def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tmp_path: Path) -> None:
     folder = recurrent_folder(tmp_path, "encoder")
-    config = recipe(tmp_path / "run", folder, tags(tmp_path) | {"crf": True}, optimizer={"lr": 1e-2})
+    config = recipe(tmp_path / "run", folder, tags(tmp_path) | {"crf": True}, steps=60, optimizer={"lr": 1e-2})
     prepare(config, quiet)
     train(config, ALONE)
     found = scores_of(config)
