@@ -172,7 +172,7 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     encoder, both = folder_of(tmp_path, "encoder"), folder_of(tmp_path, "encoder-decoder")
     pairs = {"kind": "translation", "train": [write_pairs(tmp_path / "p", 4, 1)], "dev": [write_pairs(tmp_path / "p", 4, 1)]}
-    with pytest.raises(Refused, match="translation writes text, and an encoder cannot: give a decoder"):
+    with pytest.raises(Refused, match="this task writes text, and an encoder cannot: give a decoder"):
         prepare(recipe(tmp_path / "a", encoder, pairs), quiet)
     with pytest.raises(Refused, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
         prepare(recipe(tmp_path / "b", both, pairs, row_length=65), quiet)
