@@ -92,16 +92,15 @@ def tokenizer() -> Tokenizer:
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
-    """Large random weights; norms and biases too, which a fresh model has at 1 and 0. Where scores are not scaled, queries are (as T5's)."""
+    """Large random weights; norms and biases too, which a fresh model has at 1 and 0."""
     model = build(config, seed).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.rand(parameter.shape, generator=draw) + 0.5)
             else:
-                unscaled = config.attention_scale == 1 and name.endswith(".q.weight")
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * (0.2 * config.head_dim**-0.5 if unscaled else 0.2))
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
     return model
 
 
