@@ -39,7 +39,14 @@ _BERT = _ENCODER.model_copy(
 )  # fmt: skip
 _T5 = _BOTH.model_copy(
     update=dict(
-        norm_places=("pre",), position="relative", num_kv_heads=3, head_dim=6, attention_scale=1.0, embed_scale=1.0, tie_embeddings=False
+        norm_places=("pre",),
+        position="relative",
+        num_kv_heads=3,
+        head_dim=4,
+        attention_scale=1.0,
+        logit_scale=24**-0.5,
+        embed_scale=1.0,
+        tie_embeddings=False,
     )
 )
 _MBART = _BOTH.model_copy(
@@ -66,7 +73,7 @@ MODELS = {
     "bert": _BERT,
     "roberta": _BERT.model_copy(update={"position_offset": 1}),
     "t5": _T5,
-    "t5, tied, relu": _T5.model_copy(update={"tie_embeddings": True, "activation": "relu", "gated": False, "logit_scale": 24**-0.5}),
+    "t5, tied, relu": _T5.model_copy(update={"tie_embeddings": True, "activation": "relu", "gated": False}),
     "bart": _MBART.model_copy(update={"norm_places": ("post",), "final_norm": False, "embed_scale": 1.0}),
     "mbart": _MBART,
     "mbart, tied": _MBART.model_copy(update={"tie_embeddings": True}),

@@ -67,15 +67,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", _GPT2),
     "GPT-2, own head, five heads": ("GPT2LMHeadModel", _GPT2 | dict(n_embd=20, n_head=5, n_inner=30, tie_word_embeddings=False)),
     "GPT-2, unscaled attention, relu": ("GPT2LMHeadModel", _GPT2 | dict(scale_attn_weights=False, activation_function="relu")),
-    "BART": ("BartForConditionalGeneration", _BART | dict(forced_bos_token_id=BOS)),
+    "BART": ("BartForConditionalGeneration", _BART),
     "BART, own head, five heads": ("BartForConditionalGeneration", _BART | dict(
         d_model=20, encoder_attention_heads=5, decoder_attention_heads=5, tie_word_embeddings=False)),
     "BART, scaled embeddings, relu": ("BartForConditionalGeneration", _BART | dict(scale_embedding=True, activation_function="relu")),
     "mBART": ("MBartForConditionalGeneration", _BART | dict(decoder_start_token_id=7, scale_embedding=True)),
     "mBART, own head, five heads": ("MBartForConditionalGeneration", _BART | dict(
-        d_model=20, encoder_attention_heads=5, decoder_attention_heads=5, tie_word_embeddings=False, forced_bos_token_id=9)),
+        d_model=20, encoder_attention_heads=5, decoder_attention_heads=5, tie_word_embeddings=False)),
     "mBART, three layers": ("MBartForConditionalGeneration", _BART | dict(encoder_layers=3, decoder_layers=3, activation_function="relu")),
-    "M2M-100": ("M2M100ForConditionalGeneration", _BART | dict(forced_bos_token_id=9)),
+    "M2M-100": ("M2M100ForConditionalGeneration", _BART),
     "M2M-100, own head, five heads": ("M2M100ForConditionalGeneration", _BART | dict(
         d_model=20, encoder_attention_heads=5, decoder_attention_heads=5, tie_word_embeddings=False)),
     "M2M-100, odd dim, plain embeddings": ("M2M100ForConditionalGeneration", _BART | dict(d_model=27, scale_embedding=False)),
