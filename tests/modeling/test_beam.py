@@ -65,6 +65,12 @@ def test_beams_of_recurrent_models_find_the_best_of_all_texts(name: str) -> None
     values, index = scores.flatten().topk(5)
     assert [tokens for tokens, _ in best] == [[i // size, i % size] for i in index.tolist()]
     torch.testing.assert_close(torch.tensor([score for _, score in best]), values.detach())
+    [best] = hypotheses(model, [prompt], Generation(max_new=6, beams=4, num_best=4, length_penalty=0.0), bos=1, eos=-1, pad=0)
+    tokens = torch.tensor([[*row, *made] for made, _ in best])  # beams that change places take their states along
+    source = (torch.tensor([prompt] * 4), None) if model.encoder is not None else (None, None)
+    logp = model.logits(Batch(tokens, None, tokens, *source)).log_softmax(-1)[:, -7:-1]
+    sums = logp.gather(2, tokens[:, -6:, None]).sum((1, 2)).detach()
+    torch.testing.assert_close(torch.tensor([score for _, score in best]), sums)
 
 
 def test_sampling_draws_among_the_likely_tokens_by_their_probability() -> None:

@@ -147,7 +147,7 @@ def test_hard_attention_has_the_gradient_of_its_expected_loss(monkeypatch: pytes
         assert model.decoder.log_draws_BT is not None
         expected = expected + model.decoder.log_draws_BT.sum().exp() * loss
     exact = torch.autograd.grad(expected, list(model.parameters()))
-    draws, sums, squares = 2000, [torch.zeros_like(g) for g in exact], [torch.zeros_like(g) for g in exact]
+    draws, sums, squares = 40_000, [torch.zeros_like(g) for g in exact], [torch.zeros_like(g) for g in exact]
     _, few = _hard(draws // 20)
     for seed in range(20):
         torch.manual_seed(seed)
