@@ -110,7 +110,7 @@ def _maps(plt: Any, run: "Run") -> Any:
     """Each map in a panel of its own, large where there is one."""
     across = min(len(run.maps), 2)
     down = -(-len(run.maps) // across)
-    side = max(3.5, 0.28 * max(len(m.columns) for m in run.maps))
+    side = max(3.5, 0.28 * max(max(len(m.columns), len(m.rows)) for m in run.maps))
     figure, panels = plt.subplots(down, across, figsize=(side * across, side * down), squeeze=False, layout="constrained")
     for axes, shown in zip(panels.flat, run.maps, strict=False):
         axes.imshow(shown.weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
