@@ -5,6 +5,7 @@ RUN/plan.json. Memory and checkpoint are exact counts (pretrain/budget.py), seco
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -113,11 +114,11 @@ def beside(recipe: Recipe) -> Table | None:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """What a run's own files say of what a plan predicts: medians of its steps and of its saves, the highest peak of a rank."""
+    """What a run's own files say of what a plan predicts: medians of its steps and of its saves, the peak of its first rank."""
     steps = [record for record in read_lines(folder / "metrics.jsonl") if "seconds" in record]
     events = read_lines(folder / "events.jsonl")
     found: dict[str, list[float]] = {
-        "memory_peak_bytes": [max((e["peak_bytes"] for e in events if e["event"] == "memory"), default=0)],
+        "memory_peak_bytes": [max((record.get("peak_bytes", 0) for record in steps), default=0)],
         "step_seconds": [record["seconds"] for record in steps],
         "tokens_per_second": [record["tokens_per_s"] for record in steps],
         "checkpoint_bytes": [e["bytes"] for e in events if e["event"] == "save_committed"],
@@ -162,7 +163,7 @@ def _step_seconds(recipe: Recipe, model: ModelConfig, where: Where, rounds: int,
     if where.tokens_per_second is not None:
         return tokens / where.ranks / where.tokens_per_second
     if where.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("there is no CUDA device here to measure a rate on: give --tokens-per-second (of one device), or --like a run's folder")
+        raise Refused("there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a run's folder")
     place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads_per_worker or 1)
     micros = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
     racing = [contenders.ours(f"{n} micro(s)", recipe, model, [micros[:n]], place, 0.0) for n in (1, 2)]
@@ -190,6 +191,15 @@ def _batch(recipe: Recipe, model: ModelConfig, number: int) -> Batch:
     """Rows of the recipe's shape."""
     source = rows.synthetic(recipe, model.vocab_size, 2, number)
     return stack([source.row(i) for i in range(number)])
+
+
+def device_memory(device: str, ranks: int) -> float:
+    """Bytes that a rank may use here: a CUDA device's, or its share of the machine's."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise Refused("there is no CUDA device here: give --memory-gib and --tokens-per-second of one")
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def rate_of(folder: Path) -> float:

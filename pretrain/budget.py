@@ -12,6 +12,7 @@ import torch
 
 from modeling.batch import Batch
 from modeling.config import ModelConfig
+from modeling.counts import num_parameters
 from modeling.memory import Held, held
 from modeling.transformer import Transformer
 from pretrain.config import Training
@@ -38,19 +39,13 @@ class Memory(NamedTuple):
 def memory(config: Training, model: ModelConfig, batch: Batch, world: int, device: str) -> Memory:
     """The peak of a step whose micro batches look like `batch`."""
     engine = config.engine
-    return _memory(config, parameters(model), held(model, batch, engine.precision, engine.recompute, device), world, model)
+    return _memory(config, num_parameters(model), held(model, batch, engine.precision, engine.recompute, device), world, model)
 
 
 def largest_micro(config: Training, model: ModelConfig, rows: Callable[[int], Batch], world: int, device: str, free: float) -> int:
     """The most rows of a micro batch that fit into `free` bytes: what a row holds is the difference of eight rows to four."""
     four, eight = (memory(config, model, rows(n), world, device).total for n in (4, 8))
     return max(0, math.floor(4 + (free - four) / ((eight - four) / 4)))
-
-
-def parameters(model: ModelConfig) -> int:
-    """Parameters that a rank holds where nothing is shared out."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(model).parameters())
 
 
 def checkpoint_bytes(config: Training, model: ModelConfig) -> int:
@@ -68,7 +63,7 @@ def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> fl
 
     Stages 1 and 2: gradients to their owners, weights back. Stage 3: weights for forward and for backward, gradients, in every micro.
     """
-    size = parameters(model) * (2 if config.engine.precision == "bf16" else 4) * (world - 1) / world
+    size = num_parameters(model) * (2 if config.engine.precision == "bf16" else 4) * (world - 1) / world
     return size * {1: 2, 2: micros + 1, 3: 3 * micros}[config.engine.zero_stage]
 
 

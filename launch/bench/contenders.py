@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from launch.bench.rows import Micro, Words, one_by_one
-from modeling.batch import Batch
+from modeling.batch import IGNORE, Batch
 from modeling.config import ModelConfig, Refused
 from modeling.huggingface import express
 from modeling.transformer import build
@@ -70,10 +70,13 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
 def stock(
     name: str, model: Callable[[], nn.Module], recipe: Pretrain, steps: Sequence[Sequence[Micro]], place: Place, flops: float,
-    *, compiled: bool = False, padded: bool = False,
+    *, compiled: bool = False, padded: bool = False, vocab_size: int = 2**31,
 ) -> Contender:  # fmt: skip
-    """A stock class in the Trainer's loop. `padded`: each document a row of its own, instead of the rows as they are."""
-    inputs = [[_stock_inputs(one_by_one(m.batch) if padded else m.batch) for m in chosen] for chosen in steps]
+    """A stock class in the Trainer's loop. `padded`: each document a row of its own, instead of the rows as they are.
+
+    `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
+    """
+    inputs = [[_stock_inputs(one_by_one(m.batch) if padded else m.batch, vocab_size) for m in chosen] for chosen in steps]
     low = recipe.engine.precision != "fp32"
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
@@ -105,6 +108,10 @@ def same_shape(config: ModelConfig) -> Callable[[], nn.Module]:
     return lambda: stock_class(architecture.stock_class, hf)
 
 
+def of_class(name: str, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    return lambda: stock_class(name, settings)
+
+
 def stock_name(config: ModelConfig) -> str:
     return express(config, SPECIAL)[0].stock_class
 
@@ -122,9 +129,14 @@ def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
         return kind._from_config(config, attn_implementation="eager")
 
 
-def race(contenders: Sequence[Contender], place: Place, warmup: int, steps: int, deadline: float = float("inf")) -> None:
-    """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender raises is its own result; no new
-    one is begun after `deadline` (time.monotonic())."""
+def race(
+    contenders: Sequence[Contender], place: Place, warmup: int, steps: int, deadline: float = float("inf"),
+    ready: Callable[[Contender], None] = lambda contender: None,
+) -> None:  # fmt: skip
+    """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender raises is its own result.
+
+    No new one is begun after `deadline` (time.monotonic()). `ready` hears of each that has warmed up, with its last step's seconds.
+    """
     going = []
     for contender in contenders:
         if time.monotonic() > deadline:
@@ -139,19 +151,26 @@ def race(contenders: Sequence[Contender], place: Place, warmup: int, steps: int,
             contender.resident, contender.peak = held
             contender.first_seconds = time.perf_counter() - began
             for i in range(1, warmup + 1):
-                contender.step(i)
+                _timed_step(contender, place, i)
+            ready(contender)
             going.append(contender)
         except Exception as error:  # a peer may lack a kernel, or memory: the others go on
             logging.getLogger(__name__).warning("%s failed", contender.name, exc_info=True)
-            contender.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
-    for i, contender in itertools.product(range(steps), going):
-        assert contender.step is not None
-        _wait(place)
-        began, cpu = time.perf_counter(), time.process_time()
-        contender.step(warmup + 1 + i)
-        _wait(place)
-        contender.seconds.append(time.perf_counter() - began)
-        contender.cpu_seconds.append(time.process_time() - cpu)
+            contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    for contender in going:
+        contender.seconds, contender.cpu_seconds = [], []
+    for i, contender in itertools.product(range(warmup + 1, warmup + 1 + steps), going):
+        _timed_step(contender, place, i)
+
+
+def _timed_step(contender: Contender, place: Place, i: int) -> None:
+    assert contender.step is not None
+    _wait(place)
+    began, cpu = time.perf_counter(), time.process_time()
+    contender.step(i)
+    _wait(place)
+    contender.seconds.append(time.perf_counter() - began)
+    contender.cpu_seconds.append(time.process_time() - cpu)
 
 
 @contextlib.contextmanager
@@ -179,18 +198,17 @@ def _wait(place: Place) -> None:
 
 def _counted(steps: Sequence[Sequence[Micro]]) -> tuple[float, float]:
     """Tokens and targets of a step, on average."""
-    return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))  # type: ignore[return-value]
+    return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))
 
 
-def _stock_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+def _stock_inputs(batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
     """What a stock class takes. A decoder shifts its labels itself."""
-    mask = {} if batch.segments is None else {"attention_mask": (batch.segments > 0).long()}
+    tokens, targets = batch.tokens % vocab_size, batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size)
+    segments = batch.segments if batch.source is None else batch.source_segments
+    mask = {} if segments is None else {"attention_mask": (segments > 0).long()}
     if batch.source is not None:
-        seen = {} if batch.source_segments is None else {"attention_mask": (batch.source_segments > 0).long()}
-        return {"input_ids": batch.source, "decoder_input_ids": batch.tokens, "labels": batch.targets, **seen}
-    if batch.picked is not None:
-        return {"input_ids": batch.tokens, "labels": batch.targets, **mask}
-    return {"input_ids": batch.tokens, "labels": batch.targets.roll(1, 1), **mask}
+        return {"input_ids": batch.source % vocab_size, "decoder_input_ids": tokens, "labels": targets, **mask}
+    return {"input_ids": tokens, "labels": targets if batch.picked is not None else targets.roll(1, 1), **mask}
 
 
 def _transformers() -> Any:

@@ -20,7 +20,9 @@ def machine(device: str, threads: int) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}"
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
 
 
 def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = None) -> None:

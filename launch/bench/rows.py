@@ -3,6 +3,7 @@
 The corpus and the vocabulary are made up, everything else is the product's own path: objective, packing, order, stacking.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +18,15 @@ from pretrain.objectives import Objective
 class Words:
     """A vocabulary of numbers: five marks, the sentinels, ordinary tokens."""
 
-    pad, bos, eos, unk, mask = range(5)
+    pad, bos, eos, unk = range(4)
+    mask: int | None = 4
     fingerprint = "words"
+    sentinels: Sequence[int]
+    special: Sequence[int]
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.first = vocab_size, min(105, vocab_size // 2)
-        self.sentinels, self.special = list(range(5, self.first)), list(range(self.first))
+        self.sentinels, self.special = range(5, self.first), range(self.first)
         self.before, self.after, self.start = [self.bos], [self.eos], self.bos
         draw = np.random.default_rng(0)
         self.word_starts, self.sentence_ends = draw.random(vocab_size) < 0.6, draw.random(vocab_size) < 0.05
@@ -77,14 +81,13 @@ def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, devic
 
 def one_by_one(batch: Batch, pad: int = Words.pad) -> Batch:
     """The documents of a packed batch a row each, padded to the longest: what a stock collator makes of the same text. Padding is
-    segment 0; `picked` is left out, because stock classes compute all positions."""
+    segment 0; `picked` is left out: stock classes compute all positions."""
     assert batch.segments is not None
     at = [(b, n) for b, row in enumerate(batch.segments) for n in range(1, int(row.max()) + 1)]
 
     def unpacked(x: torch.Tensor, segments: torch.Tensor, fill: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([x[b][segments[b] == n] for b, n in at], batch_first=True, padding_value=fill)
 
-    own = batch.segments
-    source = batch.source, batch.source_segments
-    both = (None, None) if source[0] is None else (unpacked(source[0], source[1], pad), unpacked(source[1], source[1], 0).clamp(max=1))
+    own, source, its = batch.segments, batch.source, batch.source_segments
+    both = (None, None) if source is None or its is None else (unpacked(source, its, pad), unpacked(its, its, 0).clamp(max=1))
     return Batch(unpacked(batch.tokens, own, pad), unpacked(own, own, 0).clamp(max=1), unpacked(batch.targets, own, IGNORE), *both)

@@ -28,11 +28,11 @@ DIFFERENT = 4  # steps with rows of their own, read in turn
 
 
 def bench(
-    recipe: Recipe, place: Place, console: Console, *, documents: int, peers: bool, steps: int, warmup: int,
-    out: Path | None, trace: Path | None,
+    recipe: Recipe, place: Place, console: Console, *, documents: int, peers: bool, eager: bool, steps: int,
+    warmup: int, out: Path | None, trace: Path | None,
 ) -> None:  # fmt: skip
     """Measure and show. `trace`: a file for a profile of our own steps, made after them."""
-    racing = field(recipe, place, documents, peers)
+    racing = field(recipe, place, documents, (False,) * peers + (True,) * (peers and not eager))
     contenders.race(racing, place, warmup, steps)
     shape = f"rows of {recipe.data.row_length}, " + (f"about {documents} documents each" if documents else "each one whole document")
     title = f"{recipe.run}: {recipe.objective.kind}, {shape}, {recipe.micro_rows} x {recipe.step_rows // recipe.micro_rows} rows a step,"
@@ -42,18 +42,17 @@ def bench(
         profile(first.step, first.model, place, trace, console)
 
 
-def field(recipe: Recipe, place: Place, documents: int, peers: bool) -> list[Contender]:
-    """Ours and, with `peers`, the stock class of the same shape, eager and compiled; for packed rows it gets the same documents padded."""
+def field(recipe: Recipe, place: Place, documents: int, peers: Sequence[bool]) -> list[Contender]:
+    """Ours, and for each of `peers` (compiled or not) the stock class of the same shape; for packed rows it gets the documents padded."""
     config = begin(recipe.model, Path(recipe.run))[0]
     per_step = max(1, recipe.step_rows // recipe.micro_rows)
     packed = contenders.steps_of(micros(recipe, config.vocab_size, documents, DIFFERENT * per_step, place.device), per_step)
     flops = flops_of_step(recipe, config)
     racing = [contenders.ours(f"Trifold, ZeRO-{recipe.engine.zero_stage}", recipe, config, packed, place, flops)]
-    if peers:
-        make, kind = contenders.same_shape(config), contenders.stock_name(config)
-        for compiled in (False, True):
-            name = f"{kind}, {'compiled' if compiled else 'eager'}" + (", padded" if documents else "")
-            racing.append(contenders.stock(name, make, recipe, packed, place, flops, compiled=compiled, padded=documents > 0))
+    for compiled in peers:
+        name = f"{contenders.stock_name(config)}, {'compiled' if compiled else 'eager'}" + (", padded" if documents else "")
+        make = contenders.same_shape(config)
+        racing.append(contenders.stock(name, make, recipe, packed, place, flops, compiled=compiled, padded=documents > 0))
     return racing
 
 
@@ -68,10 +67,10 @@ def flops_of_step(recipe: Recipe, config: ModelConfig) -> float:
 def results(racing: Sequence[Contender], recipe: Recipe, place: Place) -> list[Row]:
     """A row each; the ratio is ours over theirs in tokens per second."""
     peak = peak_flops(place, torch.float32 if recipe.engine.precision == "fp32" else torch.bfloat16)
-    return [_result(contender, racing[0], peak) for contender in racing]
+    return [result(contender, racing[0], peak) for contender in racing]
 
 
-def _result(contender: Contender, ours: Contender, peak: float) -> Row:
+def result(contender: Contender, ours: Contender, peak: float) -> Row:
     if not contender.seconds:
         return {"": contender.name, "note": contender.failed}
     seconds, cpu = median(contender.seconds), median(contender.cpu_seconds)
