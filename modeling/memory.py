@@ -56,7 +56,8 @@ def held(config: ModelConfig, batch: Batch, precision: str, recompute: bool, dev
     """
     low = torch.bfloat16 if device == "cpu" else torch.float16
     with FakeTensorMode() as mode:
-        fake = Batch(**{name: None if value is None else mode.from_tensor(value) for name, value in vars(batch).items()})
+        given: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(batch).items() if value is not None}
+        fake = Batch(**{"segments": None, **given})
         torch.set_default_dtype(low if precision == "bf16" else torch.float32)  # fake weights cannot be cast
         try:
             model = Transformer(config)

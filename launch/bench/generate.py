@@ -27,12 +27,8 @@ def bench(recipe: Recipe, place: Place, console: Console, *, new: int, rounds: i
     if config.family == "encoder":
         raise Refused(f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder")
     torch.set_num_threads(place.threads)
-    rows = [
-        row
-        for batch in BATCHES
-        for beams in BEAMS
-        for row in measure(config, place, batch, beams, min(new, config.max_positions // 2), rounds)
-    ]
+    new = min(new, config.max_positions // 2)
+    rows = [row for batch in BATCHES for beams in BEAMS for row in measure(config, place, batch, beams, new, rounds)]
     show(console, f"{recipe.run}: generation\n{machine(place.device, place.threads)}", rows, out)
 
 
@@ -48,8 +44,9 @@ def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int,
     given = prompts.to(place.device)
 
     def stock() -> None:
+        limits = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False}
         with torch.no_grad():
-            theirs.generate(given, max_new_tokens=new, min_new_tokens=new, num_beams=beams, do_sample=False, attention_mask=torch.ones_like(given))  # type: ignore[operator]  # fmt: skip
+            theirs.generate(given, attention_mask=torch.ones_like(given), **limits)  # type: ignore[operator]
 
     def mine() -> None:
         generate(ours, prompts.tolist(), how, bos=SPECIAL["bos"], eos=SPECIAL["eos"], pad=SPECIAL["pad"])

@@ -4,7 +4,6 @@ In: nothing but the presets below. Out: one table, printed last, and --out's JSO
 share of the time: what hangs or fails costs its own rows and no others. `--tiny` runs the same code on small shapes on the CPU.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -36,8 +35,7 @@ T5 = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A row of the goals: our recipe, and whom it stands beside. Peers get our rows; a class of another vocabulary gets their tokens
-    modulo its own."""
+    """A row of the goals: our recipe, and whom it stands beside."""
 
     model: str
     objective: str
@@ -73,7 +71,12 @@ SHAPES = {
         "decoder-110m", "causal", 1024, 32, 60, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False),), documents=4
     ),
 }  # fmt: skip
-TINY = {"decoder-110m": "decoder-tiny", "decoder-1.3b": "decoder-tiny", "encoder-base": "encoder-tiny", "encoder-decoder-base": "encoder-decoder-tiny"}  # fmt: skip
+TINY = {
+    "decoder-110m": "decoder-tiny",
+    "decoder-1.3b": "decoder-tiny",
+    "encoder-base": "encoder-tiny",
+    "encoder-decoder-base": "encoder-decoder-tiny",
+}
 
 
 def bench(console: Console, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None) -> None:

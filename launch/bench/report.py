@@ -27,11 +27,12 @@ def machine(device: str, threads: int) -> str:
 
 def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
     """The table; with `out` also OUT.json and OUT.png."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title)
-    for i, name in enumerate(dict.fromkeys(name for row in rows for name in row)):
+    for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(said(row.get(column.header)) for column in table.columns))  # type: ignore[call-overload]
+        table.add_row(*(said(row.get(name)) for name in names))
     console.print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
