@@ -76,7 +76,7 @@ def stock(
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
-    inputs = [[_stock_inputs(one_by_one(m.batch) if padded else m.batch, vocab_size) for m in chosen] for chosen in steps]
+    inputs = [[stock_inputs(one_by_one(m.batch) if padded else m.batch, vocab_size) for m in chosen] for chosen in steps]
     low = recipe.engine.precision != "fp32"
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
@@ -144,7 +144,7 @@ def race(
             continue
         try:
             began = time.perf_counter()
-            with _bytes_held(place) as held:
+            with bytes_held(place) as held:
                 contender.model, contender.step = contender.make()
                 contender.step(0)
                 _wait(place)
@@ -174,7 +174,7 @@ def _timed_step(contender: Contender, place: Place, i: int) -> None:
 
 
 @contextlib.contextmanager
-def _bytes_held(place: Place) -> Iterator[list[int]]:
+def bytes_held(place: Place) -> Iterator[list[int]]:
     """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts them."""
     found = [0, 0]
     if place.device == "cuda":
@@ -201,7 +201,7 @@ def _counted(steps: Sequence[Sequence[Micro]]) -> tuple[float, float]:
     return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))
 
 
-def _stock_inputs(batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
+def stock_inputs(batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
     """What a stock class takes. A decoder shifts its labels itself."""
     tokens, targets = batch.tokens % vocab_size, batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size)
     segments = batch.segments if batch.source is None else batch.source_segments

@@ -54,7 +54,8 @@ SHAPES = {
         (("LlamaForCausalLM", None, True), ("GPT2LMHeadModel", GPT2, True), ("LlamaForCausalLM", None, False)),
     ),
     "decoder 24x2048, t2048": Shape(
-        "decoder-1.3b", "causal", 2048, 8, 120, "1.25 x Llama compiled", (("LlamaForCausalLM", None, True), ("LlamaForCausalLM", None, False))
+        "decoder-1.3b", "causal", 2048, 8, 120, "1.25 x Llama compiled",
+        (("LlamaForCausalLM", None, True), ("LlamaForCausalLM", None, False)),
     ),
     "encoder base, t1024, 30 % masked": Shape(
         "encoder-base", "masked", 1024, 32, 100, "2 x ModernBERT compiled",

@@ -33,7 +33,7 @@ def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = N
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(said(row.get(name)) for name in names))
-    console.print(table)
+    (console if console.is_terminal else Console(file=console.file, width=160)).print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")
