@@ -62,7 +62,7 @@ def plan(
     memory_gib: Annotated[float | None, typer.Option(help="of a device; without it that of this machine's")] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="of one device; without it a few steps are measured here")] = None,
     like: Annotated[Path | None, typer.Option(help="a run's folder: the rate that it had")] = None,
-    write_mb_per_second: Annotated[float | None, typer.Option(help="of one device to the run folder; without it measured")] = None,
+    write_mb_per_second: Annotated[float, typer.Option(help="of one device to the run folder, where its rate is given too")] = 1000.0,
     price_per_hour: Annotated[float, typer.Option(help="of one device")] = 0.0,
     hours_per_failure: Annotated[float, typer.Option(help="of one device")] = 50_000.0,
 ) -> None:
@@ -78,7 +78,7 @@ def plan(
         kind,
         memory,
         tokens_per_second if like is None else rate_of(like),
-        None if write_mb_per_second is None else 1e6 * write_mb_per_second,
+        1e6 * write_mb_per_second,
         price_per_hour,
         hours_per_failure,
     )

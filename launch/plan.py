@@ -6,25 +6,21 @@ RUN/plan.json. Memory and checkpoint are exact counts (pretrain/budget.py), seco
 
 import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench import contenders, rows
+from launch.bench import contenders, rows, save
 from launch.config import Recipe
 from modeling.batch import Batch
 from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
-from pretrain import budget, storage
+from pretrain import budget
 from pretrain.batches import stack
 from pretrain.engine import Place
 from pretrain.metrics import read_lines
@@ -32,7 +28,8 @@ from pretrain.stages import parts
 from pretrain.start import begin
 
 GPU_HOURS_PER_FAILURE = 50_000.0  # Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
-STEADY = 3  # timed steps of each kind in a calibration
+STEADY = 5  # timed steps of each kind in a calibration
+COPY_SHARE = 0.1  # of a save's writing that training waits for, where neither is measured: 0.02 to 0.2 was seen (LOG.md, `bench save`)
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class Where:
     ranks: int
     device: str
     memory: float  # bytes of a device
-    tokens_per_second: float | None = None  # of one device; None: measured here
-    write_bytes_per_second: float | None = None  # of one rank; None: measured here
+    tokens_per_second: float | None = None  # of one device; None: steps and saves are measured here
+    write_bytes_per_second: float = 1e9  # of one rank, where they are not
     price_per_hour: float = 0.0  # of one device
     hours_per_failure: float = GPU_HOURS_PER_FAILURE  # of one device
     restart_seconds: float = 60.0  # from a failure to the first step after it, reading the checkpoint aside
@@ -68,32 +65,43 @@ def plan(recipe: Recipe, where: Where, console: Console) -> dict[str, Any]:
     return found
 
 
+class Rates(NamedTuple):
+    """Seconds of a rank, and bytes of its process beyond tensors."""
+
+    micro: float
+    optimizer: float
+    save_waits: float
+    save_written: float
+    save_read: float
+    process: int
+
+
 def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     """What is known before a run, by name; the names say the unit."""
     model = begin(recipe.model, Path(recipe.run))[0]
     part = parts(recipe)[-1]
     micro = _batch(recipe, model, part.micro_rows)
     memory = budget.memory(recipe, model, micro, where.ranks, where.device)
-    rounds = -(-part.micros // where.ranks)
-    tokens = part.step_rows * micro.tokens[0].numel() + (0 if micro.source is None else part.step_rows * micro.source[0].numel())
-    seconds = _step_seconds(recipe, model, where, rounds, tokens)
     saved = budget.checkpoint_bytes(recipe, model)
-    rate = where.write_bytes_per_second or _write_rate(Path(recipe.run))
-    writing = saved / where.ranks / rate
+    tokens = part.micro_rows * (micro.tokens.shape[1] + (0 if micro.source is None else micro.source.shape[1]))
+    rates = _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, tokens, saved)
+    rounds = -(-part.micros // where.ranks)
+    step = rounds * rates.micro + rates.optimizer
+    peak = memory.total + rates.process
+    fits = where.memory - rates.process
     return {
         "parameters": num_parameters(model),
         **{f"memory_{name}_bytes": size for name, size in memory._asdict().items()},
-        "memory_peak_bytes": memory.total,
-        "largest_micro_rows": budget.largest_micro(
-            recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, where.memory
-        ),
+        "memory_process_bytes": rates.process,
+        "memory_peak_bytes": peak,
+        "largest_micro_rows": budget.largest_micro(recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, fits),
         "micros_of_a_rank": rounds,
         "sent_bytes_of_a_rank_and_step": budget.traffic(recipe, model, where.ranks, rounds),
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "step_seconds": step,
+        "positions_per_second": part.micros * tokens / step,
         "checkpoint_bytes": saved,
-        "checkpoint_seconds": writing,
-        **_whole_run(recipe, where, seconds, saved / where.ranks / rate),
+        "checkpoint_seconds": rates.save_written,
+        **_whole_run(recipe, where, step, rates),
     }
 
 
@@ -120,7 +128,6 @@ def measured(folder: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {
         "memory_peak_bytes": [max((record.get("peak_bytes", 0) for record in steps), default=0)],
         "step_seconds": [record["seconds"] for record in steps],
-        "tokens_per_second": [record["tokens_per_s"] for record in steps],
         "checkpoint_bytes": [e["bytes"] for e in events if e["event"] == "save_committed"],
         "checkpoint_seconds": [e["seconds"] for e in events if e["event"] == "save_committed"],
     }
@@ -137,15 +144,12 @@ def shown(name: str, value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
 
 
-def _whole_run(recipe: Recipe, where: Where, step: float, writing: float) -> dict[str, float]:
-    """Time, price and what failures cost. A save holds training up while its slices are copied to host memory; it is written beside the
-    steps, so saves cannot follow each other faster than they are written."""
+def _whole_run(recipe: Recipe, where: Where, step: float, rates: Rates) -> dict[str, float]:
+    """Time, price and what failures cost. A save is written beside the steps, so saves cannot follow each other faster than that."""
     between = where.hours_per_failure * 3600 / where.ranks
-    stall = 0.02 * writing  # measured: the copy takes about a fiftieth of the writing (LOG.md)
-    restart = where.restart_seconds + writing  # reading is as fast as writing
-    interval = max(budget.best_interval(stall, between), writing)
-    every = recipe.checkpoints.every * step
-    lost = budget.lost_share(every, stall, restart, between)
+    restart = where.restart_seconds + rates.save_read
+    interval = max(budget.best_interval(rates.save_waits, between), rates.save_written)
+    lost = budget.lost_share(recipe.checkpoints.every * step, rates.save_waits, restart, between)
     hours = recipe.steps * step / 3600 * (1 + lost)
     return {
         "run_hours": hours,
@@ -154,37 +158,35 @@ def _whole_run(recipe: Recipe, where: Where, step: float, writing: float) -> dic
         "restart_seconds": restart,
         "lost_share": lost,
         "best_checkpoints_every_steps": max(1, round(interval / step)),
-        "lost_share_at_best": budget.lost_share(interval, stall, restart, between),
+        "lost_share_at_best": budget.lost_share(interval, rates.save_waits, restart, between),
     }
 
 
-def _step_seconds(recipe: Recipe, model: ModelConfig, where: Where, rounds: int, tokens: int) -> float:
-    """From the device's rate, or by a few steps of one and of two micros here: what a micro takes, and what the optimizer does."""
-    if where.tokens_per_second is not None:
-        return tokens / where.ranks / where.tokens_per_second
+def _given(where: Where, tokens: int, saved: int) -> Rates:
+    """From the rates of a device that is not here."""
+    assert where.tokens_per_second is not None
+    written = saved / where.ranks / where.write_bytes_per_second
+    return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, 0)
+
+
+def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
+    """A few steps of one and of two micros on this machine, and a few saves beside the run folder, by one rank."""
     if where.device == "cuda" and not torch.cuda.is_available():
         raise Refused("there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a run's folder")
     place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads_per_worker or 1)
-    micros = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
-    racing = [contenders.ours(f"{n} micro(s)", recipe, model, [micros[:n]], place, 0.0) for n in (1, 2)]
-    contenders.race(racing, place, warmup=1, steps=STEADY)
-    if failed := [c.failed for c in racing if not c.seconds]:
-        raise Refused(f"the steps that were to be measured failed: {failed[0]}. Give --tokens-per-second instead.")
-    one, two = (median(c.seconds) for c in racing)
-    return one + (rounds - 1) * max(0.0, two - one)
-
-
-def _write_rate(folder: Path) -> float:
-    """Bytes per second of a hashed and synced file beside the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = memoryview(bytes(2**26))
-    inside = Path(tempfile.mkdtemp(dir=folder, prefix="rate-"))
-    try:
-        began = time.perf_counter()
-        storage.write(inside / "rate", iter([content]))
-        return len(content) / (time.perf_counter() - began)
-    finally:
-        shutil.rmtree(inside)
+    one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows})
+    batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
+    racer = contenders.ours("both", one, model, [batches[:1], batches], place, 0.0)
+    contenders.race([racer], place, warmup=2, steps=2 * STEADY)
+    if racer.failed:
+        raise Refused(f"the steps that were to be measured failed: {racer.failed}. Give --tokens-per-second instead.")
+    two_micros, one_micro = (median(racer.seconds[i::2]) for i in (0, 1))  # after the warm-up of an odd number of steps
+    micro = max(0.0, two_micros - one_micro)
+    assert racer.engine is not None
+    counted = budget.memory(one, model, batches[0].batch, 1, where.device).total
+    process = max(0, racer.engine.meter.peak() - counted) if where.device == "cpu" else 0
+    costs = save.measure(racer.engine, recipe, Path(recipe.run))
+    return Rates(micro, one_micro - micro, costs.waits / where.ranks, costs.written / where.ranks, costs.verified + costs.read, process)
 
 
 def _batch(recipe: Recipe, model: ModelConfig, number: int) -> Batch:
@@ -205,7 +207,7 @@ def device_memory(device: str, ranks: int) -> float:
 def rate_of(folder: Path) -> float:
     """Tokens per second of one rank in an earlier run: the median of its steps."""
     started = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "started"]
-    found: Mapping[str, float] = measured(folder)
-    if not started or "tokens_per_second" not in found:
+    steps = [record["tokens_per_s"] for record in read_lines(folder / "metrics.jsonl") if "tokens_per_s" in record]
+    if not started or not steps:
         raise Refused(f"{folder} holds no steps of a run to take a rate from")
-    return found["tokens_per_second"] / started[-1]["world"]
+    return median(steps) / started[-1]["world"]

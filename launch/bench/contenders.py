@@ -22,7 +22,7 @@ from modeling.huggingface import express
 from modeling.transformer import build
 from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
-from pretrain.objectives.config import labels
+from pretrain.objectives.config import family, labels
 
 SPECIAL = {"pad": Words.pad, "bos": Words.bos, "eos": Words.eos, "start": Words.bos}
 
@@ -39,6 +39,7 @@ class Contender:
     targets: float
     flops: float  # of one step, by our formula: the same work for all
     model: nn.Module | None = None
+    engine: Engine | None = None  # ours has one
     step: Callable[[int], None] | None = None
     seconds: list[float] = field(default_factory=list)  # of each timed step
     cpu_seconds: list[float] = field(default_factory=list)
@@ -57,7 +58,7 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         named, model = labels(recipe.objective), build(config, recipe.seed)
-        engine = Engine(model, recipe, place, len(named) if len(named) > 1 else 0)
+        racer.engine = engine = Engine(model, recipe, place, len(named) if len(named) > 1 else 0)
 
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]
@@ -65,7 +66,8 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
         return model, step
 
-    return Contender(name, make, *_counted(steps), flops)
+    racer = Contender(name, make, *_counted(steps), flops)
+    return racer
 
 
 def stock(
@@ -76,7 +78,8 @@ def stock(
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
-    inputs = [[stock_inputs(one_by_one(m.batch) if padded else m.batch, vocab_size) for m in chosen] for chosen in steps]
+    shifts = family(recipe.objective) == "decoder"
+    inputs = [[stock_inputs(one_by_one(m.batch) if padded else m.batch, shifts, vocab_size) for m in chosen] for chosen in steps]
     low = recipe.engine.precision != "fp32"
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
@@ -201,14 +204,14 @@ def _counted(steps: Sequence[Sequence[Micro]]) -> tuple[float, float]:
     return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))
 
 
-def stock_inputs(batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
-    """What a stock class takes. A decoder shifts its labels itself."""
+def stock_inputs(batch: Batch, shifts: bool, vocab_size: int = 2**31) -> dict[str, torch.Tensor]:
+    """What a stock class takes; it `shifts` its labels itself where it is a decoder."""
     tokens, targets = batch.tokens % vocab_size, batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size)
     segments = batch.segments if batch.source is None else batch.source_segments
     mask = {} if segments is None else {"attention_mask": (segments > 0).long()}
     if batch.source is not None:
         return {"input_ids": batch.source % vocab_size, "decoder_input_ids": tokens, "labels": targets, **mask}
-    return {"input_ids": tokens, "labels": targets if batch.picked is not None else targets.roll(1, 1), **mask}
+    return {"input_ids": tokens, "labels": targets.roll(1, 1) if shifts else targets, **mask}
 
 
 def _transformers() -> Any:

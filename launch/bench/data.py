@@ -55,7 +55,7 @@ def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
     if (folder / "tokenizer.model").exists():
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         theirs, _ = _timed(lambda: sum(len(pieces.encode(text)) for text in texts))
-        rows = [{**row, "SentencePiece, times": theirs / seconds} for row, seconds in zip(rows, (cold, warm), strict=True)]
+        rows = [{**row, "x SentencePiece": theirs / seconds} for row, seconds in zip(rows, (cold, warm), strict=True)]
         rows.append(_row("SentencePiece itself", number, theirs))
     assert tokenizer.fingerprint == again.fingerprint
     return rows

@@ -44,7 +44,7 @@ def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int,
     given = prompts.to(place.device)
 
     def stock() -> None:
-        limits = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False}
+        limits = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False, "use_cache": True}
         with torch.no_grad():
             theirs.generate(given, attention_mask=torch.ones_like(given), **limits)  # type: ignore[operator]
 

@@ -52,7 +52,7 @@ def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(recipe: Rec
         append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": seconds, "tokens_per_s": 4096 / seconds, "peak_bytes": 2**25})
     append_line(tmp_path / "events.jsonl", {"event": "save_committed", "bytes": 1000, "seconds": 0.5})
     table = beside(recipe)
-    assert table is not None and table.row_count == 5
+    assert table is not None and table.row_count == 4
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["measured"]["step_seconds"] == 2.0 and written["step_seconds"] == 64 * recipe.data.row_length / 4000
     assert rate_of(tmp_path) == 1024.0
