@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from launch.bench.commands import app as bench
 from launch.config import FinetuneRecipe, Recipe, resolve, resolve_any
 from modeling.config import Refused
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Pretrain the three transformer families, through any failure.",
 )
 
+app.add_typer(bench, name="bench")
 Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
 RunName = Annotated[str | None, typer.Argument(help="a run's name: that of its folder", metavar="[RUN]")]
 Address = Annotated[str, typer.Option(help="the cluster's job server", envvar="RAY_API_SERVER_ADDRESS")]
@@ -48,6 +50,39 @@ def prepare(config: Config, changes: Changes = None) -> None:
     from launch.pretrain import prepare
 
     prepare(_recipe(config, changes), Console())
+
+
+@app.command()
+def plan(
+    config: Config,
+    changes: Changes = None,
+    nodes: Annotated[int, typer.Option(help="machines; with --per-node: other than the recipe's own workers")] = 1,
+    per_node: Annotated[int | None, typer.Option(help="devices of a machine")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="what it would run on; without it, as the recipe says")] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="of a device; without it that of this machine's")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="of one device; without it a few steps are measured here")] = None,
+    like: Annotated[Path | None, typer.Option(help="a run's folder: the rate that it had")] = None,
+    write_mb_per_second: Annotated[float, typer.Option(help="of one device to the run folder, where its rate is given too")] = 1000.0,
+    price_per_hour: Annotated[float, typer.Option(help="of one device")] = 0.0,
+    hours_per_failure: Annotated[float, typer.Option(help="of one device")] = 50_000.0,
+) -> None:
+    """Say what a recipe will need before anything starts: memory, seconds, checkpoints, price, what failures cost."""
+    from launch.plan import Where, device_memory, plan, rate_of
+
+    recipe = _recipe(config, changes)
+    kind = device or ("cuda" if recipe.cluster.gpus_per_worker else "cpu")
+    ranks = nodes * per_node if per_node else nodes * max(1, recipe.cluster.workers)
+    memory = memory_gib * 2**30 if memory_gib else device_memory(kind, ranks // nodes)
+    where = Where(
+        ranks,
+        kind,
+        memory,
+        tokens_per_second if like is None else rate_of(like),
+        1e6 * write_mb_per_second,
+        price_per_hour,
+        hours_per_failure,
+    )
+    plan(recipe, where, Console())
 
 
 @app.command()

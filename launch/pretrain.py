@@ -16,6 +16,7 @@ from rich.table import Table
 
 from launch.changes import settle
 from launch.config import Recipe
+from launch.plan import beside
 from launch.progress import Watch
 from pretrain import run
 from pretrain.engine import Place
@@ -52,6 +53,8 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
         console.print(f"Continue with: trifold pretrain {folder}/config.yaml", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
     console.print(scores(recipe))
+    if (table := beside(recipe)) is not None:
+        console.print(table)
 
 
 def scores(recipe: Recipe) -> Table:

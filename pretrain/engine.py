@@ -26,6 +26,7 @@ from modeling.config import Generation, Refused
 from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain.config import Training
+from pretrain.meter import Meter, keep_freed_pages
 from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
@@ -66,6 +67,9 @@ class Engine:
             )
         torch.set_num_threads(place.threads)
         deepspeed = _deepspeed(place)
+        self.meter = Meter(place.device, model)
+        if place.device == "cpu":
+            keep_freed_pages()
         low = config.engine.precision != "fp32"
         optimizer = make_optimizer(model, config.optimizer, torch.bfloat16 if low else torch.float32)
         model.recompute(config.engine.recompute)

@@ -80,6 +80,7 @@ def train(
             tokens_per_s=tokens / seconds,
             mfu=flops(rows.step) / seconds / peak_flops,
             seconds=seconds,
+            peak_bytes=engine.meter.peak(),
             stage=rows.stage,
             rows=[rows.first, rows.last],
             rows_hash=f"{rows_hash:012x}",

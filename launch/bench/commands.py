@@ -1,0 +1,120 @@
+"""The commands of `trifold bench`: each measures on this machine, shows one table, and with --out writes OUT.json and OUT.png."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:  # torch takes a second, and `trifold --help` should not
+    from pretrain.engine import Place
+
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine, beside the peers.")
+
+Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
+Changes = Annotated[list[str] | None, typer.Argument(help="changes to it, such as micro_rows=16", metavar="[KEY=VALUE]...")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="where; without it CUDA where there is one")]
+Threads = Annotated[int, typer.Option(help="threads of the CPU")]
+Out = Annotated[Path | None, typer.Option(help="a name for OUT.json and OUT.png")]
+
+
+@app.command()
+def train(
+    config: Config,
+    changes: Changes = None,
+    peers: Annotated[bool, typer.Option("--peers", help="beside stock classes of the same shape, eager and compiled")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="the peers eager alone: compiling takes a minute each")] = False,
+    documents: Annotated[int, typer.Option(help="documents of a row; 0: each row is one whole document")] = 0,
+    steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
+    warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
+    trace: Annotated[Path | None, typer.Option("--profile", help="a file for a trace of ours; a table of where the time goes")] = None,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Throughput of a recipe on rows of its shape: tokens/s, MFU, peak memory."""
+    from launch.bench.train import bench
+    from launch.config import resolve
+
+    bench(
+        resolve(config, changes or []), _place(device, threads), Console(), documents=documents, peers=peers, eager=eager, steps=steps,
+        warmup=warmup, out=out, trace=trace,
+    )  # fmt: skip
+
+
+@app.command()
+def data(
+    config: Config,
+    changes: Changes = None,
+    megabytes: Annotated[int, typer.Option(help="of text to tokenize")] = 10,
+    documents: Annotated[int, typer.Option(help="documents of a row")] = 3,
+    out: Out = None,
+) -> None:
+    """Tokens per second of one core: tokenizing beside SentencePiece itself, and the rows of each objective."""
+    from launch.bench.data import bench
+    from launch.config import resolve
+
+    bench(resolve(config, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out)
+
+
+@app.command()
+def save(
+    config: Config,
+    changes: Changes = None,
+    folder: Annotated[Path, typer.Option(help="the disk to write to")] = Path("."),
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """What a checkpoint costs: how long training waits, the background writes, a resume reads."""
+    from launch.bench.save import bench
+    from launch.config import resolve
+
+    bench(resolve(config, changes or []), _place(device, threads), Console(), folder=folder, out=out)
+
+
+@app.command()
+def generate(
+    config: Config,
+    changes: Changes = None,
+    new: Annotated[int, typer.Option(help="tokens to write")] = 64,
+    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 5,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """New tokens per second beside the stock class with the same weights: batch 1 and 32, greedy and beams."""
+    from launch.bench.generate import bench
+    from launch.config import resolve
+
+    bench(resolve(config, changes or []), _place(device, threads), Console(), new=new, rounds=rounds, out=out)
+
+
+@app.command()
+def gpu(
+    only: Annotated[list[str] | None, typer.Option(help="of the shapes, by their beginnings; several times")] = None,
+    seconds: Annotated[float, typer.Option(help="after which the table is printed, whatever is done by then")] = 520,
+    tiny: Annotated[bool, typer.Option("--tiny", help="the same code on shapes for a CPU: a rehearsal")] = False,
+    steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
+    out: Out = None,
+) -> None:
+    """The table of goals on one GPU: five shapes, ours beside the stock classes, each in a process with a time limit of its own."""
+    from launch.bench.gpu import bench
+
+    bench(Console(), only=only or [""], seconds=seconds, tiny=tiny, steps=steps, out=out)
+
+
+@app.command(hidden=True)
+def shape(name: str, out: Path, seconds: float, steps: int, tiny: bool = False) -> None:
+    """One shape of `gpu`, in this process; each contender's row is appended to OUT as it is known."""
+    from launch.bench.gpu import measure
+
+    measure(name, out, seconds=seconds, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1))
+
+
+def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "Place":
+    import torch
+
+    from pretrain.engine import Place
+
+    return Place(0, 1, 0, device or ("cuda" if torch.cuda.is_available() else "cpu"), None, threads)

@@ -1,0 +1,223 @@
+"""Those who race: each does optimizer steps on the same micro batches. In, a recipe and micros; out, a Contender whose `step` is one step.
+
+Ours is the product's Engine (DeepSpeed). The peers are the stock classes of the same shape in the loop that Hugging Face's Trainer runs
+(transformers/trainer.py: `training_step`): fp32 weights, bf16 autocast unless the recipe is fp32, clipping, fused AdamW.
+"""
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from launch.bench.rows import Micro, Words, one_by_one
+from modeling.batch import IGNORE, Batch
+from modeling.config import ModelConfig, Refused
+from modeling.huggingface import express
+from modeling.transformer import build
+from pretrain.config import Pretrain
+from pretrain.engine import Engine, Place
+from pretrain.objectives.config import family, labels
+
+SPECIAL = {"pad": Words.pad, "bos": Words.bos, "eos": Words.eos, "start": Words.bos}
+
+
+@dataclass
+class Contender:
+    """`make` builds it, on the device, and returns its model and its step, whose number says which micros it
+    reads. `tokens` and `targets` are those
+    of one step, padding left out."""
+
+    name: str
+    make: Callable[[], tuple[nn.Module, Callable[[int], None]]]
+    tokens: float
+    targets: float
+    flops: float  # of one step, by our formula: the same work for all
+    model: nn.Module | None = None
+    engine: Engine | None = None  # ours has one
+    step: Callable[[int], None] | None = None
+    seconds: list[float] = field(default_factory=list)  # of each timed step
+    cpu_seconds: list[float] = field(default_factory=list)
+    resident: int = 0  # bytes it holds between steps
+    peak: int = 0  # bytes it held at most
+    first_seconds: float = 0.0  # building it and its first step: compilation
+    failed: str = ""
+
+
+def steps_of(micros: Sequence[Micro], per_step: int) -> list[list[Micro]]:
+    return [list(micros[i : i + per_step]) for i in range(0, len(micros) - per_step + 1, per_step)]
+
+
+def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Sequence[Micro]], place: Place, flops: float) -> Contender:
+    """The product's engine, at this recipe's settings."""
+
+    def make() -> tuple[nn.Module, Callable[[int], None]]:
+        named, model = labels(recipe.objective), build(config, recipe.seed)
+        racer.engine = engine = Engine(model, recipe, place, len(named) if len(named) > 1 else 0)
+
+        def step(i: int) -> None:
+            chosen = steps[i % len(steps)]
+            engine.train_step([m.batch for m in chosen], list(range(len(chosen))), sum(m.targets for m in chosen), 1.0)
+
+        return model, step
+
+    racer = Contender(name, make, *_counted(steps), flops)
+    return racer
+
+
+def stock(
+    name: str, model: Callable[[], nn.Module], recipe: Pretrain, steps: Sequence[Sequence[Micro]], place: Place, flops: float,
+    *, compiled: bool = False, padded: bool = False, vocab_size: int = 2**31,
+) -> Contender:  # fmt: skip
+    """A stock class in the Trainer's loop. `padded`: each document a row of its own, instead of the rows as they are.
+
+    `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
+    """
+    shifts = family(recipe.objective) == "decoder"
+    inputs = [[stock_inputs(one_by_one(m.batch) if padded else m.batch, shifts, vocab_size) for m in chosen] for chosen in steps]
+    low = recipe.engine.precision != "fp32"
+
+    def make() -> tuple[nn.Module, Callable[[int], None]]:
+        net = model().to(place.device).train()
+        optimizer = torch.optim.AdamW(
+            net.parameters(), lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, weight_decay=recipe.optimizer.weight_decay, fused=True
+        )
+        run: Any = torch.compile(net) if compiled else net
+
+        def step(i: int) -> None:
+            for given in inputs[i % len(inputs)]:
+                given = {key: value.to(place.device, non_blocking=True) for key, value in given.items()}
+                with torch.autocast(place.device, torch.bfloat16, enabled=low):
+                    loss = run(**given).loss
+                (loss / len(inputs[i % len(inputs)])).backward()
+            if recipe.optimizer.clip:
+                nn.utils.clip_grad_norm_(net.parameters(), recipe.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return net, step
+
+    return Contender(name, make, *_counted(steps), flops)
+
+
+def same_shape(config: ModelConfig) -> Callable[[], nn.Module]:
+    """The stock class that publishes this model, with new weights."""
+    architecture, hf = express(config, SPECIAL)
+    return lambda: stock_class(architecture.stock_class, hf)
+
+
+def of_class(name: str, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    return lambda: stock_class(name, settings)
+
+
+def stock_name(config: ModelConfig) -> str:
+    return express(config, SPECIAL)[0].stock_class
+
+
+def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """A class of transformers from its config's settings; with SDPA attention where it has that."""
+    transformers = _transformers()
+    kind = getattr(transformers, name)
+    config = kind.config_class(**{key: value for key, value in settings.items() if key not in ("architectures", "model_type")})
+    config.use_cache = False
+    torch.manual_seed(0)
+    try:
+        return kind._from_config(config, attn_implementation="sdpa")
+    except ValueError:  # T5Gemma has none
+        return kind._from_config(config, attn_implementation="eager")
+
+
+def race(
+    contenders: Sequence[Contender], place: Place, warmup: int, steps: int, deadline: float = float("inf"),
+    ready: Callable[[Contender], None] = lambda contender: None,
+) -> None:  # fmt: skip
+    """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender raises is its own result.
+
+    No new one is begun after `deadline` (time.monotonic()). `ready` hears of each that has warmed up, with its last step's seconds.
+    """
+    going = []
+    for contender in contenders:
+        if time.monotonic() > deadline:
+            contender.failed = "no time left"
+            continue
+        try:
+            began = time.perf_counter()
+            with bytes_held(place) as held:
+                contender.model, contender.step = contender.make()
+                contender.step(0)
+                _wait(place)
+            contender.resident, contender.peak = held
+            contender.first_seconds = time.perf_counter() - began
+            for i in range(1, warmup + 1):
+                _timed_step(contender, place, i)
+            ready(contender)
+            going.append(contender)
+        except Exception as error:  # a peer may lack a kernel, or memory: the others go on
+            logging.getLogger(__name__).warning("%s failed", contender.name, exc_info=True)
+            contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    for contender in going:
+        contender.seconds, contender.cpu_seconds = [], []
+    for i, contender in itertools.product(range(warmup + 1, warmup + 1 + steps), going):
+        _timed_step(contender, place, i)
+
+
+def _timed_step(contender: Contender, place: Place, i: int) -> None:
+    assert contender.step is not None
+    _wait(place)
+    began, cpu = time.perf_counter(), time.process_time()
+    contender.step(i)
+    _wait(place)
+    contender.seconds.append(time.perf_counter() - began)
+    contender.cpu_seconds.append(time.process_time() - cpu)
+
+
+@contextlib.contextmanager
+def bytes_held(place: Place) -> Iterator[list[int]]:
+    """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts them."""
+    found = [0, 0]
+    if place.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found[:] = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield found
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = list(itertools.accumulate(size for _, size in sorted(changes)))
+    found[:] = live[-1], max(live)
+
+
+def _wait(place: Place) -> None:
+    if place.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _counted(steps: Sequence[Sequence[Micro]]) -> tuple[float, float]:
+    """Tokens and targets of a step, on average."""
+    return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))
+
+
+def stock_inputs(batch: Batch, shifts: bool, vocab_size: int = 2**31) -> dict[str, torch.Tensor]:
+    """What a stock class takes; it `shifts` its labels itself where it is a decoder."""
+    tokens, targets = batch.tokens % vocab_size, batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size)
+    segments = batch.segments if batch.source is None else batch.source_segments
+    mask = {} if segments is None else {"attention_mask": (segments > 0).long()}
+    if batch.source is not None:
+        return {"input_ids": batch.source % vocab_size, "decoder_input_ids": tokens, "labels": targets, **mask}
+    return {"input_ids": tokens, "labels": targets.roll(1, 1) if shifts else targets, **mask}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise Refused("the peers are stock classes of transformers: pip install 'trifold[publish]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    return transformers

@@ -1,0 +1,93 @@
+"""`trifold bench data`: tokens per second of one core, from text to micro batches: tokenizing, and the rows of each objective.
+
+Process time of one thread, so that a busy machine does not show. Tokenizing is set beside SentencePiece's own speed on the same text.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import sentencepiece
+from rich.console import Console
+
+from launch.bench.report import Row, machine, show
+from launch.bench.rows import synthetic
+from launch.config import Recipe
+from modeling.config import Refused
+from pretrain.corpus import documents
+from pretrain.loader import Loader
+from pretrain.objectives import PARTS
+from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Objective, Prefix, Spans
+from pretrain.run import make_tokenizer
+from pretrain.stages import parts
+from pretrain.tokenizer import Tokenizer
+
+OBJECTIVES: dict[str, Objective] = {
+    "causal": Causal(),
+    "prefix": Prefix(),
+    "fim": Fim(),
+    "masked": Masked(),
+    "masked, whole words": Masked(whole_words=True),
+    "spans": Spans(),
+    "continuation": Continuation(),
+    "infilling": Infilling(),
+}
+assert {dials.kind for dials in OBJECTIVES.values()} == PARTS.keys()
+VOCABULARY, STEPS = 32_000, 20
+
+
+def bench(recipe: Recipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None) -> None:
+    """Measure and show."""
+    rows = [*tokenizing(recipe, megabytes), *(making(recipe, name, dials, documents_per_row) for name, dials in OBJECTIVES.items())]
+    show(console, f"{recipe.run}: text and rows of {recipe.data.row_length}, one core's own time\n{machine('cpu', 1)}", rows, out)
+
+
+def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
+    """Ours on words never seen and on words seen before, and SentencePiece by the same model."""
+    tokenizer = make_tokenizer(recipe, lambda what, done: None)
+    texts = _sample(recipe, megabytes * 1_000_000)
+    folder = Path(recipe.run) / "tokenizer"
+    again = Tokenizer.open(folder)
+    cold, number = _timed(lambda: sum(map(len, again.encode_batch(texts))))
+    warm, _ = _timed(lambda: sum(map(len, again.encode_batch(texts))))
+    rows: list[Row] = [_row("tokenize, words new", number, cold), _row("tokenize, words known", number, warm)]
+    if (folder / "tokenizer.model").exists():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        theirs, _ = _timed(lambda: sum(len(pieces.encode(text)) for text in texts))
+        rows = [{**row, "x SentencePiece": theirs / seconds} for row, seconds in zip(rows, (cold, warm), strict=True)]
+        rows.append(_row("SentencePiece itself", number, theirs))
+    assert tokenizer.fingerprint == again.fingerprint
+    return rows
+
+
+def making(recipe: Recipe, name: str, dials: Objective, documents_per_row: int) -> Row:
+    """A rank's share of steps, packing included: rows packed, drawn, hashed and stacked, as the loader's thread does it."""
+    asked = recipe.model_copy(update={"objective": dials, "stages": ()})
+    source = synthetic(asked, VOCABULARY, documents_per_row, STEPS * recipe.step_rows)
+    loader = Loader([source], parts(asked), start=0, stop=STEPS, rank=0, world=1, prefetch=1)
+    seconds, tokens = _timed(lambda: sum(loader.share(step).tokens for step in range(STEPS)))
+    return _row(f"rows: {name}", tokens, seconds)
+
+
+def _row(name: str, tokens: int, seconds: float) -> Row:
+    return {"": name, "tokens/s": tokens / seconds, "tokens": tokens, "CPU s": seconds}
+
+
+def _timed(work: Callable[[], int]) -> tuple[float, int]:
+    began = time.process_time()
+    done = work()
+    return time.process_time() - began, done
+
+
+def _sample(recipe: Recipe, size: int) -> Sequence[str]:
+    """The first texts of the recipe's first source."""
+    texts, held = [], 0
+    for text in islice(documents(recipe.data.sources[0]), 1_000_000):
+        texts.append(text)
+        held += len(text)
+        if held >= size:
+            return texts
+    if not texts:
+        raise Refused(f"the first source of {recipe.run} has no text to measure with")
+    return texts

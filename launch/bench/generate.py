@@ -1,0 +1,69 @@
+"""`trifold bench generate`: new tokens per second, ours beside the stock class with the same weights: batch 1 and 32, greedy and beams."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+
+from launch.bench.contenders import SPECIAL, stock_class
+from launch.bench.report import Row, machine, show
+from launch.config import Recipe
+from modeling.config import Generation, ModelConfig, Refused
+from modeling.generate import generate
+from modeling.huggingface import export
+from modeling.transformer import build
+from pretrain.engine import Place
+from pretrain.start import begin
+
+BATCHES, BEAMS, PROMPT = (1, 32), (1, 4), 32
+
+
+def bench(recipe: Recipe, place: Place, console: Console, *, new: int, rounds: int, out: Path | None) -> None:
+    """Measure and show. Texts have exactly `new` tokens: their end is forbidden until then."""
+    config = begin(recipe.model, Path(recipe.run))[0]
+    if config.family == "encoder":
+        raise Refused(f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder")
+    torch.set_num_threads(place.threads)
+    new = min(new, config.max_positions // 2)
+    rows = [row for batch in BATCHES for beams in BEAMS for row in measure(config, place, batch, beams, new, rounds)]
+    show(console, f"{recipe.run}: generation\n{machine(place.device, place.threads)}", rows, out)
+
+
+def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int, rounds: int) -> list[Row]:
+    """Both in turn, the same prompts and weights."""
+    ours = build(config, 0)
+    hf, state = export(config, ours.state_dict(), SPECIAL)
+    theirs = stock_class(hf["architectures"][0], hf)
+    theirs.load_state_dict(state, strict=False)  # tied weights have one name in `state`
+    ours, theirs = ours.to(place.device), theirs.to(place.device).eval()
+    prompts = torch.randint(105, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    how = Generation(max_new=new, min_new=new, beams=beams)
+    given = prompts.to(place.device)
+
+    def stock() -> None:
+        limits = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False, "use_cache": True}
+        with torch.no_grad():
+            theirs.generate(given, attention_mask=torch.ones_like(given), **limits)  # type: ignore[operator]
+
+    def mine() -> None:
+        generate(ours, prompts.tolist(), how, bos=SPECIAL["bos"], eos=SPECIAL["eos"], pad=SPECIAL["pad"])
+
+    seconds = [[_timed(work, place) for work in (mine, stock)] for _ in range(rounds + 1)][1:]
+    fast, slow = (median(pair[i][0] for pair in seconds) for i in (0, 1))
+    cpu = median(pair[1][1] for pair in seconds) / median(pair[0][1] for pair in seconds)
+    name = f"batch {batch}, " + ("greedy" if beams == 1 else f"{beams} beams")
+    return [
+        {"": f"{name}: Trifold", "tokens/s": batch * new / fast, "ours, times": slow / fast, "by CPU time": cpu},
+        {"": f"{name}: {hf['architectures'][0]}", "tokens/s": batch * new / slow},
+    ]
+
+
+def _timed(work: Callable[[], None], place: Place) -> tuple[float, float]:
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    if place.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, time.process_time() - cpu

@@ -1,0 +1,68 @@
+"""What a bench found, shown: rows of plain values -> one table, a JSON file, a bar chart."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from modeling.config import Refused
+
+Row = dict[str, Any]  # the first value is its name; numbers keep their precision here and lose it in the table
+
+
+def machine(device: str, threads: int) -> str:
+    """Where the figures come from, in a line."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}"
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return (
+        f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
+    """The table; with `out` also OUT.json and OUT.png."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(said(row.get(name)) for name in names))
+    (console if console.is_terminal else Console(file=console.file, width=160)).print(table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        console.print(f"{out.with_suffix('.json')} and {chart(title, rows, out.with_suffix('.png'))}", highlight=False)
+
+
+def said(value: Any) -> str:
+    """A number with three figures that count; nothing as nothing."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def chart(title: str, rows: Sequence[Row], file: Path) -> Path:
+    """A bar for each row: its first number. Raises Refused where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Refused("the chart needs matplotlib: pip install 'trifold[report]'") from None
+    measured = [(str(next(iter(row.values()))), row) for row in rows]
+    what = next(name for name, value in rows[0].items() if isinstance(value, float))
+    bars = [(name, row[what]) for name, row in measured if isinstance(row.get(what), float)]
+    figure = Figure(figsize=(8, 0.6 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color="#4878a8")
+    axes.bar_label(drawn, [said(value) for _, value in bars], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(what)
+    axes.set_title(title, fontsize=9)
+    figure.savefig(file, dpi=120)
+    return file

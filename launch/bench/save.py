@@ -1,0 +1,84 @@
+"""`trifold bench save`: what a checkpoint of a recipe costs: training waits, the background writes, a resume reads."""
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from launch.bench.report import Row, machine, show
+from launch.config import Recipe
+from modeling.config import Refused
+from modeling.transformer import build
+from pretrain.checkpoint import State, newest_verified, open_checkpoint
+from pretrain.engine import Engine, Place
+from pretrain.lease import Lease, take_generation
+from pretrain.saving import Checkpointer
+from pretrain.start import begin
+
+SAVES = 5
+
+
+class Costs(NamedTuple):
+    """Seconds of one rank's checkpoint of `size` bytes: medians of the saves."""
+
+    size: int
+    waits: float  # training: the copy to host memory, and the call
+    written: float  # in the background, until it counts
+    verified: float  # at a resume
+    read: float
+    copied: float  # a plain copy of as many bytes
+
+
+def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: Path | None) -> None:
+    """Measure in a new folder below `folder`, which is removed, and show."""
+    engine = Engine(build(begin(recipe.model, Path(recipe.run))[0], recipe.seed), recipe, place)
+    found = measure(engine, recipe, folder)
+    named = {
+        "training waits (copy and call)": found.waits,
+        "written and committed, in the background": found.written,
+        "verified, at a resume": found.verified,
+        "read back, at a resume": found.read,
+        "a plain host copy of as many bytes": found.copied,
+    }
+    rows: list[Row] = [
+        {"": name, "MB/s": found.size / seconds / 1e6, "seconds": seconds, "MB": found.size / 1e6} for name, seconds in named.items()
+    ]
+    show(console, f"{recipe.run}: one rank's checkpoint\n{machine(place.device, place.threads)}", rows, out)
+
+
+def measure(engine: Engine, recipe: Recipe, folder: Path) -> Costs:
+    """Real saves of an engine into a run of their own below `folder`, and the newest one read back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-save-") as made:
+        run, written = Path(made), []
+
+        def heard(event: str, **facts: Any) -> None:
+            if event == "save_committed":
+                written.append(facts["seconds"])
+
+        saver = Checkpointer(Lease(run, take_generation(run).generation), 0, 1, recipe.checkpoints, heard)
+        waits = []
+        for step in range(1, SAVES + 1):
+            began = time.perf_counter()
+            slices = engine.slices()
+            saver.save(State(step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}), slices)
+            waits.append(time.perf_counter() - began)
+            saver.wait()
+        if saver.failed is not None:
+            raise Refused(f"a save below {folder} failed: {saver.failed}")
+        verified, found = _timed(lambda: newest_verified(run, heard))
+        read, _ = _timed(lambda: engine.load(open_checkpoint(found.folder).read, engine.optimizer_step))
+    size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
+    flat = torch.zeros(size // 4)
+    copied = median(_timed(flat.clone)[0] for _ in range(SAVES))
+    return Costs(size, median(waits), median(written), verified, read, copied)
+
+
+def _timed(work: Any) -> tuple[float, Any]:
+    began = time.perf_counter()
+    done = work()
+    return time.perf_counter() - began, done

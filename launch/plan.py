@@ -1,0 +1,213 @@
+"""`trifold plan`: what a recipe will need, said before anything starts; and after a run what it did need, beside that.
+
+In: a recipe, where it would run, and the rate of a device: measured here in seconds, taken from an earlier run, or given. Out: a table and
+RUN/plan.json. Memory and checkpoint are exact counts (pretrain/budget.py), seconds are only as good as the rate.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from launch.bench import contenders, rows, save
+from launch.config import Recipe
+from modeling.batch import Batch
+from modeling.config import ModelConfig, Refused
+from modeling.counts import num_parameters
+from pretrain import budget
+from pretrain.batches import stack
+from pretrain.engine import Place
+from pretrain.metrics import read_lines
+from pretrain.stages import parts
+from pretrain.start import begin
+
+GPU_HOURS_PER_FAILURE = 50_000.0  # Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
+STEADY = 5  # timed steps of each kind in a calibration
+COPY_SHARE = 0.1  # of a save's writing that training waits for, where neither is measured: 0.02 to 0.2 was seen (LOG.md, `bench save`)
+
+
+@dataclass(frozen=True)
+class Where:
+    """The machines, and what is known of them."""
+
+    ranks: int
+    device: str
+    memory: float  # bytes of a device
+    tokens_per_second: float | None = None  # of one device; None: steps and saves are measured here
+    write_bytes_per_second: float = 1e9  # of one rank, where they are not
+    price_per_hour: float = 0.0  # of one device
+    hours_per_failure: float = GPU_HOURS_PER_FAILURE  # of one device
+    restart_seconds: float = 60.0  # from a failure to the first step after it, reading the checkpoint aside
+
+
+def plan(recipe: Recipe, where: Where, console: Console) -> dict[str, Any]:
+    """Work it out, write RUN/plan.json, show it."""
+    found = predict(recipe, where)
+    file = Path(recipe.run) / "plan.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    table = Table(title=f"{recipe.run} on {where.ranks} {where.device} rank(s)", show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), shown(name, value))
+    console.print(table)
+    if found["memory_peak_bytes"] > where.memory:
+        console.print(
+            f"It does not fit: a rank needs {shown('_bytes', found['memory_peak_bytes'])} and has {shown('_bytes', where.memory)}. Set"
+            f" micro_rows to {found['largest_micro_rows']} at most, engine.recompute=true, or a higher engine.zero_stage.",
+            style="yellow",
+        )
+    return found
+
+
+class Rates(NamedTuple):
+    """Seconds of a rank, and bytes of its process beyond tensors."""
+
+    micro: float
+    optimizer: float
+    save_waits: float
+    save_written: float
+    save_read: float
+    process: int
+
+
+def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
+    """What is known before a run, by name; the names say the unit."""
+    model = begin(recipe.model, Path(recipe.run))[0]
+    part = parts(recipe)[-1]
+    micro = _batch(recipe, model, part.micro_rows)
+    memory = budget.memory(recipe, model, micro, where.ranks, where.device)
+    saved = budget.checkpoint_bytes(recipe, model)
+    tokens = part.micro_rows * (micro.tokens.shape[1] + (0 if micro.source is None else micro.source.shape[1]))
+    rates = _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, tokens, saved)
+    rounds = -(-part.micros // where.ranks)
+    step = rounds * rates.micro + rates.optimizer
+    peak = memory.total + rates.process
+    fits = where.memory - rates.process
+    return {
+        "parameters": num_parameters(model),
+        **{f"memory_{name}_bytes": size for name, size in memory._asdict().items()},
+        "memory_process_bytes": rates.process,
+        "memory_peak_bytes": peak,
+        "largest_micro_rows": budget.largest_micro(recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, fits),
+        "micros_of_a_rank": rounds,
+        "sent_bytes_of_a_rank_and_step": budget.traffic(recipe, model, where.ranks, rounds),
+        "step_seconds": step,
+        "positions_per_second": part.micros * tokens / step,
+        "checkpoint_bytes": saved,
+        "checkpoint_seconds": rates.save_written,
+        **_whole_run(recipe, where, step, rates),
+    }
+
+
+def beside(recipe: Recipe) -> Table | None:
+    """What RUN/plan.json said beside what the run's metrics and events found; None where nothing was planned. It is written there too."""
+    folder = Path(recipe.run)
+    if not (folder / "plan.json").exists():
+        return None
+    said = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    found = measured(folder)
+    (folder / "plan.json").write_text(json.dumps({**said, "measured": found}, indent=1) + "\n", encoding="utf-8")
+    table = Table(title="planned and measured")
+    for name in ("", "planned", "measured", "off by"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), shown(name, said[name]), shown(name, value), f"{100 * (said[name] / value - 1):+.0f} %")
+    return table
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """What a run's own files say of what a plan predicts: medians of its steps and of its saves, the peak of its first rank."""
+    steps = [record for record in read_lines(folder / "metrics.jsonl") if "seconds" in record]
+    events = read_lines(folder / "events.jsonl")
+    found: dict[str, list[float]] = {
+        "memory_peak_bytes": [max((record.get("peak_bytes", 0) for record in steps), default=0)],
+        "step_seconds": [record["seconds"] for record in steps],
+        "checkpoint_bytes": [e["bytes"] for e in events if e["event"] == "save_committed"],
+        "checkpoint_seconds": [e["seconds"] for e in events if e["event"] == "save_committed"],
+    }
+    return {name: median(values) for name, values in found.items() if values and max(values) > 0}
+
+
+def shown(name: str, value: Any) -> str:
+    """A value in the unit that its name ends with."""
+    if "bytes" in name:
+        unit = next((u for u in (40, 30, 20) if value >= 2**u), 10)
+        return f"{value / 2**unit:,.2f} {dict(zip((40, 30, 20, 10), ('TiB', 'GiB', 'MiB', 'KiB'), strict=True))[unit]}"
+    if "share" in name:
+        return f"{100 * value:.2f} %"
+    return f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
+
+
+def _whole_run(recipe: Recipe, where: Where, step: float, rates: Rates) -> dict[str, float]:
+    """Time, price and what failures cost. A save is written beside the steps, so saves cannot follow each other faster than that."""
+    between = where.hours_per_failure * 3600 / where.ranks
+    restart = where.restart_seconds + rates.save_read
+    interval = max(budget.best_interval(rates.save_waits, between), rates.save_written)
+    lost = budget.lost_share(recipe.checkpoints.every * step, rates.save_waits, restart, between)
+    hours = recipe.steps * step / 3600 * (1 + lost)
+    return {
+        "run_hours": hours,
+        "run_price": hours * where.ranks * where.price_per_hour,
+        "hours_between_failures": between / 3600,
+        "restart_seconds": restart,
+        "lost_share": lost,
+        "best_checkpoints_every_steps": max(1, round(interval / step)),
+        "lost_share_at_best": budget.lost_share(interval, rates.save_waits, restart, between),
+    }
+
+
+def _given(where: Where, tokens: int, saved: int) -> Rates:
+    """From the rates of a device that is not here."""
+    assert where.tokens_per_second is not None
+    written = saved / where.ranks / where.write_bytes_per_second
+    return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, 0)
+
+
+def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
+    """A few steps of one and of two micros on this machine, and a few saves beside the run folder, by one rank."""
+    if where.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a run's folder")
+    place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads_per_worker or 1)
+    one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows})
+    batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
+    racer = contenders.ours("both", one, model, [batches[:1], batches], place, 0.0)
+    contenders.race([racer], place, warmup=2, steps=2 * STEADY)
+    if racer.failed:
+        raise Refused(f"the steps that were to be measured failed: {racer.failed}. Give --tokens-per-second instead.")
+    two_micros, one_micro = (median(racer.seconds[i::2]) for i in (0, 1))  # after the warm-up of an odd number of steps
+    micro = max(0.0, two_micros - one_micro)
+    assert racer.engine is not None
+    counted = budget.memory(one, model, batches[0].batch, 1, where.device).total
+    process = max(0, racer.engine.meter.peak() - counted) if where.device == "cpu" else 0
+    costs = save.measure(racer.engine, recipe, Path(recipe.run))
+    return Rates(micro, one_micro - micro, costs.waits / where.ranks, costs.written / where.ranks, costs.verified + costs.read, process)
+
+
+def _batch(recipe: Recipe, model: ModelConfig, number: int) -> Batch:
+    """Rows of the recipe's shape."""
+    source = rows.synthetic(recipe, model.vocab_size, 2, number)
+    return stack([source.row(i) for i in range(number)])
+
+
+def device_memory(device: str, ranks: int) -> float:
+    """Bytes that a rank may use here: a CUDA device's, or its share of the machine's."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise Refused("there is no CUDA device here: give --memory-gib and --tokens-per-second of one")
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+
+def rate_of(folder: Path) -> float:
+    """Tokens per second of one rank in an earlier run: the median of its steps."""
+    started = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "started"]
+    steps = [record["tokens_per_s"] for record in read_lines(folder / "metrics.jsonl") if "tokens_per_s" in record]
+    if not started or not steps:
+        raise Refused(f"{folder} holds no steps of a run to take a rate from")
+    return median(steps) / started[-1]["world"]

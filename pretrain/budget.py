@@ -1,0 +1,100 @@
+"""What a run will need, before it starts, in closed form: in, a recipe and the number of ranks; out, bytes and seconds.
+
+Memory of a rank = state by ZeRO stage (Rajbhandari et al. 2020, section 3, and DeepSpeed's own buffers) + what a micro batch holds
+(modeling/memory.py counts it). Against measured peaks of real steps on the CPU, 12 cells of stage, precision and accumulation: within 4 %.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from modeling.batch import Batch
+from modeling.config import ModelConfig
+from modeling.counts import num_parameters
+from modeling.memory import Held, held
+from modeling.transformer import Transformer
+from pretrain.config import Training
+from pretrain.optimizer import make_optimizer
+
+BUCKET = 500_000_000  # elements: the most that DeepSpeed reduces at a time (engine.py)
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank at the peak of a step, by part."""
+
+    weights: int
+    optimizer: int  # fp32 masters, moments, averaged weights
+    gradients: int
+    buckets: int  # what DeepSpeed reduces gradients in
+    activations: int  # what the backward reads
+    working: int  # logits of a chunk, gradients under way
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory(config: Training, model: ModelConfig, batch: Batch, world: int, device: str) -> Memory:
+    """The peak of a step whose micro batches look like `batch`."""
+    engine = config.engine
+    return _memory(config, num_parameters(model), held(model, batch, engine.precision, engine.recompute, device), world, model)
+
+
+def largest_micro(config: Training, model: ModelConfig, rows: Callable[[int], Batch], world: int, device: str, free: float) -> int:
+    """The most rows of a micro batch that fit into `free` bytes: what a row holds is the difference of eight rows to four."""
+    four, eight = (memory(config, model, rows(n), world, device).total for n in (4, 8))
+    return max(0, math.floor(4 + (free - four) / ((eight - four) / 4)))
+
+
+def checkpoint_bytes(config: Training, model: ModelConfig) -> int:
+    """Tensor bytes of a checkpoint, over all ranks: fp32 masters, and of what is trained its moments and averages."""
+    with torch.device("meta"):
+        made = Transformer(model)
+        groups = make_optimizer(made, config.optimizer, torch.float32).param_groups
+    moments = sum(p.numel() * (1 if "momentum" in group else 2) for group in groups for p in group["params"])
+    averaged = sum(p.numel() for group in groups for p in group["params"]) if config.ema else 0
+    return 4 * (sum(p.numel() for p in made.parameters()) + moments + averaged)
+
+
+def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> float:
+    """Bytes that each rank sends in a step with `micros` micro batches of its own, as rings send them (ZeRO, section 7).
+
+    Stages 1 and 2: gradients to their owners, weights back. Stage 3: weights for forward and for backward, gradients, in every micro.
+    """
+    size = num_parameters(model) * (2 if config.engine.precision == "bf16" else 4) * (world - 1) / world
+    return size * {1: 2, 2: micros + 1, 3: 3 * micros}[config.engine.zero_stage]
+
+
+def best_interval(stall: float, between_failures: float) -> float:
+    """Seconds from save to save that lose the least (Daly 2006, equation 37; its first term is Young 1974: sqrt(2 stall M))."""
+    if stall >= 2 * between_failures:
+        return between_failures
+    share = stall / (2 * between_failures)
+    return math.sqrt(2 * stall * between_failures) * (1 + math.sqrt(share) / 3 + share / 9) - stall
+
+
+def lost_share(interval: float, stall: float, restart: float, between_failures: float) -> float:
+    """The share of the time that saves, repeated steps (half an interval a failure) and restarts take (Young 1974)."""
+    return stall / interval + (interval / 2 + restart) / between_failures
+
+
+def _memory(config: Training, size: int, micro: Held, world: int, model: ModelConfig) -> Memory:
+    engine, accumulates = config.engine, config.step_rows > config.micro_rows * world
+    low = 2 if engine.precision == "bf16" else 4
+    bucket = low * min(BUCKET, 2 * size)
+    own = 4 * (3 + (config.ema > 0)) * size // world
+    weights, gradients = low * size, 0
+    if engine.zero_stage == 3:
+        weights, gradients = low * size // world, low * size // world
+        working = micro.peak - micro.kept + (low * min(size, 10**9) if world > 1 else 0)  # gathered weights: stage3_max_live_parameters
+    elif engine.zero_stage == 1 and engine.precision == "bf16":  # DeepSpeed's BF16_Optimizer: whole fp32 gradients, no bucket
+        gradients, bucket = 4 * size + (low * size if accumulates else 0), 0
+        working = micro.peak - micro.kept
+    else:
+        if accumulates:
+            gradients = {1: 8 * size, 2: 4 * size // world}[engine.zero_stage]
+        first = 4 * model.vocab_size * model.dim  # the head's gradient is there when the bucket is made
+        working = max(first, micro.peak - micro.kept - bucket)
+    return Memory(weights, 0 if engine.offload else own, gradients, bucket, micro.kept, working)

@@ -1,0 +1,58 @@
+"""What a plan says, and that a run is set beside it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.config import Recipe, resolve
+from launch.plan import Where, beside, plan, predict, rate_of
+from modeling.config import Refused
+from pretrain.metrics import append_line
+
+GIVEN = Where(4, "cpu", memory=2**34, tokens_per_second=1000.0, write_bytes_per_second=1e6, price_per_hour=2.0, hours_per_failure=100.0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return resolve("configs/demo/decoder.yaml", [f"run={tmp_path}", "micro_rows=4", "step_rows=64", "steps=1000"])
+
+
+def test_seconds_price_and_failures_follow_from_the_rate(recipe: Recipe) -> None:
+    found = predict(recipe, GIVEN)
+    assert found["step_seconds"] == 64 * recipe.data.row_length / 4000
+    assert found["micros_of_a_rank"] == 4
+    assert found["checkpoint_seconds"] == found["checkpoint_bytes"] / 4e6
+    assert found["run_hours"] == pytest.approx(1000 * found["step_seconds"] / 3600 * (1 + found["lost_share"]))
+    assert found["run_price"] == pytest.approx(found["run_hours"] * 4 * 2.0)
+    assert found["hours_between_failures"] == 25.0
+    assert found["lost_share_at_best"] <= found["lost_share"]
+
+
+def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: Recipe, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w") as said:
+        found = plan(recipe, replace(GIVEN, memory=30 * 2**20), Console(file=said, width=200))
+    assert found["memory_peak_bytes"] > 30 * 2**20 and 0 < found["largest_micro_rows"] < 4
+    assert f"micro_rows to {found['largest_micro_rows']} at most" in (tmp_path / "said").read_text()
+
+
+def test_a_rate_cannot_be_measured_on_a_device_that_is_not_here(recipe: Recipe) -> None:
+    with pytest.raises(Refused, match="--tokens-per-second"):
+        predict(recipe, replace(GIVEN, device="cuda", tokens_per_second=None))
+
+
+def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(recipe: Recipe, tmp_path: Path) -> None:
+    assert beside(recipe) is None
+    with (tmp_path / "said").open("w") as said:
+        plan(recipe, GIVEN, Console(file=said))
+    append_line(tmp_path / "events.jsonl", {"event": "started", "world": 2})
+    for step, seconds in enumerate((9.0, 2.0, 2.0), start=1):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": seconds, "tokens_per_s": 4096 / seconds, "peak_bytes": 2**25})
+    append_line(tmp_path / "events.jsonl", {"event": "save_committed", "bytes": 1000, "seconds": 0.5})
+    table = beside(recipe)
+    assert table is not None and table.row_count == 4
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["measured"]["step_seconds"] == 2.0 and written["step_seconds"] == 64 * recipe.data.row_length / 4000
+    assert rate_of(tmp_path) == 1024.0

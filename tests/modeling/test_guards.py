@@ -1,0 +1,80 @@
+"""Counts that no machine changes, so that a step cannot grow slower or larger unseen: graphs, operations, bytes, host syncs.
+
+The numbers were recorded on torch 2.13. Lower ones are welcome: write them down. Times stand in docs/performance.md only.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling.batch import Batch
+from modeling.memory import held
+from modeling.transformer import build
+from tests.modeling.families import CONFIGS, documents, packed
+
+FAMILIES = ("llama", "modernbert", "t5gemma")
+OPERATIONS = {"llama": 202, "modernbert": 158, "t5gemma": 633}  # of one more layer (two blocks in an encoder-decoder), both ways
+KEPT = {"llama": 31168, "modernbert": 23232, "t5gemma": 112832}  # bytes that the backward of one more layer reads, for 24 positions
+
+
+class Calls(TorchDispatchMode):
+    """While inside, counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def batch(name: str, seed: int) -> Batch:
+    """One row of three documents, whose lengths and tokens change with the seed and whose shape does not."""
+    lengths = [(3 + seed % 4, 4), (5, 2 + seed % 3), (7, 6)]
+    made = packed(documents(CONFIGS[name], lengths, seed), 24, 24)
+    picked = torch.arange(8)[None] if name == "modernbert" else None
+    return Batch(made.tokens, made.segments, made.targets, made.source, made.source_segments, picked)
+
+
+def deeper(name: str, more: int) -> Any:
+    """A config with `more` layers of each kind than three."""
+    return CONFIGS[name].model_copy(update={"num_layers": 3 + 3 * more})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_rows_of_changing_content_run_in_one_graph_that_is_compiled_once(name: str) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    model = build(CONFIGS[name], 0)
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)  # fullgraph: a graph break is an error
+    for seed in range(3):
+        compiled(batch(name, seed)).backward()
+    assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_has_no_more_operations_than_were_recorded(name: str) -> None:
+    def operations(more: int) -> int:
+        model = build(deeper(name, more), 0)
+        with Calls() as calls:
+            model(batch(name, 0)).backward()
+        assert not calls.of["_local_scalar_dense"], "the host waits for the device inside the model"
+        return calls.of.total()
+
+    found = (operations(1) - operations(0)) / 3
+    print(name, found)
+    assert found <= OPERATIONS[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_keeps_no_more_bytes_for_its_backward_than_were_recorded(name: str) -> None:
+    shallow, deep = (held(deeper(name, more), batch(name, 0), "bf16", False, "cuda").kept for more in (0, 1))
+    print(name, (deep - shallow) / 3)
+    assert (deep - shallow) / 3 <= KEPT[name]
