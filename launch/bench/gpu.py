@@ -31,6 +31,11 @@ T5 = {
     "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
+SMALL = {  # the same classes for a rehearsal
+    "BertForMaskedLM": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    "T5ForConditionalGeneration": {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32},
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ def field_of(shape: Shape, recipe: Recipe, place: Place, tiny: bool) -> list[Con
         racing.append(contenders.ours("Trifold, plain rows", recipe, recipe.model, plain, place, flops))
     for kind, settings, compiled in shape.peers:
         title = f"{kind}, {'compiled' if compiled else 'eager'}" + (", padded" if shape.documents else "")
-        make = contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings)
+        make = (
+            contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
+        )
         racing.append(
             contenders.stock(
                 title,

@@ -81,7 +81,7 @@ def test_a_table_is_also_a_json_file_and_a_chart(tmp_path: Path) -> None:
 
 
 def _shape(place: Place, name: str, out: str) -> list[dict[str, Any]]:
-    gpu.measure(name, Path(out), seconds=100, steps=1, tiny=True, place=place)
+    gpu.measure(name, Path(out), seconds=10_000, steps=1, tiny=True, place=place)
     return read_lines(Path(out))
 
 
