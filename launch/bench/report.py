@@ -56,13 +56,13 @@ def chart(title: str, rows: Sequence[Row], file: Path) -> Path:
     measured = [(str(next(iter(row.values()))), row) for row in rows]
     what = next(name for name, value in rows[0].items() if isinstance(value, float))
     bars = [(name, row[what]) for name, row in measured if isinstance(row.get(what), float)]
-    figure = Figure(figsize=(8, 0.6 + 0.4 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1 + 0.4 * len(bars)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color="#4878a8")
     axes.bar_label(drawn, [said(value) for _, value in bars], padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel(what)
-    axes.set_title(title, fontsize=9)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(file, dpi=120)
     return file
