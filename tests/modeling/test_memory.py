@@ -15,6 +15,11 @@ from tests.modeling.test_guards import batch
 FAMILIES = ("llama", "modernbert", "t5gemma")
 
 
+def rows(one: Batch, number: int) -> Batch:
+    """That row so often. One alone holds as little as the scratch of kernels does: some 4 KB a thread, on CPUs without AVX-512."""
+    return Batch(**{name: None if value is None else value.repeat(number, 1) for name, value in vars(one).items()})
+
+
 def really_kept(name: str, given: Batch, recompute: bool) -> int:
     """Bytes of all that autograd saves in the forward of the real model, each storage once, without the weights and the batch."""
     model = build(CONFIGS[name], 0)
@@ -58,7 +63,7 @@ def test_what_backward_will_read_is_what_torch_saves(name: str, recompute: bool)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_peak_and_the_gradients_are_those_of_the_allocator(name: str, recompute: bool) -> None:
-    given = batch(name, 0)
+    given = rows(batch(name, 0), 16)
     counted, real = held(CONFIGS[name], given, "fp32", recompute, "cpu"), really_held(name, given, recompute)
-    assert counted.peak == pytest.approx(real.peak, rel=0.05)
-    assert counted.gradients == pytest.approx(real.gradients, rel=0.05)
+    assert counted.peak == pytest.approx(real.peak, rel=0.02)
+    assert counted.gradients == pytest.approx(real.gradients, rel=0.02)
