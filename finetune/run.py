@@ -74,7 +74,7 @@ def train(config: Finetune, place: Place) -> None:
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
-    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
+    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
     newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
@@ -123,7 +123,7 @@ def train(config: Finetune, place: Place) -> None:
             score=lambda complete: judge.score(progress.step),
             describe=describe,
             flops=lambda step: config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
-            peak_flops=peak(engine, config),
+            peak_flops=peak(engine),
             enough=judge.enough,
         )
         if progress.step == config.steps or judge.enough():

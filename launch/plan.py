@@ -24,6 +24,7 @@ from pretrain import budget
 from pretrain.batches import stack
 from pretrain.engine import Place
 from pretrain.metrics import read_lines
+from pretrain.precision import settled
 from pretrain.stages import parts
 from pretrain.start import begin
 
@@ -48,7 +49,7 @@ class Where:
 
 def plan(recipe: Recipe, where: Where, console: Console) -> dict[str, Any]:
     """Work it out, write RUN/plan.json, show it."""
-    found = predict(recipe, where)
+    found = predict(settled(recipe, where.device), where)
     file = Path(recipe.run) / "plan.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

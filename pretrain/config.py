@@ -92,7 +92,8 @@ class Engine(Settings):
     """How the arithmetic is spread and rounded. Nothing here changes what is computed beyond rounding."""
 
     zero_stage: Literal[1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "autocast"] = "fp32"  # bf16: weights too, fp32 master; autocast: fp32 weights
+    # bf16: weights too, fp32 master; autocast: fp32 weights; auto: bf16 where every rank's device is fast in it, else fp32 (precision.py)
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = "fp32"
     recompute: bool = False  # activation checkpointing, block by block
     compile: bool = False
     offload: bool = False  # optimizer state in host memory

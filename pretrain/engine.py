@@ -29,6 +29,7 @@ from pretrain.config import Training
 from pretrain.meter import Meter, keep_freed_pages
 from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
+from pretrain.precision import agreed
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
 
 
@@ -67,13 +68,15 @@ class Engine:
             )
         torch.set_num_threads(place.threads)
         deepspeed = _deepspeed(place)
+        config = agreed(config, place.device)
+        self.precision = config.engine.precision
         self.meter = Meter(place.device, model)
         if place.device == "cpu":
             keep_freed_pages()
-        low = config.engine.precision != "fp32"
+        low = self.precision != "fp32"
         optimizer = make_optimizer(model, config.optimizer, torch.bfloat16 if low else torch.float32)
         model.recompute(config.engine.recompute)
-        if config.engine.precision == "autocast":
+        if self.precision == "autocast":
             # Not DeepSpeed's torch_autocast: that gathers weights and reduces gradients in bf16, and at stage 3 no two runs agree.
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
@@ -82,7 +85,7 @@ class Engine:
             self._engine.compile()
         self.device: torch.device = self._engine.device
         self.optimizer_step = 0
-        self._loss_finite, self._autocast = True, config.engine.precision == "autocast"
+        self._loss_finite, self._autocast = True, self.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
         self._pieces = pieces(self._zero, self._engine.module, self.stage)
         self._make_state()
@@ -269,6 +272,8 @@ def _deepspeed(place: Place) -> Any:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, place.init_method, rank=place.rank, world_size=place.world, timeout=timedelta(minutes=10))
+    if place.device == "cuda":
+        torch.cuda.set_device(place.local_rank)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

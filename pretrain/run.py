@@ -21,7 +21,7 @@ from pretrain import prepare as preparation
 from pretrain import tokenizer
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
-from pretrain.config import Pretrain, Source, Start, Training
+from pretrain.config import Pretrain, Source, Start
 from pretrain.corpus import documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
@@ -95,7 +95,7 @@ def train(config: Pretrain, place: Place) -> None:
     engine = Engine(initialised(model, weights, config.seed), config, place, len(heldout.parts))
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
-    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=config.engine.precision, pid=os.getpid())
+    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     folder = from_first_rank(engine, lambda: newest(run, recorder))
     start = from_first_rank(engine, lambda: fingerprint(config.model))
     progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, start, recorder) if folder else Progress()
@@ -143,7 +143,7 @@ def train(config: Pretrain, place: Place) -> None:
             score=score,
             describe=describe,
             flops=flops,
-            peak_flops=peak(engine, config),
+            peak_flops=peak(engine),
             parts=heldout.parts,
         )
 
@@ -219,9 +219,9 @@ def _loader(config: Pretrain, rows: list[Rows], place: Place, step: int) -> Load
     )
 
 
-def peak(engine: Engine, config: Training) -> float:
+def peak(engine: Engine) -> float:
     """FLOP/s of all ranks' devices together, in the precision in use."""
-    dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
     return float(engine.sum_over_ranks(torch.tensor([peak_flops(engine.place, dtype)], dtype=torch.float64)))
 
 

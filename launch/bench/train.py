@@ -22,6 +22,7 @@ from modeling.counts import train_flops_per_row
 from pretrain.engine import Place
 from pretrain.metrics import peak_flops
 from pretrain.objectives import Objective
+from pretrain.precision import settled
 from pretrain.start import begin
 
 DIFFERENT = 4  # steps with rows of their own, read in turn
@@ -32,6 +33,7 @@ def bench(
     warmup: int, out: Path | None, trace: Path | None,
 ) -> None:  # fmt: skip
     """Measure and show. `trace`: a file for a profile of our own steps, made after them."""
+    recipe = settled(recipe, place.device)
     racing = field(recipe, place, documents, (False,) * peers + (True,) * (peers and not eager))
     contenders.race(racing, place, warmup, steps)
     shape = f"rows of {recipe.data.row_length}, " + (f"about {documents} documents each" if documents else "each one whole document")

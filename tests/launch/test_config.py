@@ -49,7 +49,7 @@ def recipe(tmp_path) -> Path:
         ("optimizer.betas=[2, -1]", "`optimizer`: betas [2.0, -1.0] must each be at least 0 and below 1."),
         ("run=''", '`run` is "" (text); it must be text, its length at least 1.'),
         ("optimizer.betas=[0.9]", "`optimizer.betas.1` is missing; it must be a number."),
-        ("engine.precision=bf17", "it must be one of fp32, bf16, autocast. Did you mean bf16?"),
+        ("engine.precision=bf17", "it must be one of auto, fp32, bf16, autocast. Did you mean bf16?"),
         (
             "objective.kind=casual",
             '`objective.kind` is "casual" (text); it must be one of causal, prefix, fim, masked, spans, continuation, infilling, mixture.'

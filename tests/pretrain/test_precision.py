@@ -1,0 +1,32 @@
+"""`engine.precision: auto`: what each device does best, and one answer for all ranks."""
+
+import pytest
+import torch
+
+from pretrain.engine import Place
+from pretrain.precision import settled
+from tests.pretrain.test_engine import engine_of, recipe, rows
+from tests.processes import run_processes
+
+
+@pytest.mark.parametrize(("amx", "avx512", "chosen"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")])
+def test_a_cpu_trains_in_bf16_only_where_it_has_instructions_for_it(amx, avx512, chosen, monkeypatch):
+    # Mocked, because a machine has one CPU.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert settled(recipe(precision="auto"), "cpu").engine.precision == chosen
+    assert settled(recipe(precision="autocast"), "cpu").engine.precision == "autocast"
+
+
+def _on_unlike_cpus(place: Place, fast: list[bool]) -> tuple[str, float]:
+    torch.cpu._is_amx_tile_supported = lambda: fast[place.rank]
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    engine = engine_of(recipe(precision="auto"), place)
+    return engine.precision, engine.train_step([rows(0)], [0], 100, 1.0).loss
+
+
+@pytest.mark.parametrize(("fast", "agreed"), [([True, False], "fp32"), ([True, True], "bf16")])
+def test_ranks_on_unlike_cpus_train_in_one_precision(fast, agreed):
+    (first, loss), (second, same) = run_processes(2, _on_unlike_cpus, fast)
+    assert first == second == agreed
+    assert loss == same
