@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -45,11 +46,9 @@ from ray.train.torch.config import _TorchBackend
 Train = Callable[[Any, Place], None]
 
 
-def connect(recipe: AnyRecipe, address: str | None = None) -> None:
-    """Join the cluster at `address`, or start one on this machine's loopback (5 s; ports that are free); refuse what it has no room for."""
+def join(address: str | None = None, cpus: float = 0) -> None:
+    """Join the cluster at `address` (HOST:PORT), or start one of at least `cpus` on this machine's loopback (5 s; ports that are free)."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    cluster = recipe.cluster
-    wanted = {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers * cluster.gpus_per_worker}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         if address is not None:
@@ -59,11 +58,18 @@ def connect(recipe: AnyRecipe, address: str | None = None) -> None:
         elif not ray.is_initialized():
             ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch for "loopback only", which Linux has on
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            num_cpus = max(os.cpu_count() or 1, math.ceil(wanted["CPU"]))
+            num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         where = f"no Ray cluster answers at {address} (HOST:PORT)" if address else "Ray could not start on this machine"
-        raise Refused(f"{where}: {_first_line(error)}.") from error
+        raise Refused(f"{where}: {_why(error)}.") from error
+
+
+def connect(recipe: AnyRecipe, address: str | None = None) -> None:
+    """Join a cluster, or start one, that has room for the recipe's workers."""
+    cluster = recipe.cluster
+    wanted = {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers * cluster.gpus_per_worker}
+    join(address, wanted["CPU"])
     there = ray.cluster_resources()
     if missing := [f"{amount:g} {name}s ({there.get(name, 0):g} there)" for name, amount in wanted.items() if amount > there.get(name, 0)]:
         raise Refused(f"{cluster.workers} workers need {' and '.join(missing)}. Lower cluster.workers or what each worker asks for.")
@@ -200,3 +206,14 @@ def _saved(recipe: AnyRecipe) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _why(error: BaseException) -> str:
+    """What Ray means where it says it in several lines, or not at all."""
+    text = str(error)
+    if text.startswith("Version mismatch"):
+        there, here = (" and Python ".join(found) for found in re.findall(r"Ray: (\S+)\s+Python: (\S+)", text))
+        return f"it runs Ray {there}, and here are Ray {here}: install the same releases on both sides"
+    if text.startswith("Failed to connect to Ray cluster"):  # though the port was open
+        return "what listens there is no Ray head, or does not accept this token (~/.ray/auth_token, or the file in RAY_AUTH_TOKEN_PATH)"
+    return _first_line(error)

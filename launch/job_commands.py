@@ -1,5 +1,6 @@
-"""The commands that speak to a cluster's job server: `trifold submit`, status, logs, stop, resume. Each imports Ray only when it runs."""
+"""The commands that speak to a cluster: `trifold submit`, status, logs, stop, resume, doctor. Each imports Ray only when it runs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,3 +76,21 @@ def resume(
 
     jobs = Jobs(address)
     jobs.follow(jobs.resume(run, code), Console())
+
+
+@app.command()
+def doctor(
+    storage: Annotated[Path, typer.Argument(help="the folder where runs go")] = Path("runs"),
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a cluster this machine is in, or its job server; none: this machine")
+    ] = None,
+    code: Code = False,
+) -> None:
+    """Examine a cluster: versions, GPUs, network, a timed all-reduce, shared storage, clocks; exit 1 where something must be mended."""
+    if address is not None and "://" in address and not address.startswith("ray://"):
+        from launch.jobs import Jobs
+
+        return Jobs(address).doctor(storage, code, Console())
+    from launch.doctor import doctor
+
+    doctor(address, storage, Console())

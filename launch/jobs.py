@@ -6,19 +6,24 @@ which the cluster and whoever asks must share; whether its job lives, from Ray.
 """
 
 import asyncio
+import json
 import os
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from rich.console import Console
 from rich.table import Table
 
+from launch import facts
 from launch.config import CLONE, AnyRecipe, resolve_any, write
+from launch.findings import before_submit
 from launch.progress import standing
 from modeling.config import Refused
 
@@ -28,7 +33,7 @@ import ray.exceptions
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-CODE = ("modeling", "pretrain", "finetune", "launch", "configs")  # what `submit --code` ships
+CODE = ("modeling", "pretrain", "finetune", "launch", "configs")  # what `--code` ships
 ENDED = {JobStatus.SUCCEEDED: "finished", JobStatus.STOPPED: "stopped by Ray", JobStatus.FAILED: "ended with an error"}
 
 
@@ -60,17 +65,14 @@ class Jobs:
             )
         if alive := [job for job in earlier if not job.status.is_terminal()]:
             self._already(run, alive[-1].status)
-        with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-            write(recipe.model_copy(update={"run": str(run)}), Path(folder) / "recipe.yaml")
-            for room in CODE if code else ():
-                shutil.copytree(CLONE / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__"))
+        self._fit(run, code)
+        with _shipped(code) as folder:
+            write(recipe.model_copy(update={"run": str(run)}), folder / "recipe.yaml")
             try:
                 self._client.submit_job(
                     submission_id=run.name if not earlier else f"{run.name}-{len(earlier) + 1}",  # Ray takes an id once
-                    # Paths in the recipe are those of here, where the cluster has this folder too. -P: shipped code comes first.
-                    entrypoint=f"shipped=$PWD; cd {shlex.quote(os.getcwd())} 2>/dev/null; exec python -P -m launch.cli {recipe.command}"
-                    " $shipped/recipe.yaml --address $RAY_ADDRESS",
-                    runtime_env={"working_dir": folder},
+                    entrypoint=_trifold(f"{recipe.command} $shipped/recipe.yaml --address $RAY_ADDRESS"),
+                    runtime_env={"working_dir": str(folder)},
                     metadata={"name": run.name, "run": str(run)},
                 )
             except RuntimeError as error:
@@ -134,6 +136,39 @@ class Jobs:
         job = self._find(name)
         return self.submit(resolve_any(self._folder(job) / "config.yaml"), code)
 
+    def doctor(self, storage: Path, code: bool, console: Console) -> None:
+        """Examine the cluster from its head, and show what that says; Refused where something must be mended."""
+        self._fit(storage.resolve(), code)
+        with _shipped(code) as folder, console.status("the head asks every node"):
+            asked = f"doctor {shlex.quote(str(storage.resolve()))} --address $RAY_ADDRESS"
+            status, said = self._short(_trifold(asked, console.width), folder)
+        console.print(said.rstrip(), **_PLAIN)
+        if status != JobStatus.SUCCEEDED:
+            raise Refused(f"this cluster is not in order (trifold doctor --address {self.address}).")
+
+    def _fit(self, run: Path, code: bool) -> None:
+        """Refused where a job could not train into `run`: the head's versions, and whether it sees this folder. 2 s."""
+        probe = facts.nearest(run) / f".trifold-probe-{uuid4().hex}"
+        probe.write_text(probe.name)
+        try:
+            with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
+                shutil.copy(facts.__file__, folder)
+                _, said = self._short(f"python facts.py {shlex.quote(str(probe))}", Path(folder))
+        finally:
+            probe.unlink(missing_ok=True)
+        found = next((line.removeprefix("facts ") for line in said.splitlines() if line.startswith("facts ")), None)
+        if found is None:
+            raise Refused(f"the head of {self.address} could not run Python: {said.strip().splitlines()[-1]}.")
+        if wrong := before_submit(facts.versions(), json.loads(found), str(probe.parent), code):
+            raise Refused("\n".join(f"{sentence}." for sentence in wrong))
+
+    def _short(self, entrypoint: str, folder: Path) -> tuple[JobStatus, str]:
+        """Run a job that soon ends, with this folder; its status and what it said."""
+        name = self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
+        while not (status := self._client.get_job_status(name)).is_terminal():
+            time.sleep(0.1)
+        return status, self._client.get_job_logs(name).partition(entrypoint)[2] or self._client.get_job_info(name).message or ""
+
     def _jobs(self) -> list[JobDetails]:
         """All jobs that `submit` made, oldest first."""
         jobs = [job for job in self._client.list_jobs() if job.metadata and "run" in job.metadata]
@@ -157,6 +192,21 @@ class Jobs:
             f"{run} is being trained already ({status.value.lower()}): follow it with trifold logs {run.name} -f, or end it with"
             f" trifold stop {run.name}."
         )
+
+
+@contextmanager
+def _shipped(code: bool) -> Iterator[Path]:
+    """A folder that a job takes along; `code`: with this working tree, not the Trifold that is installed there."""
+    with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
+        for room in CODE if code else ():
+            shutil.copytree(CLONE / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__"))
+        yield Path(folder)
+
+
+def _trifold(command: str, columns: int = 80) -> str:
+    """The shell's words that run a command of Trifold in a job. Paths are those of here, where the cluster has this folder too."""
+    python = f"exec env COLUMNS={columns} python -P -m launch.cli"  # -P: shipped code comes first
+    return f"shipped=$PWD; cd {shlex.quote(os.getcwd())} 2>/dev/null; {python} {command}"
 
 
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}

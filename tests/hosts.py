@@ -73,16 +73,20 @@ class Hosts:
         self._undertaker.wait(60)
         self._lock.close()
 
-    def start(self, host: int) -> None:
-        """Start (again) the Ray node of a host, under its own host name and session folder; RuntimeError with its last words."""
+    def start(self, host: int, alone: Path | None = None, **changed: str) -> None:
+        """Start (again) the Ray node of a host, under its own host name and session folder; RuntimeError with its last words.
+
+        `alone`: a folder of which this host sees an empty one of its own; `changed`: environment variables of its Ray.
+        """
         head = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265", "--num-cpus=0"]
         which = [f"--address={self.address}", "--num-cpus=1"] if host else head
         ray = ["ray", "start", *which, f"--node-ip-address={SUBNET}.{host + 1}", f"--temp-dir={STATE}/{host}", "--disable-usage-stats"]
         ray += ["--object-store-memory=100000000", "--memory=3000000000"]
-        named = ["unshare", "-u", "sh", "-c", f'hostname host-{host} && exec "$@"', "sh"]
+        own = f"mount -t tmpfs none {alone} && " if alone else ""  # `ip netns exec` has made a mount namespace too
+        named = ["unshare", "-u", "sh", "-c", f'hostname host-{host} && {own}exec "$@"', "sh"]
         done = subprocess.run(
             ["timeout", "90", "ip", "netns", "exec", f"{HOST}{host}", *named, *ray],
-            env=self.environment,
+            env=self.environment | changed,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -162,3 +163,24 @@ def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp
 def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
     with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
         cluster.connect(recipe(tmp_path), address)
+
+
+def test_a_head_of_another_release_or_without_our_token_is_told_in_one_sentence(monkeypatch):
+    from ray._private.utils import check_version_info
+
+    def of_another_release(**_: object) -> None:  # what ray.init asks once it has reached a head
+        check_version_info({"ray_version": "2.9.3", "python_version": "3.10.1"}, "node 10.0.0.1:6379")
+
+    def unheard(**_: object) -> None:  # what ray.init says of a head that refuses its token, after 20 s (test_doctor.py meets one)
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6379")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr("ray.init", of_another_release)
+        with pytest.raises(
+            Refused, match=r"it runs Ray 2\.9\.3 and Python 3\.10\.1, and here are Ray 2\.\S+ and Python 3\.\S+: install the same"
+        ):
+            cluster.join(address)
+        monkeypatch.setattr("ray.init", unheard)
+        with pytest.raises(Refused, match=r"is no Ray head, or does not accept this token \(~/.ray/auth_token"):
+            cluster.join(address)
