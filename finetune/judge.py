@@ -25,10 +25,11 @@ from pretrain.run import from_first_rank
 
 
 class Judge:
-    """Scores a run's model on its task. `history` holds (step, score) of the evaluations so far, a resumed run's too."""
+    """Scores a run's model on its task. `history` holds (step, score) of the evaluations so far; a run that resumes sets it back."""
 
-    def __init__(self, config: Finetune, engine: Engine, task: Task, heldout: Rows, history: list[tuple[int, float]]) -> None:
-        self.config, self.engine, self.task, self.heldout, self.history = config, engine, task, heldout, history
+    def __init__(self, config: Finetune, engine: Engine, task: Task, heldout: Rows) -> None:
+        self.config, self.engine, self.task, self.heldout = config, engine, task, heldout
+        self.history: list[tuple[int, float]] = []
         self.run, self.best = Path(config.run), config.best or task.best
         self.chosen = some(task.dev, config.evaluate_examples)
 

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,7 @@ def train(config: Finetune, place: Place) -> None:
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
-    newest_folder = from_first_rank(engine, lambda: newest(run, recorder))
-    progress, history = _resume(Path(newest_folder), engine, config, rows, began, recorder) if newest_folder else (Progress(), [])
-    judge = Judge(config, engine, task, heldout, history)
+    judge = Judge(config, engine, task, heldout)
     facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
@@ -87,41 +84,50 @@ def train(config: Finetune, place: Place) -> None:
         "start": began,
     }
 
+    def restore() -> Progress | None:
+        folder = from_first_rank(engine, lambda: newest(run, recorder))
+        return _resume(Path(folder), engine, config, rows, began, recorder, judge) if folder else None
+
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
             step=progress.step,
             cursor=progress.step * config.step_rows,
             optimizer_step=engine.optimizer_step,
-            skips=[],
+            skips=progress.skips,
             fingerprint=rows.fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
             judged=-scores[judge.best] if judge.best in scores else None,
-            extra={**asdict(progress), "scores": scores, "history": judge.history, "best": judge.best, **facts},
+            extra={**progress.kept, "scores": scores, "history": judge.history, "best": judge.best, **facts},
         )
 
-    loader = Loader(
-        [rows],
-        [Part(config.row_length, config.step_rows, config.micro_rows)],
-        start=progress.step,
-        stop=config.steps,
-        rank=place.rank,
-        world=place.world,
-        prefetch=config.prefetch,
-        pin=place.device == "cuda",
-    )
+    def load(progress: Progress) -> Loader:
+        return Loader(
+            [rows],
+            [Part(config.row_length, config.step_rows, config.micro_rows)],
+            start=progress.step,
+            stop=config.steps,
+            rank=place.rank,
+            world=place.world,
+            prefetch=config.prefetch,
+            skips=progress.skips,
+            pin=place.device == "cuda",
+        )
+
     with closing(recorder):
+        progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **judge.score(0))
         train_loop(
             config,
             engine,
-            loader,
+            load,
             Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
             recorder,
             progress,
             score=lambda complete: judge.score(progress.step),
             describe=describe,
+            restore=restore,
             flops=lambda step: config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
             peak_flops=peak(engine),
             enough=judge.enough,
@@ -183,9 +189,7 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
     return made
 
 
-def _resume(
-    folder: Path, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder
-) -> tuple[Progress, list[tuple[int, float]]]:
+def _resume(folder: Path, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder, judge: Judge) -> Progress:
     checkpoint = open_checkpoint(folder)
     check(checkpoint, config.model, began)
     state = checkpoint.state
@@ -196,7 +200,8 @@ def _resume(
         )
     engine.load(checkpoint.read, state.optimizer_step)
     recorder.event("resumed", step=state.step, checkpoint=folder.name)
-    return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"]), [(step, score) for step, score in state.extra["history"]]
+    judge.history = [(step, score) for step, score in state.extra["history"]]
+    return Progress.of(state)
 
 
 def _texts(config: Finetune) -> Iterator[str]:

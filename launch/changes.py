@@ -60,6 +60,7 @@ SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     "checkpoints.*": _always,
     "evaluate_every": _always,
     "evaluate_rows": _always,
+    "spikes.*": _always,  # the rule for steps to come: what was decided so far is kept in the checkpoint
     "nonfinite_limit": _always,
     "cluster.*": _always,
     "ema": _always,  # an average beside the weights; turned on, it starts from where they are

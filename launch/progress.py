@@ -29,7 +29,7 @@ EVENTS = {
     "checkpoint_rejected": "{checkpoint} was passed over: {file}: {reason}",
     "save_failed": "a save failed: {reason}",
     "save_committed": "saved {checkpoint}",
-    "skipped": "step {step} was skipped by all ranks: its loss or gradient is not finite ({in_a_row} in a row)",
+    "bad_step": "step {step} (rows {rows}) was applied by no rank: {reason} ({in_a_row} in a row; policy: {policy})",
     "failed": "rank {rank} failed: {error}",
     "restarting": "starting the workers again (restart {attempt})",
     "stopped": "stopped at step {step}",
@@ -100,7 +100,7 @@ class Watch:
         events, metrics = ([record for record in next(source)] for source in self._sources)
         for event in events:
             if text := EVENTS.get(event.get("event", "")):
-                style = "yellow" if event["event"] in ("failed", "save_failed", "skipped", "checkpoint_rejected") else "dim"
+                style = "yellow" if event["event"] in ("failed", "save_failed", "bad_step", "checkpoint_rejected") else "dim"
                 self.console.print(escape(text.format_map(_Facts(event))), style=style, highlight=False, soft_wrap=True)
         for record in metrics:
             if "heldout_loss" in record:

@@ -108,6 +108,19 @@ class Checkpoints(Settings):
     keep_best: bool = True  # the lowest held-out loss
 
 
+class Spikes(Settings):
+    """Bad steps: a loss or gradient norm that is not finite, or more than so many times the median of the last `window` applied steps.
+
+    A bad step is applied on no rank. skip: the run goes on with the next step. rollback: it goes back to the last verified checkpoint and
+    never reads the step's rows again; the step is taken with the rows after them. stop: it ends, saying which rows.
+    """
+
+    policy: Literal["skip", "rollback", "stop"] = "skip"
+    loss: float | None = Field(default=None, gt=1)  # times the median; None: bad only where it is not finite
+    grad_norm: float | None = Field(default=None, gt=1)  # the same, before clipping
+    window: int = Field(default=100, gt=0)  # steps; until so many were applied, only what is not finite is bad
+
+
 class Training(Settings):
     """What every run of the training loop needs, from text or on a task: `steps` optimizer steps of `step_rows` rows."""
 
@@ -122,7 +135,8 @@ class Training(Settings):
     micro_rows: int = Field(gt=0)  # rows of one forward/backward on one rank
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay per step of the averaged weights, such as 0.999; 0: none are kept
     evaluate_every: int = Field(default=500, gt=0)  # steps
-    nonfinite_limit: int = Field(default=5, gt=0)  # steps in a row before the run stops
+    spikes: Spikes = Spikes()
+    nonfinite_limit: int = Field(default=5, gt=0)  # bad steps in a row before the run stops
 
     @model_validator(mode="after")
     def _steps_fit_together(self) -> "Training":

@@ -1,15 +1,14 @@
 """One optimizer step over all ranks, exactly: DeepSpeed's ZeRO behind a few methods.
 
 In: a model made on the CPU in fp32, the recipe, this process's place among the ranks. Out: `train_step` (one mean over all valid targets of
-the global step, or nothing at all where anything is not finite), `evaluate`, and `slices` / `load`, through which state moves between any
-two worlds and ZeRO stages. Private parts of DeepSpeed 0.19 that this file and slices.py lean on are marked; tests/pretrain/test_engine.py
-covers each.
+the global step, or nothing at all where anything is not finite or beyond a limit), `evaluate`, and `slices` / `load`, through which state
+moves between any two worlds and ZeRO stages. Private parts of DeepSpeed 0.19 that this file, slices.py and veto.py lean on are marked;
+tests/pretrain/test_engine.py covers each.
 """
 
 import contextlib
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -31,6 +30,8 @@ from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
 from pretrain.precision import agreed
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
+from pretrain.spikes import UNLIMITED, Limits
+from pretrain.veto import Veto
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Place:
 @dataclass(frozen=True)
 class Step:
     loss: float  # mean over the valid targets of the global step
-    grad_norm: float  # of the whole gradient, before clipping
-    finite: bool  # False: no weight and no moment was changed on any rank
+    grad_norm: float  # of the whole gradient, before clipping; infinite where the loss alone was bad
+    applied: bool  # False: no weight and no moment was changed on any rank
     part_sums: list[float]  # of a mixture: the sum of the losses of each part ...
     part_counts: list[float]  # ... and its targets
 
@@ -85,15 +86,15 @@ class Engine:
             self._engine.compile()
         self.device: torch.device = self._engine.device
         self.optimizer_step = 0
-        self._loss_finite, self._autocast = True, self.precision == "autocast"
+        self._autocast = self.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
         self._pieces = pieces(self._zero, self._engine.module, self.stage)
         self._make_state()
-        self._join_the_verdict()
+        self._veto = Veto(self._zero, self.stage)
 
-    def train_step(self, micros: list[Batch], micro_seeds: list[int], count: int, lr_factor: float) -> Step:
+    def train_step(self, micros: list[Batch], micro_seeds: list[int], count: int, lr_factor: float, limits: Limits = UNLIMITED) -> Step:
         """One optimizer step. `micros` are this rank's (at least one, as many on every rank, another number at the next step if need be),
-        `count` the valid targets of all ranks' micros together."""
+        `count` the valid targets of all ranks' micros together; beyond `limits` it is not applied."""
         for group in self._base.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         sums = torch.zeros(1 + 2 * self.num_parts, dtype=torch.float64, device=self.device)  # of the losses; by part; targets by part
@@ -110,16 +111,17 @@ class Engine:
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
         loss_sum, *part_sums = self.sum_over_ranks(sums).tolist()
         loss_mean = loss_sum / count
-        self._loss_finite = math.isfinite(loss_mean)
+        self._veto.expect(loss_mean, limits)
         self._engine.step()
-        finite = self._engine.was_step_applied()
-        self.optimizer_step += finite
-        if finite and self._decay:
+        applied = self._engine.was_step_applied()
+        self.optimizer_step += applied
+        if applied and self._decay:
             self._average()
-        if not finite and hasattr(self._zero, "averaged_gradients"):
+        if not applied and hasattr(self._zero, "averaged_gradients"):
             for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
-        return Step(loss_mean, float(self._engine.get_global_grad_norm()), finite, part_sums[: self.num_parts], part_sums[self.num_parts :])
+        norm = float(self._engine.get_global_grad_norm()) if applied else self._veto.norm
+        return Step(loss_mean, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :])
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -223,25 +225,6 @@ class Engine:
             everyone: list[Any] = [None] * self.place.world
             dist.all_gather_object(everyone, mine)
             self._base.tables = {id(flat): tabulate([rank[i] for rank in everyone]) for i, (flat, _) in enumerate(shared)}
-
-    def _join_the_verdict(self) -> None:
-        """Make a loss that is not finite skip the step as DeepSpeed does for gradients: on all ranks alike, before anything is changed.
-
-        Private: it skips where the norm of the reduced gradients is not finite, or where an earlier check says so. That check is ours.
-        """
-        zero = self._zero
-
-        def verdict(*_: Any, **__: Any) -> bool:
-            zero.overflow = not self._loss_finite
-            return zero.overflow
-
-        if self.stage == 3:
-            zero._overflow_check_and_loss_scale_update = verdict
-        elif hasattr(zero, "get_grads_for_norm"):  # BF16_Optimizer (stage 1, bf16 with fp32 accumulation) has no earlier check
-            gradients, spoilt = zero.get_grads_for_norm, [torch.full((1,), torch.nan, device=self.device)]
-            zero.get_grads_for_norm = lambda *a, **k: gradients(*a, **k) if self._loss_finite else (spoilt, {})
-        else:
-            zero.check_grad_overflow, zero.check_overflow = True, verdict
 
     def _refresh_weights(self) -> None:
         """The model's own weights from the fp32 masters."""

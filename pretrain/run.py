@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,12 +96,14 @@ def train(config: Pretrain, place: Place) -> None:
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
-    folder = from_first_rank(engine, lambda: newest(run, recorder))
     start = from_first_rank(engine, lambda: fingerprint(config.model))
-    progress = _resume(open_checkpoint(Path(folder)), engine, config, rows, start, recorder) if folder else Progress()
     plan = parts(config)
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
     recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
+
+    def restore() -> Progress | None:
+        folder = from_first_rank(engine, lambda: newest(run, recorder))
+        return _resume(open_checkpoint(Path(folder)), engine, config, rows, start, recorder) if folder else None
 
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
@@ -119,11 +121,11 @@ def train(config: Pretrain, place: Place) -> None:
             step=progress.step,
             cursor=where(plan, progress.step).row,
             optimizer_step=engine.optimizer_step,
-            skips=[],
+            skips=progress.skips,
             fingerprint=_read_so_far(config, rows, progress.step).fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
-            extra={**asdict(progress), "scores": scores, "model": model.model_dump(mode="json"), "start": start},
+            extra={**progress.kept, "scores": scores, "model": model.model_dump(mode="json"), "start": start},
         )
 
     def flops(step: int) -> float:
@@ -131,17 +133,19 @@ def train(config: Pretrain, place: Place) -> None:
         return part.step_rows * train_flops_per_row(model, room.tokens, room.source)
 
     with closing(recorder):
+        progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **score(False))
         train_loop(
             config,
             engine,
-            _loader(config, rows, place, progress.step),
+            partial(_loader, config, rows, place),
             Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
             recorder,
             progress,
             score=score,
             describe=describe,
+            restore=restore,
             flops=flops,
             peak_flops=peak(engine),
             parts=heldout.parts,
@@ -203,18 +207,19 @@ def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list
         )
     engine.load(checkpoint.read, state.optimizer_step)
     recorder.event("resumed", step=state.step, checkpoint=checkpoint.folder.name)
-    return Progress(state.step, state.extra["tokens"], state.extra["nonfinite"])
+    return Progress.of(state)
 
 
-def _loader(config: Pretrain, rows: list[Rows], place: Place, step: int) -> Loader:
+def _loader(config: Pretrain, rows: list[Rows], place: Place, progress: Progress) -> Loader:
     return Loader(
         rows,
         parts(config),
-        start=step,
+        start=progress.step,
         stop=config.steps,
         rank=place.rank,
         world=place.world,
         prefetch=config.data.prefetch,
+        skips=progress.skips,
         pin=place.device == "cuda",
     )
 

@@ -1,13 +1,13 @@
-"""The only training loop: step, record, evaluate, save.
+"""The only training loop: step, record, judge, evaluate, save.
 
-In: an engine, a loader of packed rows, a checkpointer, a recorder. Out: metrics, events and checkpoints in the run folder. Fine-tuning runs
-this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it depends on the number of ranks beyond rounding.
+In: an engine, the packed rows of each step, a checkpointer, a recorder. Out: metrics, events and checkpoints in the run folder.
+Fine-tuning runs this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it depends on the number of ranks beyond rounding.
 """
 
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from modeling.config import Refused
 from pretrain.checkpoint import State
 from pretrain.config import Training
-from pretrain.engine import Engine
+from pretrain.engine import Engine, Step
 from pretrain.evaluate import part_losses
-from pretrain.loader import Loader, StepRows
+from pretrain.loader import StepRows
 from pretrain.metrics import Recorder
 from pretrain.optimizer import lr_factor
 from pretrain.saving import Checkpointer
+from pretrain.spikes import give_up, limits, named_before, reason
 
 
 @dataclass
@@ -32,19 +33,45 @@ class Progress:
 
     step: int = 0  # finished optimizer steps, skipped ones included
     tokens: int = 0  # read so far, padding left out
-    nonfinite: int = 0  # skipped steps in a row
+    bad: int = 0  # steps in a row that were skipped
+    skips: list[tuple[int, int]] = field(default_factory=list)  # rows from first to last, both included, that are never read
+    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the last steps that were applied
+
+    @classmethod
+    def of(cls, state: State) -> "Progress":
+        """Where a checkpoint's run stood; of before there was a rule for spikes, with nothing to judge by yet."""
+        kept = state.extra
+        return cls(
+            state.step, kept["tokens"], kept.get("bad", 0), list(state.skips), [(loss, norm) for loss, norm in kept.get("recent", [])]
+        )
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What goes to a checkpoint's `extra`."""
+        return {"tokens": self.tokens, "bad": self.bad, "recent": self.recent}
+
+    def took(self, step: Step, tokens: int, window: int) -> None:
+        """A step is done, applied or skipped."""
+        self.step, self.tokens, self.bad = self.step + 1, self.tokens + tokens, 0 if step.applied else self.bad + 1
+        if step.applied:
+            self.recent = [*self.recent, (step.loss, step.grad_norm)][-window:]
+
+    def go_back(self, earlier: "Progress", skipped: tuple[int, int]) -> None:
+        """To where a checkpoint stood, with all rows left out that were named since, and these."""
+        vars(self).update(vars(replace(earlier, skips=[*self.skips, skipped])))
 
 
 def train(
     config: Training,
     engine: Engine,
-    loader: Loader,
+    load: Callable[[Progress], Iterable[StepRows]],
     checkpointer: Checkpointer,
     recorder: Recorder,
     progress: Progress,
     *,
     score: Callable[[bool], dict[str, Any]],
     describe: Callable[[Progress, dict[str, Any]], State],
+    restore: Callable[[], Progress | None],
     flops: Callable[[int], float],
     peak_flops: float,
     enough: Callable[[], bool] = lambda: False,
@@ -52,43 +79,41 @@ def train(
 ) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (SIGTERM, or a file `stop` in the run folder).
 
-    `score(complete)` evaluates; `describe(progress, scores)` makes the state a checkpoint records; `flops(step)` are those of all ranks;
-    `enough()` ends training before its last step, on all ranks alike; `parts` names those of a mixture of objectives.
-    Raises Refused after `nonfinite_limit` steps in a row whose loss or gradient was not finite.
+    `load(progress)` gives the rows of each step from there; `score(complete)` evaluates; `describe(progress, scores)` makes the state a
+    checkpoint records; `restore()` puts the last verified checkpoint into the engine and says where it stood, None where there is none;
+    `flops(step)` are those of all ranks; `enough()` ends training before its last step, on all ranks alike; `parts` names those of a
+    mixture of objectives. Raises Refused where `config.spikes` says so.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
     saved = progress.step
-    for rows in loader:
+    for rows in _following(load, progress):
         start = time.perf_counter()
         count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
         if stopping or enough():
             break
         factor = lr_factor(config.schedule, rows.step, config.steps)
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
-        step = engine.train_step(rows.micros, seeds, count, factor)
-
-        progress.step, progress.tokens = rows.step + 1, progress.tokens + tokens
-        progress.nonfinite = 0 if step.finite else progress.nonfinite + 1
+        most = limits(config.spikes, progress.recent)
+        step = engine.train_step(rows.micros, seeds, count, factor, most)
         seconds = time.perf_counter() - start
         recorder.metrics(
-            progress.step,
-            loss=step.loss,
+            rows.step + 1,
             lr=config.optimizer.lr * factor,
-            grad_norm=step.grad_norm,
-            tokens=progress.tokens,
+            tokens=progress.tokens + tokens,
             tokens_per_s=tokens / seconds,
             mfu=flops(rows.step) / seconds / peak_flops,
             seconds=seconds,
             peak_bytes=engine.meter.peak(),
-            stage=rows.stage,
-            rows=[rows.first, rows.last],
             rows_hash=f"{rows_hash:012x}",
-            skipped=not step.finite,
-            **part_losses("", parts, step.part_sums, step.part_counts),
+            **_told(rows, step, parts),
         )
-        if not step.finite:
-            _refuse_nonfinite(config, recorder, progress, rows)
+        if not step.applied and _went_back(
+            config, recorder, checkpointer, progress, rows, reason(step.loss, step.grad_norm, most), restore
+        ):
+            scores = scores if progress.step == rows.step else {}
+            continue
+        progress.took(step, tokens, config.spikes.window)
 
         finished = progress.step == config.steps
         if finished or progress.step % config.evaluate_every == 0:
@@ -99,9 +124,7 @@ def train(
             scores, saved = {}, progress.step
     if saved < progress.step:
         _save(checkpointer, engine, describe(progress, scores))
-    checkpointer.wait()
-    if checkpointer.failed is not None:
-        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Make room and run the same command again.")
+    _saved(checkpointer, progress)
     recorder.event("finished" if progress.step == config.steps or enough() else "stopped", step=progress.step)
 
 
@@ -110,9 +133,27 @@ def micro_seed(seed: int, micro: int) -> int:
     return int(np.random.SeedSequence([seed, micro]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def _following(load: Callable[[Progress], Iterable[StepRows]], progress: Progress) -> Iterator[StepRows]:
+    """The rows of each step from where the run stands, also when it went back since the last one."""
+    went_back = True
+    while went_back:
+        went_back = False
+        for rows in load(progress):
+            yield rows
+            if went_back := progress.step != rows.step + 1:
+                break
+
+
 def _save(checkpointer: Checkpointer, engine: Engine, state: State) -> None:
     checkpointer.wait()  # before the copy is made, so that memory never holds two
     checkpointer.save(state, engine.slices())
+
+
+def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
+    """Wait for the last save. Raises Refused where it failed."""
+    checkpointer.wait()
+    if checkpointer.failed is not None:
+        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Make room and run the same command again.")
 
 
 class StopRequest:
@@ -139,12 +180,37 @@ def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, b
     return count, tokens, rows_hash % 2**48, stopping > 0
 
 
-def _refuse_nonfinite(config: Training, recorder: Recorder, progress: Progress, rows: StepRows) -> None:
-    """Record a step that no rank applied; give up after too many in a row."""
-    recorder.event("skipped", step=progress.step, rows=[rows.first, rows.last], in_a_row=progress.nonfinite)
-    if progress.nonfinite >= config.nonfinite_limit:
-        raise Refused(
-            f"step {progress.step} (rows {rows.first} to {rows.last}) is the {progress.nonfinite}th in a row whose loss or gradient is"
-            f" not finite (nonfinite_limit is {config.nonfinite_limit}). Lower optimizer.lr, or train in fp32, and continue from the"
-            f" newest checkpoint in {config.run}."
-        )
+def _told(rows: StepRows, step: Step, parts: Sequence[str]) -> dict[str, Any]:
+    """What a step's line says of its rows and its arithmetic."""
+    return {
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "stage": rows.stage,
+        "rows": [rows.first, rows.last],
+        "skipped": not step.applied,
+        **part_losses("", parts, step.part_sums, step.part_counts),
+    }
+
+
+def _went_back(
+    config: Training,
+    recorder: Recorder,
+    checkpointer: Checkpointer,
+    progress: Progress,
+    rows: StepRows,
+    why: str,
+    restore: Callable[[], Progress | None],
+) -> bool:
+    """Do with a step that no rank applied as `spikes.policy` says; whether the run went back, for the step to be taken with other rows.
+
+    Without a checkpoint it stays where it is, and takes the step with other rows there: the steps so far, taken again, would lead here.
+    """
+    rolls_back = config.spikes.policy == "rollback"
+    in_a_row = 1 + (named_before(progress.skips, rows.first) if rolls_back else progress.bad)
+    facts = {"rows": [rows.first, rows.last], "reason": why, "policy": config.spikes.policy, "in_a_row": in_a_row}
+    recorder.event("bad_step", step=rows.step + 1, **facts)
+    give_up(config, rows.step + 1, rows.first, rows.last, why, in_a_row)
+    if rolls_back:
+        checkpointer.wait()  # a save in flight may be the one to go back to
+        progress.go_back(restore() or progress, (rows.first, rows.last))
+    return rolls_back

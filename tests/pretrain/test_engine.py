@@ -16,6 +16,7 @@ from modeling.transformer import Transformer, build
 from pretrain.config import Causal, Data, Optimizer, Pretrain, Source
 from pretrain.config import Engine as EngineConfig
 from pretrain.engine import Engine, Place, Step
+from pretrain.spikes import Limits
 from tests.processes import run_processes
 
 TOKENS, VOCAB, STAGES = 7, 101, (1, 2, 3)
@@ -121,7 +122,7 @@ def _every_cell(place: Place, stage: int) -> dict[Any, dict[str, Any]]:
 
 
 def _cell(place: Place, kind: str, stage: int, precision: str, offload: bool) -> dict[str, Any]:
-    """Four steps straight; the state after two; from that state the same again, with two bad steps in between."""
+    """Four steps straight; the state after two; from that state the same again, with bad steps in between and wide limits at the end."""
     config = recipe(kind, stage, precision, offload)
     engine = engine_of(config, place)
     start = train(engine, 0, 1)
@@ -144,8 +145,12 @@ def _cell(place: Place, kind: str, stage: int, precision: str, offload: bool) ->
         if place.rank == place.world - 1:
             spoilt.append(what)
         (step,) = train(engine, 9)
-        bad[what] = (step.finite, engine.optimizer_step, changed(before, engine.slices()))
-    resumed += train(engine, 3)
+        bad[what] = (step.applied, engine.optimizer_step, changed(before, engine.slices()))
+    for limits in (Limits(loss=1e-3), Limits(grad_norm=1e-3)):
+        step = engine.train_step(*share(9, place), 1.0, limits)
+        assert step.grad_norm > 1e-3
+        bad[limits] = (step.applied, engine.optimizer_step, changed(before, engine.slices()))
+    resumed += [engine.train_step(*share(3, place), 1 / 4, Limits(1e3, 1e3))]
     return {"start": start, "state": state, "straight": straight, "loaded": loaded, "resumed": resumed, "bad": bad}
 
 
@@ -160,13 +165,13 @@ def test_resumed_run_continues_bit_for_bit(cell: Any) -> None:
     for rank in two(cell[1]):
         assert rank[cell]["loaded"] == []
         assert rank[cell]["resumed"] == rank[cell]["straight"]
-        assert all(step.finite for step in rank[cell]["start"] + rank[cell]["straight"])
+        assert all(step.applied for step in rank[cell]["start"] + rank[cell]["straight"])
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(cell: Any) -> None:
+def test_a_step_that_is_not_finite_or_beyond_a_limit_changes_nothing_on_any_rank(cell: Any) -> None:
     for rank in two(cell[1]):
-        assert rank[cell]["bad"] == {"loss": (False, 3, []), "gradient": (False, 3, [])}
+        assert rank[cell]["bad"] == dict.fromkeys(("loss", "gradient", Limits(loss=1e-3), Limits(grad_norm=1e-3)), (False, 3, []))
 
 
 def _elsewhere(place: Place, states: dict[str, Any]) -> dict[Any, list[Step]]:
