@@ -82,6 +82,19 @@ def plan(
     plan(recipe, where, Console())
 
 
+@app.command("verify-resume")
+def verify_resume(
+    config: Config,
+    changes: Changes = None,
+    kills: Annotated[int, typer.Option(min=1, help="workers to kill, at moments drawn from the seed")] = 10,
+    seed: Annotated[int, typer.Option(help="of the moments, workers and stages")] = 0,
+) -> None:
+    """Kill a short run of a recipe again and again, here, and compare it with the same run undisturbed: exit 1 on any difference."""
+    from launch.verify_resume import verify_resume
+
+    verify_resume(config, changes or [], kills, seed, Console())
+
+
 @app.command()
 def pretrain(
     config: Config,
