@@ -205,12 +205,12 @@ def _went_back(
 
     Without a checkpoint it stays where it is, and takes the step with other rows there: the steps so far, taken again, would lead here.
     """
+    checkpointer.wait()  # a save in flight holds good steps, whether the run goes back to it or ends here
     rolls_back = config.spikes.policy == "rollback"
     in_a_row = 1 + (named_before(progress.skips, rows.first) if rolls_back else progress.bad)
     facts = {"rows": [rows.first, rows.last], "reason": why, "policy": config.spikes.policy, "in_a_row": in_a_row}
     recorder.event("bad_step", step=rows.step + 1, **facts)
     give_up(config, rows.step + 1, rows.first, rows.last, why, in_a_row)
     if rolls_back:
-        checkpointer.wait()  # a save in flight may be the one to go back to
         progress.go_back(restore() or progress, (rows.first, rows.last))
     return rolls_back
