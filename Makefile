@@ -10,7 +10,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv (1 to 3 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[publish,score,report,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[publish,score,report,mlflow,dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -7,7 +7,7 @@ for each mistake. Paths in values are relative to where the command runs, `exten
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field
@@ -35,6 +35,7 @@ class Recipe(Pretrain):
 
     command: ClassVar[str] = "pretrain"
     cluster: Cluster = Cluster()
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()  # told what the run records, beside its TensorBoard files
 
 
 class FinetuneRecipe(Finetune):
@@ -42,6 +43,7 @@ class FinetuneRecipe(Finetune):
 
     command: ClassVar[str] = "finetune"
     cluster: Cluster = Cluster()
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
 
 
 AnyRecipe = Recipe | FinetuneRecipe

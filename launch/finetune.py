@@ -20,6 +20,7 @@ from launch.changes import settle
 from launch.config import FinetuneRecipe, dials
 from launch.pretrain import stopping
 from launch.progress import Watch
+from launch.trackers import told
 from modeling.config import Refused
 from pretrain import published
 from pretrain.engine import Place
@@ -32,7 +33,7 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
     folder = Path(recipe.run)
     for change in settle(recipe):
         console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", highlight=False)
-    with Watch(folder, recipe.steps, console) as watch:
+    with Watch(folder, recipe.steps, console) as watch, told(recipe, console):
         run.prepare(recipe, watch.prepared)
         with stopping(folder) as stop:
             if recipe.cluster.workers == 0:

@@ -18,6 +18,7 @@ from launch.changes import settle
 from launch.config import Recipe
 from launch.plan import beside
 from launch.progress import Watch
+from launch.trackers import told
 from pretrain import run
 from pretrain.engine import Place
 from pretrain.metrics import read_lines
@@ -40,7 +41,7 @@ def prepare(recipe: Recipe, console: Console) -> None:
 def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits with 128 + the signal."""
     folder = Path(recipe.run)
-    with _settled(recipe, console) as watch:
+    with _settled(recipe, console) as watch, told(recipe, console):
         run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
         with stopping(folder) as stop:
             if recipe.cluster.workers == 0:

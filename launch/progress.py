@@ -138,18 +138,24 @@ def _appended(file: Path) -> Iterator[list[dict[str, Any]]]:
     """Each `next` gives the whole records appended since the one before (the first: since now)."""
     place = file.stat().st_size if file.exists() else 0
     while True:
-        records = []
-        if file.exists():
-            with file.open("rb") as lines:
-                lines.seek(place)
-                whole, newline, _ = lines.read().rpartition(b"\n")
-            place += len(whole) + len(newline)
-            for line in whole.split(b"\n"):
-                try:
-                    records.append(json.loads(line))
-                except ValueError:  # half a line of a killed writer
-                    continue
+        records, place = since(file, place)
         yield records
+
+
+def since(file: Path, place: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole records from byte `place` of a file on, and the byte after them."""
+    records: list[dict[str, Any]] = []
+    if file.exists():
+        with file.open("rb") as lines:
+            lines.seek(place)
+            whole, newline, _ = lines.read().rpartition(b"\n")
+        place += len(whole) + len(newline)
+        for line in whole.split(b"\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # half a line of a killed writer
+                continue
+    return records, place
 
 
 def _short(number: float) -> str:

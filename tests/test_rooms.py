@@ -14,6 +14,8 @@ HOMES = {
     "datasets": ("pretrain/corpus.py", "finetune/"),
     "transformers": ("pretrain/verify.py", "launch/bench/contenders.py"),  # the peers that training is set beside
     "matplotlib": ("launch/report.py", "launch/bench/report.py"),
+    "mlflow": ("launch/trackers.py",),
+    "wandb": ("launch/trackers.py",),
     "typer": ("launch/",),
     "rich": ("launch/",),
 }
