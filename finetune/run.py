@@ -29,7 +29,7 @@ from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
 from modeling.transformer import Transformer
-from pretrain import tokenizer
+from pretrain import heartbeat, tokenizer
 from pretrain.checkpoint import State, open_checkpoint
 from pretrain.engine import Engine, Place
 from pretrain.lease import Lease, take_generation
@@ -71,6 +71,7 @@ def train(config: Finetune, place: Place) -> None:
     rows, heldout = open_rows(config, tasks, vocabulary)
     engine = Engine(_initialised(model, state, config), config, place)
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
+    heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())

@@ -24,6 +24,7 @@ from modeling.batch import Batch
 from modeling.config import Generation, Refused
 from modeling.generate import generate
 from modeling.transformer import Transformer
+from pretrain import heartbeat
 from pretrain.config import Training
 from pretrain.meter import Meter, keep_freed_pages
 from pretrain.muon import Muon, Share, tabulate
@@ -68,6 +69,7 @@ class Engine:
                 " Set compile to false, or zero_stage to 1 or 2."
             )
         torch.set_num_threads(place.threads)
+        heartbeat.at("meeting the other ranks")
         deepspeed = _deepspeed(place)
         config = agreed(config, place.device)
         self.precision = config.engine.precision
@@ -102,13 +104,16 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
             torch.manual_seed(seed)
             here = micro.to(self.device)
+            heartbeat.at("forward", micro=i)
             loss = self._engine(here)
             if here.parts is not None:
                 loss, nll_BT = loss
                 sums[1:] += here.by_part(nll_BT, self.num_parts).flatten()
             sums[0] += loss.detach()
             # DeepSpeed averages gradients over ranks: scaled so, their sum is the gradient of one mean over `count`.
+            heartbeat.at("backward", micro=i)
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
+        heartbeat.at("optimizer step")
         loss_sum, *part_sums = self.sum_over_ranks(sums).tolist()
         loss_mean = loss_sum / count
         self._veto.expect(loss_mean, limits)
@@ -126,6 +131,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout; ranks call it equally often."""
+        heartbeat.at("evaluating")
         self._engine.eval()
         nll_BT, correct_BT = self._engine(batch.to(self.device), per_token=True)
         self._engine.train()
@@ -134,6 +140,7 @@ class Engine:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) of this rank's batch, without dropout; ranks call it equally often, and the larger calls cost memory."""
+        heartbeat.at("evaluating")
         self._engine.eval()
         logits_BTV = self._engine(batch.to(self.device), logits=True)
         self._engine.train()
@@ -142,6 +149,7 @@ class Engine:
     def generate(self, prompts: list[list[int]], how: Generation, *, bos: int, eos: int, pad: int) -> list[list[int]]:
         """This rank's texts. Ranks call it equally often and take as many steps as the rank that needs most (stage 3 gathers weights in
         each); the forward passes go past DeepSpeed's own `forward`, to the model's parts."""
+        heartbeat.at("generating")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return generate(self._engine.module, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._anyone)
 
@@ -171,6 +179,7 @@ class Engine:
 
     def load(self, read: Read, optimizer_step: int) -> None:
         """Take this rank's share of the state from `read(name, start, stop)`, written at whatever world and stage."""
+        heartbeat.at("loading a checkpoint")
         write_slices(self._pieces, self._base.state, read)
         self.optimizer_step = optimizer_step
         for state in self._base.state.values():

@@ -56,8 +56,8 @@ class Recorder:
                 self.board.add_scalar(name, value, step)
 
     def event(self, event: str, **facts: Any) -> None:
-        """One line of events.jsonl: {"time", "event", "generation", facts}. Other ranks than the first report failures only."""
-        if self.active or event.endswith("_failed"):
+        """One line of events.jsonl: {"time", "event", "generation", facts}. Other ranks than the first report what befalls them alone."""
+        if self.active or event.endswith("_failed") or event == "terminated":
             append_line(self.run / "events.jsonl", {"time": round(time.time(), 3), "event": event, "generation": self.generation, **facts})
 
     def close(self) -> None:

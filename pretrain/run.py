@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from modeling.config import Refused
 from modeling.counts import train_flops_per_row
+from pretrain import heartbeat, tokenizer
 from pretrain import prepare as preparation
-from pretrain import tokenizer
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
 from pretrain.config import Pretrain, Source, Start
@@ -94,6 +94,7 @@ def train(config: Pretrain, place: Place) -> None:
     model, weights = begin(config.model, run)
     engine = Engine(initialised(model, weights, config.seed), config, place, len(heldout.parts))
     lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
+    heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     start = from_first_rank(engine, lambda: fingerprint(config.model))

@@ -34,6 +34,7 @@ from pretrain.lease import COMMIT, Lease, Superseded, folder_of
 from pretrain.retention import retain, sweep
 from pretrain.slices import Slice
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a disk that takes nothing more
 DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -47,11 +48,13 @@ class Checkpointer:
     bytes, seconds); on rank 0 also save_committed (step, checkpoint, bytes of all ranks, seconds since `save`), checkpoint_deleted,
     checkpoint_swept, retention_failed; save_failed (step, rank, reason) when there will be no such checkpoint.
     After `wait`, `failed` is that reason, or None when this rank's last save went well: a run whose last save failed has not finished.
+    `full`: because this rank found its disk full or read-only, so that the next one will do no better, and the run should stop.
     """
 
     def __init__(self, lease: Lease, rank: int, world: int, keep: Checkpoints, on_event: OnEvent, timeout: float = 900.0) -> None:
         self.lease, self.rank, self.world, self.keep, self.on_event, self.timeout = lease, rank, world, keep, on_event, timeout
         self.failed: str | None = None
+        self.full = False
         self._origin = origin() if rank == 0 else {}
         self._thread: threading.Thread | None = None
         self._superseded: Superseded | None = None
@@ -84,7 +87,7 @@ class Checkpointer:
     def _save(self, state: State, slices: dict[str, Slice], began: float, waited: float) -> None:
         folder = folder_of(self.lease.run, state.step, self.lease.generation)
         size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
-        self.failed = None
+        self.failed, self.full = None, False
         try:
             self.on_event("save_started", step=state.step, bytes=size, waited=waited)
             if self.rank == 0:
@@ -109,6 +112,8 @@ class Checkpointer:
     def _reason(self, error: Exception, folder: Path, size: int) -> str:
         if isinstance(error, Superseded):
             self._superseded = error
+        if isinstance(error, OSError) and error.errno in FULL:
+            self.full = True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.lease.run).free + sum(path.stat().st_size for path in folder.glob(f"*rank-{self.rank:05d}*"))
             return (

@@ -5,6 +5,7 @@ Fine-tuning runs this same loop. The loop knows no Ray and no DeepSpeed, and not
 """
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from modeling.config import Refused
+from pretrain import heartbeat
 from pretrain.checkpoint import State
 from pretrain.config import Training
 from pretrain.engine import Engine, Step
@@ -77,18 +79,21 @@ def train(
     enough: Callable[[], bool] = lambda: False,
     parts: Sequence[str] = (),
 ) -> None:
-    """Train from `progress.step` to `config.steps`, or until a stop is asked for (SIGTERM, or a file `stop` in the run folder).
+    """Train from `progress.step` to `config.steps`, or until a stop is asked for (see StopRequest).
 
     `load(progress)` gives the rows of each step from there; `score(complete)` evaluates; `describe(progress, scores)` makes the state a
     checkpoint records; `restore()` puts the last verified checkpoint into the engine and says where it stood, None where there is none;
     `flops(step)` are those of all ranks; `enough()` ends training before its last step, on all ranks alike; `parts` names those of a
-    mixture of objectives. Raises Refused where `config.spikes` says so.
+    mixture of objectives. Raises Refused where `config.spikes` says so, and once the disk is full.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
-    saved = progress.step
+    began = saved = progress.step
     for rows in _following(load, progress):
         start = time.perf_counter()
+        heartbeat.at("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
+        if checkpointer.full:
+            _saved(checkpointer, progress)
         count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
         if stopping or enough():
             break
@@ -96,6 +101,7 @@ def train(
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
         most = limits(config.spikes, progress.recent)
         step = engine.train_step(rows.micros, seeds, count, factor, most)
+        heartbeat.at("recording")
         seconds = time.perf_counter() - start
         recorder.metrics(
             rows.step + 1,
@@ -108,6 +114,8 @@ def train(
             rows_hash=f"{rows_hash:012x}",
             **_told(rows, step, parts),
         )
+        if rows.step == began:
+            recorder.event("stepping", step=rows.step + 1)
         if not step.applied and _went_back(
             config, recorder, checkpointer, progress, rows, reason(step.loss, step.grad_norm, most), restore
         ):
@@ -122,6 +130,9 @@ def train(
         if finished or progress.step % config.checkpoints.every == 0:
             _save(checkpointer, engine, describe(progress, scores))
             scores, saved = {}, progress.step
+        heartbeat.at("reading rows")
+    if stop.terminated:
+        recorder.event("terminated", rank=engine.place.rank, step=progress.step)
     if saved < progress.step:
         _save(checkpointer, engine, describe(progress, scores))
     _saved(checkpointer, progress)
@@ -145,6 +156,7 @@ def _following(load: Callable[[Progress], Iterable[StepRows]], progress: Progres
 
 
 def _save(checkpointer: Checkpointer, engine: Engine, state: State) -> None:
+    heartbeat.at("saving")
     checkpointer.wait()  # before the copy is made, so that memory never holds two
     checkpointer.save(state, engine.slices())
 
@@ -157,20 +169,28 @@ def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
 
 
 class StopRequest:
-    """Somebody asked this run to save and stop: SIGTERM to this process, or a file `stop` in the run folder."""
+    """Somebody asked these ranks to save and return: SIGTERM to one of their processes (its host goes away), or a file in the run folder:
+    `stop` from a person, `regroup` from the driver, which goes on with more workers."""
+
+    terminated = False  # of this process, whoever listened
 
     def __init__(self, run: Path) -> None:
-        self.file, self.terminated = run / "stop", False
-        try:
-            signal.signal(signal.SIGTERM, self._terminate)
-        except ValueError:  # not the main thread of its process (Ray's worker threads): the file remains
-            self.terminated = False
+        self.files = (run / "stop", run / "regroup")
+        if threading.current_thread() is threading.main_thread():  # else whoever owns the process has called `hear` there
+            self.hear()
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self.terminated = True
+    @classmethod
+    def hear(cls) -> None:
+        """Take SIGTERM as a request, in this process from now on; only its main thread can say so."""
+        cls.terminated = False
+        signal.signal(signal.SIGTERM, cls._terminate)
+
+    @classmethod
+    def _terminate(cls, number: int, frame: FrameType | None) -> None:
+        cls.terminated = True
 
     def asked(self) -> bool:
-        return self.terminated or self.file.exists()
+        return self.terminated or any(file.exists() for file in self.files)
 
 
 def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, bool]:

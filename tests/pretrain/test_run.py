@@ -1,9 +1,11 @@
 """A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any world, clear refusals."""
 
+import errno
 import json
 import math
 import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from modeling.config import ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from pretrain import config as dials
+from pretrain import storage
 from pretrain.checkpoint import newest_verified
 from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
@@ -103,6 +106,32 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     assert losses(straight.run) == losses(broken.run)
     events = [event["event"] for event in read_lines(Path(broken.run) / "events.jsonl")]
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
+
+
+def full_from(place: Place, config: Pretrain, step: int) -> str:
+    """What the run says whose disk has no room for the checkpoint of `step` and later ones."""
+
+    def operation(name: str, path: Path) -> None:
+        if name == "write" and any(f"step-{later:08d}" in str(path) for later in range(step, config.steps + 1)):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    storage.operation = operation
+    try:
+        train(config, place)
+    except Refused as refusal:
+        return str(refusal)
+    return "trained to its end"
+
+
+def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "full", steps=400)
+    prepare(config, 1, quiet)
+    said = run_processes(1, full_from, config, 8)[0]
+    assert re.search(r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes", said)
+    assert said.endswith("the checkpoint before stays. Make room and run the same command again.")
+    assert len(losses(config.run)) < 400
+    found = newest_verified(Path(config.run), lambda *_, **__: None)
+    assert found is not None and found.state.step == 4
 
 
 def parts_of(run: str) -> dict[int, dict[str, float]]:
