@@ -35,8 +35,8 @@ class Rows:
 
     def row(self, i: int) -> Row:
         """Row i of the run."""
-        number, row = self._place(i)
-        return assemble([self.sets[number][j] for j, _, _ in self.packed[number].row(row)], self.room, self.pad)
+        number, members = self._place(i)
+        return assemble([self.sets[number][j] for j in members], self.room, self.pad)
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
@@ -44,15 +44,16 @@ class Rows:
 
     def members(self, i: int) -> list[int]:
         """Which examples stand in row i, in the order of their segments (which count from 1)."""
-        number, row = self._place(i)
-        return [j for j, _, _ in self.packed[number].row(row)]
+        return self._place(i)[1]
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def _place(self, i: int) -> tuple[int, list[int]]:
+        """The set that row i is made of, and which of its examples."""
         streams, before, counts = self._turns
         period, turn = divmod(i, len(streams))
         number = int(streams[turn])
         _, _, _, row = self.orders[number].locate(period * int(counts[number]) + int(before[turn]))
-        return number, row
+        packed = self.packed[number]
+        return number, packed.document[packed.row(row)].tolist()
 
 
 def room_for(sets: Sequence[Sequence[Segment]], row_length: int) -> Room:

@@ -65,10 +65,9 @@ class Packed:
     stop: np.ndarray
     offsets: np.ndarray
 
-    def row(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, start, stop) of each piece of a row; documents count from the block's first."""
-        here = slice(self.offsets[row], self.offsets[row + 1])
-        return list(zip(self.document[here].tolist(), self.start[here].tolist(), self.stop[here].tolist(), strict=True))
+    def row(self, row: int) -> slice:
+        """Which pieces are in a row; their documents count from the block's first."""
+        return slice(self.offsets[row], self.offsets[row + 1])
 
 
 def cut(extents: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

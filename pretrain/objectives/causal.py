@@ -30,7 +30,7 @@ class NextToken:
         return Sizes(stop - start, np.zeros_like(start))
 
     def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        tokens = self.document.marked(document, start, stop + 1)
+        tokens, _, _ = self.document.marked(document, start, stop + 1)
         return Segment(tokens[:-1], tokens[1:])
 
 
@@ -68,7 +68,7 @@ class Middle(NextToken):
 
     def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
         text = document[start:stop]  # what positions start + 1 to stop hold, without EOS
-        first, second = np.sort(rng.integers(len(text) + 1, size=2))
+        first, second = sorted(rng.integers(len(text) + 1, size=2).tolist())
         prefix, middle, suffix = text[:first], text[first:second], text[second:]
         if rng.random() < self.suffix_first:
             moved = [self.pre, self.suf, suffix, self.mid, prefix, middle]

@@ -29,19 +29,21 @@ class HiddenTokens:
         return Sizes(stop - start, self.picks[self.marks.text(lengths, start, stop)])
 
     def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        tokens = self.marks.marked(document, start, stop)
-        text, first = int(self.marks.text(len(document), start, stop)), self.marks.first(start)
+        tokens, first, last = self.marks.marked(document, start, stop)
+        number = int(self.picks[last - first])
         if self.dials.whole_words:
-            places = _whole_words(self.word_starts[tokens[first : first + text]], int(self.picks[text]), rng)
+            picked = _whole_words(self.word_starts[tokens[first:last]], number, rng)
         else:
-            places = rng.permutation(text)[: self.picks[text]]
-        picked = first + np.sort(places)
-        targets = np.full_like(tokens, IGNORE)
+            picked = rng.permutation(last - first)[:number]
+            picked.sort()
+        picked += first
+        targets = np.full(len(tokens), IGNORE)
         targets[picked] = tokens[picked]
         draw = rng.random(len(picked))
-        randoms = rng.integers(len(self.ordinary), size=len(picked))
-        masked, replaced = draw < self.dials.mask, draw < self.dials.mask + self.dials.random
-        tokens[picked] = np.where(masked, self.mask, np.where(replaced, self.ordinary[randoms], tokens[picked]))
+        randoms = self.ordinary[rng.integers(len(self.ordinary), size=len(picked))]
+        replaced = draw < self.dials.mask + self.dials.random
+        tokens[picked[replaced]] = randoms[replaced]
+        tokens[picked[draw < self.dials.mask]] = self.mask
         return Segment(tokens, targets, picked=picked)
 
 
@@ -49,12 +51,13 @@ def _whole_words(starts: np.ndarray, number: int, rng: np.random.Generator) -> n
     """Places of whole words, `number` tokens at most; a word begins where `starts` says so, and at the piece's first token."""
     if number == 0:
         return np.empty(0, np.int64)
-    word = np.cumsum(starts) - starts[0]
+    word = starts.cumsum() - starts[0]
     sizes = np.bincount(word)
     chosen = np.zeros(len(sizes), bool)
-    for candidate, size in ((w, int(sizes[w])) for w in rng.permutation(len(sizes)).tolist()):
+    order = rng.permutation(len(sizes))
+    for candidate, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         if size <= number:
             chosen[candidate], number = True, number - size
         if number == 0:
             break
-    return np.flatnonzero(chosen[word])
+    return chosen[word].nonzero()[0]

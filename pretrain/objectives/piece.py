@@ -1,7 +1,6 @@
 """What all objectives share: what they ask of a tokenizer, the Segment they make, and a document's positions with its marks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,8 +27,7 @@ class Vocabulary(Protocol):
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece ready to stand in a row: tokens and targets (T,) int64, source (S,) for a decoder that reads one, picked (P,) places in
     tokens for masked."""
 
@@ -72,21 +70,21 @@ class Marks:
         self.before, self.after = np.array(before, np.int64), np.array(after, np.int64)
         self.count = len(before) + len(after)
 
-    def marked(self, document: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """The tokens of positions start to stop, as a new array."""
-        shift = len(self.before)
-        inside = document[max(start - shift, 0) : max(stop - shift, 0)]
-        ends = max(stop - shift - len(document), 0)
-        return np.concatenate([self.before[start:stop], inside, self.after[max(start - shift - len(document), 0) : ends]], dtype=np.int64)
+    def marked(self, document: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """The tokens of positions start to stop, as a new array, and which of its places hold text: from, up to."""
+        shift, length = len(self.before), len(document)
+        tokens = np.empty(stop - start, np.int64)
+        first = min(max(shift - start, 0), stop - start)
+        last = max(min(shift + length, stop) - start, first)
+        tokens[:first] = self.before[start : start + first]
+        tokens[first:last] = document[start + first - shift : start + last - shift]
+        tokens[last:] = self.after[start + last - shift - length : stop - shift - length]
+        return tokens, first, last
 
-    def text(self, lengths: np.ndarray | int, start: np.ndarray | int, stop: np.ndarray | int) -> np.ndarray:
+    def text(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """How many of the positions of pieces (N,) are no marks."""
         shift = len(self.before)
         return np.maximum(np.minimum(stop, lengths + shift) - np.maximum(start, shift), 0)
-
-    def first(self, start: int) -> int:
-        """The place in a piece of its first text token, where it has any."""
-        return max(len(self.before) - start, 0)
 
 
 def needed_mask(vocabulary: Vocabulary, objective: str) -> int:
@@ -109,9 +107,12 @@ def needed_sentinels(vocabulary: Vocabulary, number: int, objective: str) -> Seq
 
 def parts_of(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` positive numbers that sum to `total`, uniform over all ways to do so."""
-    if count == 0:
-        return np.empty(0, np.int64)
-    return np.diff(np.sort(rng.permutation(total - 1)[: count - 1]) + 1, prepend=0, append=total)
+    cuts = np.empty(count + 1, np.int64)
+    if count:
+        cuts[0], cuts[-1] = -1, total - 1
+        cuts[1:-1] = rng.permutation(total - 1)[: count - 1]
+        cuts.sort()
+    return cuts[1:] - cuts[:-1]
 
 
 def eights(size: int) -> int:

@@ -31,6 +31,7 @@ class HiddenSpans:
         sentinels = np.array(needed_sentinels(vocabulary, 1 + len(MODES), dials.kind), np.int64)
         self.mode = sentinels[[MODES[dials.mode]]] if dials.mode else sentinels[:0]
         self.sentinels = sentinels[: -len(MODES)] if dials.mode else sentinels
+        self.numbers = np.arange(len(self.sentinels))
         self.row_length = row_length
         n = np.arange(int((row_length + 1) / (1 - dials.density)) + 4)  # beyond what any source of row_length can stand for
         self.hidden = np.where(n > 0, np.maximum(np.rint(dials.density * n), 1), 0).astype(np.int64)
@@ -58,30 +59,29 @@ class HiddenSpans:
         return Sizes(self._target(text), stop - start - self.shrinks[text], capped=int(self.too_many[text].sum()))
 
     def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        marked = self.marks.marked(document, start, stop)
-        text = int(self.marks.text(len(document), start, stop))
+        marked, first, last = self.marks.marked(document, start, stop)
+        text = last - first
         hidden, spans = int(self.hidden[text]), int(self.spans[text])
         lengths, gaps = self._drawn(text, hidden, spans, rng)
-        begins = self.marks.first(start) + np.cumsum(gaps) + np.cumsum(lengths) - lengths
-        change = np.zeros(len(marked) + 1, np.int64)
-        change[begins] = 1
-        change[begins + lengths] = -1
-        is_hidden = np.cumsum(change[:-1]).astype(bool)
-        target = np.empty(hidden + spans + 1, np.int64)
-        names = np.cumsum(lengths) - lengths + np.arange(spans)
+        before = lengths.cumsum() - lengths  # hidden tokens before each span
+        begins = gaps.cumsum() + before + first
+        is_hidden = _covered(len(marked), begins, begins + lengths)
+        written = np.empty(hidden + spans + 2, np.int64)
+        written[0], written[-1] = self.start, self.eos
+        target, names = written[1:], before + self.numbers[:spans]
         is_text = np.ones(len(target), bool)
         is_text[names] = is_text[-1] = False
         target[is_text] = marked[is_hidden]
         target[names] = marked[begins] = self.sentinels[:spans]
-        target[-1] = self.eos
         is_hidden[begins] = False
-        return Segment(np.concatenate([[self.start], target[:-1]]), target, source=np.concatenate([self.mode, marked[~is_hidden]]))
+        return Segment(written[:-1], target, source=np.concatenate([self.mode, marked[~is_hidden]]))
 
     def _drawn(self, text: int, hidden: int, spans: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The spans' lengths, and the text tokens before each that are not hidden."""
         lengths = parts_of(hidden, spans, rng)
         gaps = parts_of(text - hidden + 2, spans + 1, rng)[:-1]  # the outer two may be empty: one more each, and one less of the first
-        return lengths, gaps - (np.arange(len(gaps)) == 0)
+        gaps[:1] -= 1
+        return lengths, gaps
 
 
 class Continuation(HiddenSpans):
@@ -120,23 +120,36 @@ class Infilling:
         return Sizes(stop - start - self.repeats * (start == 0), stop - start - self.hidden[text] + self.spans[text])
 
     def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        whole = self.marks.marked(document, start, stop)
-        size, first = int(self.marks.text(len(document), start, stop)), self.marks.first(start)
-        text = whole[first : first + size]
-        if self.dials.permute_sentences and size:
-            text = _shuffled(text, self.sentence_ends, rng)
-        hidden, spans = int(self.hidden[size]), int(self.spans[size])
+        whole, first, last = self.marks.marked(document, start, stop)
+        shown = whole.copy()
+        if self.dials.permute_sentences and last > first:
+            shown[first:last] = _shuffled(whole[first:last], self.sentence_ends, rng)
+        hidden, spans = int(self.hidden[last - first]), int(self.spans[last - first])
         lengths = rng.multinomial(hidden, np.full(spans, 1 / spans)) if spans else np.empty(0, np.int64)
-        gaps = parts_of(size - hidden + 2, spans + 1, rng)
-        gaps[[0, -1]] -= 1
-        pieces = np.split(text, np.stack([np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths, np.cumsum(gaps[:-1] + lengths)], 1).ravel())
-        kept = [part for gap in pieces[::2] for part in (gap, [self.mask])][:-1]
-        target = whole[self.repeats * (start == 0) :]
-        source = np.concatenate([whole[:first], *kept, whole[first + size :]])
-        return Segment(np.concatenate([[self.start], target[:-1]]), target, source=source)
+        gaps = parts_of(last - first - hidden + 2, spans + 1, rng)[:-1]
+        gaps[:1] -= 1
+        before = gaps.cumsum() + first  # tokens shown before each mask
+        begins = before + lengths.cumsum() - lengths
+        kept = shown[~_covered(len(shown), begins, begins + lengths)]
+        source = np.full(len(kept) + spans, self.mask)
+        is_text = np.ones(len(source), bool)
+        is_text[before + np.arange(spans)] = False
+        source[is_text] = kept
+        written = np.empty(len(whole) + 1, np.int64)
+        written[0], written[1:] = self.start, whole
+        begin = self.repeats * (start == 0)
+        return Segment(written[begin:-1], written[begin + 1 :], source=source)
+
+
+def _covered(size: int, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which of `size` places lie in a span; spans go up and never touch, and one may be empty."""
+    change = np.zeros(size + 1, np.int8)
+    change[begins] += 1
+    change[ends] -= 1
+    return change[:-1].cumsum(dtype=np.int8).view(bool)
 
 
 def _shuffled(text: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The sentences of a text in another order; a sentence ends behind a token that ends one and where the text does."""
-    sentences = np.split(text, np.flatnonzero(ends[text[:-1]]) + 1)
-    return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+    edges = [0, *(ends[text[:-1]].nonzero()[0] + 1).tolist(), len(text)]
+    return np.concatenate([text[edges[i] : edges[i + 1]] for i in rng.permutation(len(edges) - 1).tolist()])
