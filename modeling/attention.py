@@ -6,6 +6,7 @@ Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -105,7 +106,7 @@ def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibilit
     if mask is not None and visibility.bias is not None:
         mask = mask.to(q_BNQH.dtype)
     causal = visibility.causal and mask is None
-    with sdpa_kernel(KERNELS, set_priority=True):
+    with sdpa_kernel(KERNELS, set_priority=True) if q_BNQH.is_cuda else nullcontext():  # the CPU has one kernel, and choosing takes time
         return F.scaled_dot_product_attention(q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
@@ -144,10 +145,15 @@ class Cache:
         self.v[:, :, begin : self.used] = v_BGTH
         return self.kept()
 
-    def select(self, rows_B: Tensor) -> None:
-        """Go on with these rows of the batch, in this order."""
+    def repeat(self, times: int) -> None:
+        """Go on with as many copies of each row, side by side."""
         if self.used:
-            self.k, self.v = self.k[rows_B], self.v[rows_B]
+            self.k, self.v = (x.repeat_interleave(times, dim=0) for x in (self.k, self.v))
+
+    def reorder(self, rows_B: Tensor, begin: int) -> None:
+        """Go on with these rows, in this order, which are alike up to position `begin`."""
+        for x in (self.k, self.v):
+            x[:, :, begin : self.used] = x[rows_B, :, begin : self.used]
 
     def kept(self) -> tuple[Tensor, Tensor]:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]

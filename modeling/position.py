@@ -21,8 +21,8 @@ class Position(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
 
-    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
-        """The embeddings with their positions in them; `within` counts from 0 in each document."""
+    def forward(self, x_BTD: Tensor, segments_BT: Tensor) -> Tensor:
+        """The embeddings with their positions in them, which count from 0 in each document. The segments end with those of x."""
         return x_BTD
 
     def rotation(self, at_T: Tensor, local: bool) -> Rotation | None:
@@ -57,7 +57,8 @@ class Learned(Position):
         self.weight = nn.Parameter(torch.empty(config.max_positions + self.offset, config.dim))
         self.types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
 
-    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, segments_BT: Tensor) -> Tensor:
+        within_BT = within_documents(segments_BT)[:, -x_BTD.shape[1] :]
         x_BTD = x_BTD + F.embedding(within_BT + self.offset, self.weight)
         return x_BTD if self.types is None else x_BTD + self.types(torch.zeros_like(within_BT))
 
@@ -69,7 +70,8 @@ class Sinusoidal(Position):
         super().__init__(config, causal)
         self.offset = config.position_offset
 
-    def forward(self, x_BTD: Tensor, within_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, segments_BT: Tensor) -> Tensor:
+        within_BT = within_documents(segments_BT)[:, -x_BTD.shape[1] :]
         half = x_BTD.shape[-1] // 2
         rates = torch.exp(torch.arange(half, device=x_BTD.device) * (-math.log(10_000) / max(half - 1, 1)))
         angles = (within_BT + self.offset)[..., None] * rates

@@ -22,13 +22,15 @@ class Reader:
         self.model, self.decoder, self.how = model, model.decoder, how
         self.memory = self.sources = None
         if model.encoder is not None:
-            tokens, self.sources = _padded(model, prompts, pad, left=False)
+            tokens, segments = _padded(model, prompts, pad, left=False)
+            self.sources = None if segments.all() else segments
             self.memory = model.encoder(model.embedded(tokens), self.sources)
             prompts = [[bos if how.start is None else how.start]] * len(prompts)
         self.tokens, segments = _padded(model, [prompt or [bos] for prompt in prompts], pad, left=True)
         self.begin, end = self.tokens.shape[1], self.tokens.shape[1] + how.max_new
         _fits(model, end)
         self.segments = F.pad(segments, (0, how.max_new), value=1)
+        self.padded = self.sources is not None or not segments.all()  # without padding the kernels need no masks
         self.caches: list[Any] = self.decoder.caches(end, 0 if self.memory is None else self.memory.shape[1])
 
     @property
@@ -38,10 +40,9 @@ class Reader:
 
     def next(self, eos: int) -> Tensor:
         """Log-probabilities (B, V) fp32 of the next token; -inf where `how` forbids it."""
-        used = self.caches[0][0].used
-        h = self.decoder(
-            self.model.embedded(self.tokens[:, used:]), self.segments[:, : self.tokens.shape[1]], self.memory, self.sources, self.caches
-        )
+        used, length = self.caches[0][0].used, self.tokens.shape[1]
+        segments = self.segments[:, :length] if self.padded else None
+        h = self.decoder(self.model.embedded(self.tokens[:, used:]), segments, self.memory, self.sources, self.caches)
         scores = self.model.head(h[:, -1:], self.model.embed)[:, 0].float().log_softmax(-1)
         if self.made < self.how.min_new:
             scores[:, eos] = float("-inf")
@@ -57,13 +58,18 @@ class Reader:
     def add(self, tokens_B: Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens_B[:, None]], dim=1)
 
-    def select(self, rows_B: Tensor) -> None:
-        """Go on with these rows, in this order; a row may come several times."""
-        self.tokens, self.segments = self.tokens[rows_B], self.segments[rows_B]
-        if self.memory is not None and self.sources is not None:
-            self.memory, self.sources = self.memory[rows_B], self.sources[rows_B]
+    def repeat(self, times: int) -> None:
+        """Go on with as many copies of each row, side by side."""
+        self.tokens, self.segments = (x.repeat_interleave(times, dim=0) for x in (self.tokens, self.segments))
+        self.memory, self.sources = (None if x is None else x.repeat_interleave(times, dim=0) for x in (self.memory, self.sources))
         for cache in chain.from_iterable(self.caches):
-            cache.select(rows_B)
+            cache.repeat(times)
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Go on with these rows, in this order, each of the same prompt as the one whose place it takes: what was read stays."""
+        self.tokens = self.tokens[rows_B]
+        for own, *_ in self.caches:
+            own.reorder(rows_B, self.begin)
 
 
 def _without_repeats(scores_BV: Tensor, tokens_BT: Tensor, segments_BT: Tensor, n: int) -> Tensor:

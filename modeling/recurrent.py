@@ -59,10 +59,16 @@ class StateCache:
     used: int = 0
     state: State | None = None
 
-    def select(self, rows_B: Tensor) -> None:
-        """Go on with these rows of the batch, in this order."""
+    def repeat(self, times: int) -> None:
+        """Go on with as many copies of each row, side by side."""
         if self.state is not None:
-            self.state = self.state.of(rows_B)
+            rows = self.state.cells[0].shape[1]
+            self.reorder(torch.arange(rows, device=self.state.cells[0].device).repeat_interleave(times), 0)
+
+    def reorder(self, rows_B: Tensor, begin: int) -> None:
+        """Go on with these rows of the batch, in this order."""
+        assert self.state is not None
+        self.state = self.state.of(rows_B)
 
 
 class RecurrentStack(nn.Module):

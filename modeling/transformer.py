@@ -17,7 +17,7 @@ from modeling.batch import IGNORE, Batch
 from modeling.block import Block, Caches, View, Views, make_norm
 from modeling.config import ModelConfig, Refused
 from modeling.heads import Head
-from modeling.position import SCHEMES, within_documents
+from modeling.position import SCHEMES
 from modeling.recurrent import RecurrentStack, score_function
 
 
@@ -119,8 +119,7 @@ class Stack(nn.Module):
         """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T)."""
         start = caches[0][0].used if caches else 0
         views = self._views(x_BTD, segments_BT, start, memory_BSD, memory_segments_BS)
-        known_BT = _one_document(x_BTD) if segments_BT is None else segments_BT
-        x_BTD = self.embed_norm(self.position(x_BTD, within_documents(known_BT)[:, start:]))
+        x_BTD = self.embed_norm(self.position(x_BTD, _one_document(x_BTD, start) if segments_BT is None else segments_BT))
         x_BTD = F.dropout(x_BTD, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if caches:
@@ -140,9 +139,10 @@ class Stack(nn.Module):
 
         def view(window: int) -> View:
             rotation = self.position.rotation(at[start:], local=window > 0)
-            if segments_BT is None and bias is None and not window:
-                return View(Visibility(self.causal), rotation)
-            known_BT = _one_document(x_BTD) if segments_BT is None else segments_BT
+            newest = x_BTD.shape[1] == 1  # sees all that there is
+            if segments_BT is None and bias is None and not window and (newest or not start):
+                return View(Visibility(self.causal and not newest), rotation)
+            known_BT = _one_document(x_BTD, start) if segments_BT is None else segments_BT
             return View(Visibility(self.causal, known_BT[:, start:], known_BT, window, start, bias), rotation)
 
         whole, cross = view(window=0), None
@@ -153,8 +153,8 @@ class Stack(nn.Module):
         return Views(whole, view(self.window) if self.window else whole, cross)
 
 
-def _one_document(x_BTD: Tensor) -> Tensor:
-    return torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
+def _one_document(x_BTD: Tensor, start: int) -> Tensor:
+    return torch.ones(len(x_BTD), start + x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:

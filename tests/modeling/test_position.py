@@ -34,7 +34,7 @@ def test_relative_bias_reads_the_bucket_of_key_minus_query() -> None:
 def test_sinusoidal_waves_are_those_of_m2m100() -> None:
     m2m = pytest.importorskip("transformers.models.m2m_100.modeling_m2m_100")
     stock = m2m.M2M100SinusoidalPositionalEmbedding(40, 32, padding_idx=1)
-    ours = Sinusoidal(CONFIGS["nllb"], causal=False)(torch.zeros(1, 40, 32), torch.arange(40)[None])
+    ours = Sinusoidal(CONFIGS["nllb"], causal=False)(torch.zeros(1, 40, 32), torch.ones(1, 40, dtype=torch.int64))
     torch.testing.assert_close(ours, stock(torch.full((1, 40), 9)))
 
 
