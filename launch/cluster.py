@@ -1,49 +1,39 @@
-"""The only home of Ray: places a run's ranks on one machine or many, starts them again when one dies, and else says what happened.
+"""A run on a cluster, or on this machine's own: attempts of a size that fits, one after another, until the run is done or cannot go on.
 
-In: a recipe and a plain `train(recipe, place)`. Out: a finished (or, when asked, stopped) run, or Refused with the verdict. Each attempt is
-one TorchTrainer of fixed size without retries of its own; this driver chooses the next attempt, and training continues by itself from the
-newest verified checkpoint on disk.
+In: a recipe and a plain `train(recipe, place)`. Out: a finished (or, when asked, stopped) run, or Refused with the verdict. Training
+continues by itself from the newest verified checkpoint on disk. events.jsonl tells what came when: failed, restarting, placed, stepping;
+waiting, resizing, regrouping, hanging.
 """
 
 import itertools
-import json
 import logging
 import math
 import os
 import re
-import shutil
+import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.config import AnyRecipe
-from modeling.config import Refused
-from pretrain.engine import Place
-from pretrain.metrics import append_line
-
-# Read by Ray when it is imported. Its own defaults: a health check every 2 s, a changed working directory, prints through its logger.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ |= {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # no line of Ray's own between ours: this driver tells of a dead worker in one sentence
-}
 import ray
-import ray.train
-import ray.train.torch
-from ray.train.backend import Backend
-from ray.train.torch.config import _TorchBackend
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-Train = Callable[[Any, Place], None]
+from launch import capacity
+from launch.attempt import Failure, Train, attempt
+from launch.config import AnyRecipe
+from launch.verdict import End, Watchdog, last_lines, page
+from modeling.config import Refused
+from pretrain import heartbeat
+from pretrain.heartbeat import Beat
+from pretrain.metrics import append_line, read_lines
+from pretrain.saving import FULL
+
+EVERY = 2.0  # seconds between looks at all ranks and hosts
 
 
 def join(address: str | None = None, cpus: float = 0) -> None:
@@ -65,143 +55,106 @@ def join(address: str | None = None, cpus: float = 0) -> None:
         raise Refused(f"{where}: {_why(error)}.") from error
 
 
-def connect(recipe: AnyRecipe, address: str | None = None) -> None:
-    """Join a cluster, or start one, that has room for the recipe's workers."""
-    cluster = recipe.cluster
-    wanted = {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers * cluster.gpus_per_worker}
-    join(address, wanted["CPU"])
-    there = ray.cluster_resources()
-    if missing := [f"{amount:g} {name}s ({there.get(name, 0):g} there)" for name, amount in wanted.items() if amount > there.get(name, 0)]:
-        raise Refused(f"{cluster.workers} workers need {' and '.join(missing)}. Lower cluster.workers or what each worker asks for.")
-
-
 def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
-    """Train on `recipe.cluster.workers` ranks until done, through up to `max_restarts` failures. After `asked()` none is restarted."""
-    connect(recipe, address)
-    folder = Path(recipe.run).resolve()
-    for attempt in itertools.count():
+    """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until done, through up to `max_restarts` failures.
+
+    Hosts that come are taken in: the group saves and ends, and a larger one goes on. After `asked()` no other is started.
+    """
+    join(address, recipe.cluster.workers * recipe.cluster.cpus_per_worker)
+    folder, cluster, restarts = Path(recipe.run), recipe.cluster, 0
+    workers = capacity.awaited(cluster, cluster.wait_at_start, partial(_tell, folder, "waiting"), asked)
+    for number in itertools.count():
+        watch = _Watch(recipe, workers)
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
-            failure = _attempt(recipe, train, attempt, None if address else f"file://{here}/meet")
+            failure = attempt(recipe, train, workers, number, None if address else f"file://{here}/meet", watch.look)
+        watch.regroup.unlink(missing_ok=True)
         if failure is None:
-            return
-        if isinstance(failure[1], Refused):
-            raise failure[1]
-        rank, said = failure[0], _said(folder, *failure)
-        append_line(folder / "events.jsonl", {"time": round(time.time(), 3), "event": "failed", "rank": rank, "error": said})
-        if asked() or attempt == recipe.cluster.max_restarts:
-            raise Refused(_verdict(recipe, rank, said, attempt)) from failure[1]
-        append_line(folder / "events.jsonl", {"time": round(time.time(), 3), "event": "restarting", "attempt": attempt + 1})
-
-
-class _MeetByFile(ray.train.torch.TorchConfig):
-    """Ranks of one machine, which meet through a file: torch's own meeting point listens on every network this machine is in."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _NoMeeting
-
-
-class _NoMeeting(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Nothing: the training function makes the process group."""
-
-
-def _attempt(recipe: AnyRecipe, train: Train, attempt: int, meet: str | None) -> tuple[int | None, BaseException] | None:
-    """One fixed-size group of workers, which meet at `meet`, or where Ray says. None when all returned, else who failed first and how."""
-    cluster = recipe.cluster
-    torch_config = _MeetByFile if meet else ray.train.torch.TorchConfig
-    trainer = ray.train.torch.TorchTrainer(
-        _on_worker,
-        train_loop_config={"recipe": recipe, "train": train, "here": os.getcwd(), "meet": meet},
-        torch_config=torch_config(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-        ),
-        run_config=ray.train.RunConfig(name=f"attempt-{attempt}", storage_path=str(Path(recipe.run).resolve() / "ray")),
-    )
-    failures: list[tuple[int | None, BaseException]] = []
-
-    def fit() -> None:
+            if asked() or not _stopped(folder):
+                return
+            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(_tell, folder, "waiting"), asked)
+            _tell(folder, "regrouping", workers=workers)
+            continue
+        if isinstance(failure.error, Refused):
+            raise failure.error
+        end = watch.hung or End(failure.rank, _end(recipe, failure))
+        _tell(folder, "failed", rank=end.rank, error=end.why, workers=workers)
+        verdict = page(recipe, workers, end, restarts, _tail)
+        with (folder / "failures.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {verdict}\n\n")
+        if asked() or restarts == cluster.max_restarts or (isinstance(failure.error, OSError) and failure.error.errno in FULL):
+            raise Refused(verdict) from failure.error
+        restarts += 1
         try:
-            trainer.fit()
-        except ray.train.WorkerGroupError as error:
-            failures.append(_first(error.worker_failures))
-        except Exception as error:  # told to the person as the attempt's verdict
-            failures.append((None, error))
-
-    # Not in the main thread, where fit would take Ctrl-C for itself and abort without a save.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    shutil.rmtree(Path(recipe.run) / "ray", ignore_errors=True)  # Ray Train's own bookkeeping, of no use without its checkpoints
-    return failures[0] if failures else None
+            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(_tell, folder, "waiting"), asked)
+        except Refused as refusal:
+            raise Refused(f"{refusal}\n{verdict}") from None
+        _tell(folder, "restarting", attempt=restarts, workers=workers)
 
 
-def _on_worker(given: dict[str, Any]) -> None:
-    """What Ray calls on every worker: rank facts made plain, then the training function, which knows no Ray."""
-    if os.path.isdir(given["here"]):  # else the recipe's paths are absolute
-        os.chdir(given["here"])
-    recipe, context = given["recipe"], ray.train.get_context()
-    rank, beside = context.get_world_rank(), context.get_local_world_size()
-    file = Path(recipe.run) / "workers" / f"rank-{rank:05d}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        json.dumps({"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "log": os.path.realpath("/proc/self/fd/2")})
-    )
-    given["train"](
-        recipe,
-        Place(
-            rank=rank,
-            world=context.get_world_size(),
-            local_rank=context.get_local_rank(),
-            device="cuda" if recipe.cluster.gpus_per_worker else "cpu",
-            init_method=given["meet"],  # None: Ray Train has made the process group
-            threads=recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // beside),
-        ),
-    )
+class _Watch:
+    """What the driver does while a group runs: say that it was placed, take in hosts, end it when it hangs."""
+
+    def __init__(self, recipe: AnyRecipe, workers: int) -> None:
+        self.recipe, self.workers, self.folder = recipe, workers, Path(recipe.run)
+        self.regroup = self.folder / "regroup"  # asks the group to save and end (pretrain/train.py)
+        self.hung: End | None = None
+        self._placed, self._next = False, 0.0
+        self._growth, self._watchdog = capacity.Growth(recipe.cluster, workers), Watchdog(recipe)
+
+    def look(self) -> None:
+        if not self._placed and len(heartbeat.read(self.folder)) == self.workers:
+            self._placed = True
+            _tell(self.folder, "placed", workers=self.workers)
+        if (now := time.monotonic()) < self._next:
+            return
+        self._next = now + EVERY
+        if self._placed and not self.regroup.exists() and (fit := self._growth.wanted()) is not None:
+            _tell(self.folder, "resizing", workers=self.workers, fit=fit)
+            self.regroup.touch()
+        if (beat := self._watchdog.hanging()) is not None:
+            self.hung = End(beat.rank, f"no rank came forward for {self.recipe.cluster.step_timeout:g} s, and this one is behind")
+            _tell(self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase)
+            with suppress(ray.exceptions.RayError):  # its host does not answer: Ray ends the attempt, or the next look does
+                _on_host(beat, lambda pid: os.kill(pid, signal.SIGKILL), beat.pid)
 
 
-def _first(failures: dict[int, Exception]) -> tuple[int, BaseException]:
-    """The failure that caused the others: a refusal, else a dead process, else whatever is not a lost connection."""
-
-    def order(item: tuple[int, BaseException]) -> tuple[bool, bool, bool, int]:
-        rank, error = item
-        lost = "onnection" in str(error)  # gloo and NCCL name the peer's lost connection
-        return not isinstance(error, Refused), not _died(error), lost, rank
-
-    return min(failures.items(), key=order)
-
-
-def _died(error: BaseException) -> bool:
-    return type(error).__name__ == "WorkerHealthCheckFailedError" or isinstance(error, ray.exceptions.RayActorError)
+def _end(recipe: AnyRecipe, failure: Failure) -> str:
+    """One line: how a rank, or the placing of all, ended."""
+    if not failure.died:
+        return f"{type(failure.error).__name__}: {_first_line(failure.error)}"
+    beat = heartbeat.read(Path(recipe.run)).get(failure.rank) if failure.rank is not None else None
+    if beat is not None and beat.node not in (host["NodeID"] for host in capacity.hosts()):
+        return f"its host {beat.host} is dead or cut off"
+    if "low on memory" in str(failure.error):
+        return "its process was ended by Ray because its host ran out of memory"
+    return "its process was killed (by hand, or by the kernel for want of memory) or crashed"
 
 
-def _said(folder: Path, rank: int | None, error: BaseException) -> str:
-    """One line: how a rank ended, and the last line it wrote where its log can be read from here."""
-    if rank is None or not _died(error):
-        return f"{type(error).__name__}: {_first_line(error)}"
-    try:
-        facts = json.loads((folder / "workers" / f"rank-{rank:05d}.json").read_text())
-        lines = [line for line in Path(facts["log"]).read_text(errors="replace").splitlines() if line.strip(" ") and line[0] != ":"]
-    except (OSError, ValueError):
-        return "its process ended without a word"
-    return f"its process {facts['pid']} on {facts['host']} was killed or crashed" + (f"; it said last: {lines[-1][:300]}" if lines else "")
+def _tail(beat: Beat) -> list[str]:
+    """The last lines of a rank's log, from its host; none where that is gone."""
+    with suppress(OSError):
+        return last_lines(beat.log)
+    if beat.node in (host["NodeID"] for host in capacity.hosts()):
+        with suppress(OSError, ray.exceptions.RayError):
+            return list(_on_host(beat, last_lines, beat.log))
+    return []
 
 
-def _verdict(recipe: AnyRecipe, rank: int | None, said: str, attempt: int) -> str:
-    who = "the workers could not be placed" if rank is None else f"rank {rank} of {recipe.cluster.workers} failed"
-    return (
-        f"{who}, {attempt} restarts of {recipe.cluster.max_restarts} were used: {said}.\n{_saved(recipe)}"
-        f" Continue with: trifold {recipe.command} {recipe.run}/config.yaml"
-    )
+def _on_host(beat: Beat, function: Callable[..., Any], *given: Any) -> Any:
+    """Call a function on the host of a rank. Raises RayError where nobody answers within seconds."""
+    there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
+    return ray.get(task.remote(*given), timeout=10)
 
 
-def _saved(recipe: AnyRecipe) -> str:
-    committed = sorted(file.parent.name for file in Path(recipe.run).glob("checkpoints/*/commit.json"))
-    return f"Saved: {recipe.run}/checkpoints/{committed[-1]}." if committed else "No checkpoint was saved yet."
+def _stopped(folder: Path) -> bool:
+    """Whether the last group was asked to save and end before its last step."""
+    ends = [event["event"] for event in read_lines(folder / "events.jsonl") if event["event"] in ("stopped", "finished")]
+    return ends[-1:] == ["stopped"]
+
+
+def _tell(folder: Path, event: str, **facts: Any) -> None:
+    append_line(folder / "events.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.config import Finetune
 from launch.mistakes import checked, shown
@@ -24,10 +24,25 @@ class Cluster(Settings):
     """Where a run trains. Nothing here changes what is trained."""
 
     workers: int = Field(default=1, ge=0)  # 0: in this process, without Ray
+    min_workers: int | None = Field(default=None, gt=0)  # with how few the run goes on when hosts are lost; without it: all of them
+    wait_at_start: float = Field(default=0, ge=0)  # seconds for hosts that are not there yet
+    wait_after_loss: float = Field(default=600, ge=0)  # seconds for at least min_workers to fit again
+    step_timeout: float = Field(default=600, gt=0)  # seconds without a word from any rank after which they count as hanging
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads_per_worker: int = Field(default=0, ge=0)  # 0: the machine's cores shared among its workers
     max_restarts: int = Field(default=3, ge=0)
+
+    @property
+    def least(self) -> int:
+        """The workers that the run needs to go on."""
+        return self.min_workers or self.workers
+
+    @model_validator(mode="after")
+    def _range(self) -> "Cluster":
+        if self.least > self.workers > 0:
+            raise ValueError(f"min_workers ({self.min_workers}) exceeds workers ({self.workers})")
+        return self
 
 
 class Recipe(Pretrain):

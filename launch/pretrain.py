@@ -94,7 +94,8 @@ class Stop:
 def stopping(folder: Path) -> Iterator[Stop]:
     """While inside, SIGTERM and Ctrl-C ask the run to finish its step, save and return."""
     stop = Stop(folder)
-    stop.file.unlink(missing_ok=True)
+    for request in (stop.file, folder / "regroup"):  # what a killed process left
+        request.unlink(missing_ok=True)
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop

@@ -31,7 +31,12 @@ EVENTS = {
     "save_committed": "saved {checkpoint}",
     "bad_step": "step {step} (rows {rows}) was applied by no rank: {reason} ({in_a_row} in a row; policy: {policy})",
     "failed": "rank {rank} failed: {error}",
-    "restarting": "starting the workers again (restart {attempt})",
+    "restarting": "starting {workers} workers again (restart {attempt})",
+    "waiting": "{fit} workers fit, {least} are needed: waiting up to {seconds} s for hosts",
+    "resizing": "{fit} workers fit now: the {workers} save, and more go on",
+    "regrouping": "going on with {workers} workers",
+    "hanging": "rank {rank} on {host} hangs at {phase} in step {step}: this attempt is ended",
+    "terminated": "rank {rank} is told to end (SIGTERM): saving",
     "stopped": "stopped at step {step}",
     "finished": "finished: all {step} steps are done",
 }
@@ -100,7 +105,7 @@ class Watch:
         events, metrics = ([record for record in next(source)] for source in self._sources)
         for event in events:
             if text := EVENTS.get(event.get("event", "")):
-                style = "yellow" if event["event"] in ("failed", "save_failed", "bad_step", "checkpoint_rejected") else "dim"
+                style = "yellow" if event["event"] in ("failed", "hanging", "save_failed", "bad_step", "checkpoint_rejected") else "dim"
                 self.console.print(escape(text.format_map(_Facts(event))), style=style, highlight=False, soft_wrap=True)
         for record in metrics:
             if "heldout_loss" in record:

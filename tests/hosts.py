@@ -42,6 +42,7 @@ class Hosts:
             "RAY_AUTH_TOKEN_PATH": str(STATE / "token"),
             "RAY_API_SERVER_ADDRESS": self.jobs,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # else workers stand behind whatever this machine does besides, as they would not on their own host
             "GLOO_SOCKET_IFNAME": "eth0",
             **{f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()},
         }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import cluster
+from launch import capacity, cluster
+from launch.attempt import Failure
 from launch.config import Recipe
 from launch.pretrain import stopping
 from modeling.config import Refused
 from pretrain.metrics import append_line, read_lines
 
 
-def stand_in(refuse_at: int = -1, crash: bool = False):
+def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
     """A training function with an all-reduce in each step and a checkpoint every 5. Made here, so that Ray ships it by value."""
 
     def train(recipe, place):
@@ -29,22 +31,26 @@ def stand_in(refuse_at: int = -1, crash: bool = False):
         import torch.distributed as dist
 
         from modeling.config import Refused
+        from pretrain import heartbeat
         from pretrain.metrics import append_line
+        from pretrain.train import StopRequest
 
         if place.init_method:
             dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
         run = Path(recipe.run)
+        request = StopRequest(run)
         saved = sorted(run.glob("checkpoints/*/commit.json"))
         first = json.loads(saved[-1].read_text())["step"] if saved else 0
         if place.rank == 0:
             append_line(run / "events.jsonl", {"time": time.time(), "event": "started", "step": first, "world": place.world})
         for step in range(first + 1, recipe.steps + 1):
-            time.sleep(0.05)
+            heartbeat.at("pretending", step=step, rows=(step, step))
+            time.sleep(0.05 if step != sleep_at or place.rank == 0 else 1000)
             if step == refuse_at and place.rank == 1:
                 raise Refused("the disk is full: 0 bytes left")
             if crash and place.rank == 1:
                 raise RuntimeError("something broke")
-            stop = torch.tensor([float((run / "stop").exists())])
+            stop = torch.tensor([float(request.asked())])
             dist.all_reduce(stop)
             if place.rank == 0:
                 append_line(run / "metrics.jsonl", {"step": step, "loss": 1 / step, "place": str(place)})
@@ -53,12 +59,16 @@ def stand_in(refuse_at: int = -1, crash: bool = False):
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / "commit.json").write_text(json.dumps({"step": step}))
             if stop.item():
+                if place.rank == 0:
+                    append_line(run / "events.jsonl", {"event": "stopped", "step": step})
                 return
+        if place.rank == 0:
+            append_line(run / "events.jsonl", {"event": "finished", "step": recipe.steps})
 
     return train
 
 
-def recipe(run: Path, **cluster_keys: object) -> Recipe:
+def recipe(run: Path, steps: int = 40, **cluster_keys: object) -> Recipe:
     return Recipe.model_validate_json(
         json.dumps(
             {
@@ -68,7 +78,7 @@ def recipe(run: Path, **cluster_keys: object) -> Recipe:
                 "data": {"sources": [{"path": "x.txt"}], "heldout_fraction": 0.1, "row_length": 16},
                 "objective": {"kind": "causal"},
                 "optimizer": {"lr": 0.001},
-                "steps": 40,
+                "steps": steps,
                 "step_rows": 2,
                 "micro_rows": 1,
                 "cluster": {"workers": 2, **cluster_keys},
@@ -92,15 +102,16 @@ def kill_when(run: Path, step: int, rank: int = 1) -> threading.Thread:
 
 
 def kinds(run: Path) -> list[str]:
-    return [event["event"] for event in read_lines(run / "events.jsonl")]
+    return [event["event"] for event in read_lines(run / "events.jsonl") if event["event"] != "placed"]
 
 
 def test_killed_worker_is_restarted_from_the_newest_checkpoint(ray_cluster, tmp_path):
     kill_when(tmp_path, 12)
     cluster.run(recipe(tmp_path), stand_in())
     events = read_lines(tmp_path / "events.jsonl")
-    assert [event["event"] for event in events] == ["started", "failed", "restarting", "started"]
-    assert events[1]["rank"] == 1 and "killed or crashed" in events[1]["error"]
+    events = [event for event in events if event["event"] != "placed"]
+    assert [event["event"] for event in events] == ["started", "failed", "restarting", "started", "finished"]
+    assert events[1]["rank"] == 1 and "was killed" in events[1]["error"]
     assert events[3]["step"] >= 10 and events[3]["step"] % 5 == 0
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 40
 
@@ -130,6 +141,43 @@ def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to
     assert "rank 1 of 2 failed" in said and "RuntimeError: something broke" in said and "No checkpoint was saved yet." in said
     assert said.endswith(f"trifold pretrain {tmp_path}/config.yaml")
     assert kinds(tmp_path) == ["started", "failed"]
+    assert re.search(r"at starting, before its first step|at pretending, in step 1, rows 1 to 1", said) and "It said last:" in said
+    assert said in (tmp_path / "failures.log").read_text()
+
+
+def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack_and_ended(ray_cluster, tmp_path):
+    with pytest.raises(Refused) as verdict:
+        cluster.run(recipe(tmp_path, max_restarts=0, step_timeout=6), stand_in(sleep_at=7))
+    said = str(verdict.value)
+    assert "rank 1 of 2 failed on" in said and "no rank came forward for 6 s, and this one is behind" in said
+    assert "It was at pretending, in step 7, rows 7 to 7." in said and "rank 0 on" in said
+    innermost = said.split("innermost call first")[1].splitlines()[1]
+    assert "test_cluster.py" in innermost and innermost.endswith("in train") and "step-00000005" in said
+    assert "all_reduce" in (tmp_path / "workers" / "rank-00000.stack").read_text()
+    assert kinds(tmp_path) == ["started", "hanging", "failed"]
+
+
+def test_a_host_that_comes_is_taken_in_and_one_that_goes_is_left_both_after_a_save(ray_cluster, tmp_path, monkeypatch):
+    room = [1]
+    monkeypatch.setattr(capacity, "room", lambda cluster: room[0])
+    monkeypatch.setattr(capacity, "SETTLED", 0.0)
+
+    def events(kind: str) -> list[dict[str, object]]:
+        return [event for event in read_lines(tmp_path / "events.jsonl") if event["event"] == kind]
+
+    def come_and_go() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        room[0] = 2
+        while len(events("started")) < 2:
+            time.sleep(0.02)
+        os.kill(json.loads((tmp_path / "workers" / "rank-00001.json").read_text())["pid"], signal.SIGTERM)
+
+    threading.Thread(target=come_and_go, daemon=True).start()
+    cluster.run(recipe(tmp_path, min_workers=1, steps=60), stand_in())
+    assert [event["world"] for event in events("started")] == [1, 2, 2]
+    assert [event["step"] for event in events("stopped")] == [event["step"] for event in events("started")][1:]
+    assert not events("failed") and read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 60
 
 
 def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_cluster, tmp_path):
@@ -154,15 +202,32 @@ def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
 
 
 def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp_path):
-    cluster.connect(recipe(tmp_path))
-    with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there\)"):
-        cluster.connect(recipe(tmp_path, workers=900))
+    cluster.join()
+    with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there\): \d+ fit.*cluster.wait_at_start=600"):
+        cluster.run(recipe(tmp_path, workers=900), stand_in())
+
+
+@pytest.mark.parametrize(("limit", "told"), [(30.0, ["failed", "waiting", "restarting"]), (0.6, ["failed", "waiting"])])
+def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path, monkeypatch, limit, told):
+    ends, rooms = iter([Failure(0, RuntimeError("lost"), died=False), None]), iter([2, 1, 1, 1, 2])
+    monkeypatch.setattr(cluster, "join", lambda *_: None)  # no Ray and no training: what the driver makes of hosts and ends
+    monkeypatch.setattr(capacity, "room", lambda cluster: next(rooms))
+    monkeypatch.setattr(capacity.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(cluster, "attempt", lambda *_: next(ends))
+    if limit > 1:
+        cluster.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
+    else:
+        with pytest.raises(
+            Refused, match=r"(?s)2 workers need 2 CPUs .* after 0.6 s: 1 fit.*rank 0 of 2 failed.*lost.*Continue with: trifold"
+        ):
+            cluster.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
+    assert kinds(tmp_path) == told
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "no-port"])
 def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
     with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
-        cluster.connect(recipe(tmp_path), address)
+        cluster.join(address)
 
 
 def test_a_head_of_another_release_or_without_our_token_is_told_in_one_sentence(monkeypatch):

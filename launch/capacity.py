@@ -1,0 +1,96 @@
+"""How many workers of a run the cluster has room for: in, a recipe's `cluster`; out, a number between its least and its most.
+
+A host counts while Ray calls it alive, nobody drains it, and it takes a connection: Ray needs up to 10 s to notice a dead one, and a group
+placed on it would wait for as long.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from launch.config import Cluster
+from modeling.config import Refused
+
+ANSWER = 1.0  # seconds in which a host takes a connection
+SETTLED = 5.0  # seconds for which room must have stayed the same before a running group is ended for it: hosts often come together
+
+
+def needs(cluster: Cluster) -> dict[str, float]:
+    """What one worker takes of a host."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+
+
+def room(cluster: Cluster) -> int:
+    """How many workers fit on the hosts that are there, up to `cluster.workers`."""
+    return min(cluster.workers, sum(_room(cluster, node["Resources"]) for node in hosts()))
+
+
+def hosts() -> list[dict[str, Any]]:
+    """Ray's own records of the hosts that are there."""
+    leaving = drained()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    with ThreadPoolExecutor(32) as pool:
+        return [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
+
+
+def drained() -> dict[str, int]:
+    """The hosts that Ray is taking away, with the time at which they are gone."""
+    return dict(ray._private.state.state.get_draining_nodes())  # private: nothing public tells
+
+
+def awaited(cluster: Cluster, seconds: float, waiting: Callable[..., None], asked: Callable[[], bool]) -> int:
+    """How many workers fit, once they are enough. After `seconds` that they were not, or `asked()`, Refused says what there is.
+
+    `waiting(fit=, least=, seconds=)` hears that it takes time.
+    """
+    deadline, told = time.monotonic() + seconds, False
+    while (fit := room(cluster)) < cluster.least:
+        if asked() or time.monotonic() >= deadline:
+            raise Refused(_too_few(cluster, fit, seconds))
+        if not told:
+            waiting(fit=fit, least=cluster.least, seconds=seconds)
+        told = True
+        time.sleep(0.5)
+    return fit
+
+
+class Growth:
+    """Whether a running group of `workers` should give way to one of another size: hosts have come, or are about to be taken away."""
+
+    def __init__(self, cluster: Cluster, workers: int) -> None:
+        self.cluster, self.workers, self._fit, self._since = cluster, workers, workers, time.monotonic()
+
+    def wanted(self) -> int | None:
+        """The other size: more, once it has been the same for a while, or fewer, where hosts are drained (of dead ones the group fails)."""
+        now, fit = time.monotonic(), room(self.cluster)
+        if fit != self._fit:
+            self._fit, self._since = fit, now
+        grown = fit > self.workers and now - self._since >= SETTLED
+        return fit if grown or (fit < self.workers and drained()) else None
+
+
+def _room(cluster: Cluster, there: dict[str, float]) -> int:
+    return min(int(there.get(kind, 0) / amount + 1e-6) for kind, amount in needs(cluster).items())
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER).close()
+    except OSError:
+        return False
+    return True
+
+
+def _too_few(cluster: Cluster, fit: int, seconds: float) -> str:
+    total = ray.cluster_resources()
+    each = " and ".join(f"{amount:g} {kind}s" for kind, amount in needs(cluster).items())
+    all_of = " and ".join(f"{amount * cluster.least:g} {kind}s ({total.get(kind, 0):g} there)" for kind, amount in needs(cluster).items())
+    waited = f" after {seconds:g} s" if seconds else ""
+    return (
+        f"{cluster.least} workers need {all_of}{waited}: {fit} fit, with {each} each. Lower cluster.workers, let it begin with fewer"
+        " (cluster.min_workers), or let it wait longer for hosts (cluster.wait_at_start=600, cluster.wait_after_loss)."
+    )
