@@ -29,7 +29,7 @@ from pretrain.stages import parts
 from pretrain.start import begin
 
 GPU_HOURS_PER_FAILURE = 50_000.0  # Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
-STEADY = 5  # timed steps of each kind in a calibration
+WARMUP, STEADY = 2, 5  # steps of a calibration that are not timed, and timed ones of each kind
 COPY_SHARE = 0.1  # of a save's writing that training waits for, where neither is measured: 0.02 to 0.2 was seen (LOG.md, `bench save`)
 
 
@@ -178,10 +178,13 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows})
     batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
     racer = contenders.ours("both", one, model, [batches[:1], batches], place, 0.0)
-    contenders.race([racer], place, warmup=2, steps=2 * STEADY)
-    if racer.failed:
-        raise Refused(f"the steps that were to be measured failed: {racer.failed}. Give --tokens-per-second instead.")
-    two_micros, one_micro = (median(racer.seconds[i::2]) for i in (0, 1))  # after the warm-up of an odd number of steps
+    try:  # not contenders.race: its profiler would be counted as memory of the process
+        racer.model, racer.step = racer.make()
+        for i in range(WARMUP + 2 * STEADY):
+            contenders.timed_step(racer, place, i)
+    except RuntimeError as error:
+        raise Refused(f"the steps that were to be measured failed: {error}. Give --tokens-per-second instead.") from error
+    one_micro, two_micros = (median(racer.seconds[i::2]) for i in (WARMUP, WARMUP + 1))  # steps have one and two micros in turn
     micro = max(0.0, two_micros - one_micro)
     assert racer.engine is not None
     counted = budget.memory(one, model, batches[0].batch, 1, where.device).total

@@ -154,7 +154,7 @@ def race(
             contender.resident, contender.peak = held
             contender.first_seconds = time.perf_counter() - began
             for i in range(1, warmup + 1):
-                _timed_step(contender, place, i)
+                timed_step(contender, place, i)
             ready(contender)
             going.append(contender)
         except Exception as error:  # a peer may lack a kernel, or memory: the others go on
@@ -163,10 +163,11 @@ def race(
     for contender in going:
         contender.seconds, contender.cpu_seconds = [], []
     for i, contender in itertools.product(range(warmup + 1, warmup + 1 + steps), going):
-        _timed_step(contender, place, i)
+        timed_step(contender, place, i)
 
 
-def _timed_step(contender: Contender, place: Place, i: int) -> None:
+def timed_step(contender: Contender, place: Place, i: int) -> None:
+    """Step i, and how long it took."""
     assert contender.step is not None
     _wait(place)
     began, cpu = time.perf_counter(), time.process_time()
