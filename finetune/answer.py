@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from finetune.asked import Question
 from finetune.evaluate import Opened
-from finetune.qa import Pointer, Question
+from finetune.qa import Pointer
 from finetune.scores import entities
 from finetune.summarization import picked, sentences
 from finetune.tagged import iob2

@@ -59,12 +59,24 @@ class Qa(Settings):
     dev: tuple[str, ...] = Field(min_length=1)
     stride: int = Field(default=64, ge=0)  # tokens that two windows over a long context share
     longest: int = Field(default=30, gt=0)  # tokens of an answer
+    cloze: int = Field(default=0, ge=0)  # questions made of the training contexts, learned along with the asked ones
     prompted: bool = False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
     prompt: str | None = None
     weight: float = Field(default=1.0, gt=0)
 
 
-Task = Annotated[Translation | Summarization | Ner | Qa, Field(discriminator="kind")]
+class Matching(Settings):
+    """Which tokens of a context stand in its question too, from the same files: the first lesson of a model that is to find answers."""
+
+    kind: Literal["matching"] = "matching"
+    train: tuple[str, ...] = Field(min_length=1)
+    dev: tuple[str, ...] = Field(min_length=1)
+    stride: int = Field(default=64, ge=0)
+    cloze: int = Field(default=0, ge=0)
+    weight: float = Field(default=1.0, gt=0)
+
+
+Task = Annotated[Translation | Summarization | Ner | Qa | Matching, Field(discriminator="kind")]
 
 
 class Finetune(Training):

@@ -6,16 +6,17 @@ decoder too where it is prompted.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune import config
-from finetune.records import Pair, existing, hub_rows, read_json
+from finetune.asked import Question, read_squad
+from finetune.cloze import cloze
+from finetune.records import Pair
 from finetune.scores import answer_scores, answer_statistics, words
 from finetune.task import Model, Task, TextToText, labelled
 from modeling.batch import IGNORE
@@ -24,19 +25,6 @@ from pretrain.objectives import Segment
 from pretrain.tokenizer import Tokenizer
 
 _SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
-
-
-@dataclass(frozen=True)
-class Question:
-    where: str
-    id: str
-    question: str
-    context: str
-    answers: tuple[tuple[int, str], ...]  # where each begins, in characters; none: it cannot be answered
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return tuple(text for _, text in self.answers)
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class _Questions:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """A part of a context behind its question, and what its pieces stand for."""
 
     tokens: np.ndarray
@@ -91,13 +79,14 @@ class Qa(_Questions):
     def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
         self.train, self.dev = ([q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev))
         may_refuse = any(not question.answers for question in self.train)
+        self.train += cloze(self.train, dials.cloze)
         self.pointer = Pointer(tokenizer, family, row_length, dials.stride, dials.longest, may_refuse)
 
     def shaped(self, config: ModelConfig) -> ModelConfig:
         return config.model_copy(update={"labels": (), "crf": False, "spans": True})
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
-        return [Segment(w.tokens, self.pointer.targets(w, q)) for q in examples for w in self.pointer.windows(q)]
+        return [Segment(w.tokens, self.pointer.targets(w, examples[i])) for i, w in self.pointer.windows(examples)]
 
     def predict(self, model: Model, examples: Sequence[Question], how: Generation, tokens: int) -> list[Answer]:
         return self.pointer.answers(model, examples, tokens)
@@ -113,26 +102,28 @@ class Pointer:
         self.stride, self.longest, self.may_refuse = stride, longest, may_refuse
         self.encoded = lru_cache(8)(tokenizer.offsets)  # one context has many questions
 
-    def windows(self, question: Question) -> list[_Window]:
-        """BOS question EOS context EOS, as an encoder's stock tokenizer encodes the two."""
-        asked = self.tokenizer.encode_batch([question.question])[0].tolist()
-        ids, spans = self.encoded(question.context)
-        head = [self.tokenizer.bos, *asked, self.tokenizer.eos]
-        room = self.row_length - len(head) - 1
-        if room <= self.stride:
-            raise Refused(
-                f"{question.where}: the question has {len(asked)} tokens; row_length ({self.row_length}) leaves {room} for a window of its"
-                f" context, and windows share task.stride ({self.stride}): raise row_length, or lower the stride."
-            )
+    def windows(self, questions: Sequence[Question]) -> list[tuple[int, Window]]:
+        """BOS question EOS context EOS, as an encoder's stock tokenizer encodes the two; each with the number of its question."""
         made = []
-        for begin in range(0, max(len(ids) - self.stride, 1), room - self.stride):
-            tokens = np.array([*head, *ids[begin : begin + room], self.tokenizer.eos], np.int64)
-            made.append(_Window(tokens, len(head), begin, np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)))
+        for number, asked in enumerate(self.tokenizer.encode_batch([question.question for question in questions])):
+            question = questions[number]
+            ids, spans = self.encoded(question.context)
+            head = [self.tokenizer.bos, *asked.tolist(), self.tokenizer.eos]
+            room = self.row_length - len(head) - 1
+            if room <= self.stride:
+                raise Refused(
+                    f"{question.where}: the question has {len(asked)} tokens; row_length ({self.row_length}) leaves {room} for a window of"
+                    f" its context, and windows share task.stride ({self.stride}): raise row_length, or lower the stride."
+                )
+            for begin in range(0, max(len(ids) - self.stride, 1), room - self.stride):
+                tokens = np.array([*head, *ids[begin : begin + room], self.tokenizer.eos], np.int64)
+                characters = np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)
+                made.append((number, Window(tokens, len(head), begin, characters)))
         return made
 
     def answers(self, model: Model, examples: Sequence[Question], tokens: int) -> list[Answer]:
         """The best answer over all windows of each question."""
-        windows = [(i, window) for i, question in enumerate(examples) for window in self.windows(question)]
+        windows = self.windows(examples)
         segments = [Segment(window.tokens, np.full(len(window.tokens), IGNORE)) for _, window in windows]
         best = [Answer("", score=-np.inf)] * len(examples)
         for (i, window), logits in zip(windows, labelled(model, segments, self.row_length, self.tokenizer.pad, tokens), strict=True):
@@ -140,7 +131,7 @@ class Pointer:
             best[i] = max(best[i], found, key=lambda answer: answer.score)
         return [Answer("", 0, answer.score) if self.may_refuse and answer.score < 0 else answer for answer in best]
 
-    def targets(self, window: _Window, question: Question) -> np.ndarray:
+    def targets(self, window: Window, question: Question) -> np.ndarray:
         """Where the first answer stands, if all of it is in this window."""
         targets = np.full(len(window.tokens), IGNORE)
         targets[:2] = self._nowhere(window)
@@ -151,10 +142,10 @@ class Pointer:
                 targets[:2] = window.first + inside[0], window.first + inside[-1]
         return targets
 
-    def _nowhere(self, window: _Window) -> int:
+    def _nowhere(self, window: Window) -> int:
         return len(window.tokens) - 1 if self.family == "decoder" else 0
 
-    def _best(self, window: _Window, logits: np.ndarray, context: str) -> Answer:
+    def _best(self, window: Window, logits: np.ndarray, context: str) -> Answer:
         """The likeliest span of at most `longest` tokens."""
         size, nowhere = len(window.spans), self._nowhere(window)
         if not size:
@@ -194,49 +185,6 @@ def _pair(question: Question) -> Pair:
 
 def _text(prediction: Any) -> str:
     return prediction.text if isinstance(prediction, Answer) else str(prediction)
-
-
-def read_squad(place: str) -> Iterator[Question]:
-    """The questions of a SQuAD 1.1 or 2.0 file, or of a hub set in that form (id, question, context, answers).
-
-    Raises Refused for what is not one, and for an answer that is not at its offset.
-    """
-    found = False
-    for where, asked, context, answers in _hub_questions(place) if place.startswith("hub:") else _file_questions(existing(place)):
-        for start, text in answers:
-            if not text.strip():
-                raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
-            if (there := context[start : start + len(text)]) != text:
-                raise Refused(f"{where}: its answer {text!r} is not at character {start} of the context, where {there!r} stands.")
-        found = True
-        yield Question(where, str(asked["id"]), asked["question"], context, tuple(answers))
-    if not found:
-        raise Refused(f"{place} holds no question.")
-
-
-_Asked = tuple[str, dict[str, Any], str, list[tuple[int, str]]]  # where it stands, the question, its context, its answers
-
-
-def _file_questions(path: Path) -> Iterator[_Asked]:
-    whole = read_json(path)
-    try:
-        for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
-            for asked in paragraph["qas"]:
-                answers = [] if asked.get("is_impossible") else [(a["answer_start"], a["text"]) for a in asked["answers"]]
-                yield f"{path}, question {asked['id']}", asked, paragraph["context"], answers
-    except (KeyError, TypeError) as missing:
-        raise Refused(f"{path} is no SQuAD file with data, paragraphs, qas and answers: {type(missing).__name__} {missing}.") from None
-
-
-def _hub_questions(place: str) -> Iterator[_Asked]:
-    try:
-        for where, row in hub_rows(place):
-            answers = row["answers"]
-            yield where, row, row["context"], list(zip(answers["answer_start"], answers["text"], strict=True))
-    except (KeyError, TypeError) as missing:
-        raise Refused(
-            f"{place} has no columns id, question, context and answers as SQuAD has: {type(missing).__name__} {missing}."
-        ) from None
 
 
 def _most_alike(question: Question) -> Answer:

@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from finetune import config as dials
+from finetune.asked import read_squad
 from finetune.config import Finetune
 from finetune.judge import Judge
+from finetune.matching import Matching
 from finetune.ner import open_ner
-from finetune.qa import open_qa, read_squad
+from finetune.qa import open_qa
 from finetune.records import read_pairs
 from finetune.rows import Rows, room_for
 from finetune.summarization import open_summarization
@@ -48,6 +50,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "summarization": open_summarization,
     "ner": open_ner,
     "qa": open_qa,
+    "matching": Matching,
 }
 
 

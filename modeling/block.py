@@ -44,12 +44,17 @@ class Views:
 Caches = tuple[Cache, Cache]  # one block's: of the row itself, and of the memory
 
 
+def is_local(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer attends within the window alone."""
+    return config.local_window > 0 and layer % config.global_every != 0
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention where there is a memory to read, and a feed-forward layer."""
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool) -> None:
         super().__init__()
-        self.local = config.local_window > 0 and layer % config.global_every != 0
+        self.local = is_local(config, layer)
         self.attn = Residual(config, Attention(config), pre=layer > 0 or config.first_attention_norm)
         self.cross = Residual(config, Attention(config)) if cross else None
         self.mlp = Residual(config, MLP(config))

@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
 
 # What blocks of attention have and recurrent layers have not.
-_OF_BLOCKS = ("gated", "norm_places", "first_attention_norm", "embed_norm", "final_norm", "position", "local_window")
+_OF_BLOCKS = ("gated", "norm_places", "first_attention_norm", "embed_norm", "final_norm", "position", "local_window", "mimetic")
 
 
 class ModelConfig(Settings):
@@ -71,6 +71,7 @@ class ModelConfig(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the training loss of the vocabulary and label heads
     init_std: float = Field(default=0.02, gt=0)
+    mimetic: bool = False  # begin with global layers that look at equal tokens
 
     @model_validator(mode="after")
     def _has_its_parts(self) -> "ModelConfig":

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
 
 import hashlib
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.attention import Cache, Visibility
 from modeling.batch import IGNORE, Batch
-from modeling.block import Block, Caches, View, Views, make_norm
+from modeling.block import Block, Caches, View, Views, is_local, make_norm
 from modeling.config import ModelConfig, Refused
 from modeling.heads import Head
 from modeling.position import SCHEMES
@@ -157,6 +158,9 @@ def _one_document(x_BTD: Tensor, start: int) -> Tensor:
     return torch.ones(len(x_BTD), start + x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
 
 
+_LOOKS = re.compile(r"\w+\.blocks\.(\d+)\.attn\.f\.[qk]\.weight")
+
+
 def build(config: ModelConfig, seed: int) -> Transformer:
     """A new model on the CPU in fp32, the same for the same (config, seed) wherever and in whatever order it is made."""
     with torch.device("meta"):
@@ -188,6 +192,12 @@ def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
             parameter.chunk(4)[1].fill_(1)  # input, forget, cell, output
     elif parameter.ndim == 1:
         parameter.fill_(1)
+    elif config.mimetic and (match := _LOOKS.fullmatch(name)) and not is_local(config, int(match[1])):
+        # W_q^T W_k is then close to the identity (Trockman and Kolter 2023): a token looks at tokens equal to it
+        keys = parameter.new_empty(config.num_kv_heads * config.head_dim, config.dim)
+        keys.normal_(0, config.dim**-0.5, generator=generator(seed, name.replace(".q.", ".k.")))
+        heads = keys.unflatten(0, (config.num_kv_heads, -1))
+        parameter.copy_(heads.repeat_interleave(len(parameter) // len(keys), dim=0).flatten(0, 1))
     else:
         std = config.init_std
         if name.endswith((".f.o.weight", ".f.down.weight")):

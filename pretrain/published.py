@@ -71,7 +71,7 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config, state = restore(read_json(folder / "config.json"), read_tensors(folder))
     if record := read_record(folder):  # training settings (dropout) have no place in config.json
         recorded = recorded_config(record)
-        config = config.model_copy(update={"dropout": recorded.dropout, "init_std": recorded.init_std})
+        config = config.model_copy(update={dial: getattr(recorded, dial) for dial in ("dropout", "init_std", "mimetic")})
     return config, state
 
 

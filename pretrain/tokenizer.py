@@ -126,7 +126,7 @@ class Tokenizer:
         if not self.ours:
             return [np.array(e.ids, self.dtype) for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         words = [_WORD.findall(text) for text in texts]
-        new = list(set().union(*words) - self._ids_of.keys())
+        new = [word for word in set().union(*words) if word not in self._ids_of]
         for word, encoding in zip(new, self._fast.encode_batch_fast(new, add_special_tokens=False), strict=True):
             self._ids_of[word] = np.array(encoding.ids, self.dtype).tobytes()
         ids = [np.frombuffer(b"".join(map(self._ids_of.__getitem__, line)), self.dtype) for line in words]

@@ -109,7 +109,7 @@ def lost(wanted: ModelConfig, said: ModelConfig) -> list[str]:
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
     """The dials that bear on the logits, in a form where equal models are equal."""
-    dials = config.model_dump(exclude={"dropout", "label_smoothing", "init_std", "global_every"})
+    dials = config.model_dump(exclude={"dropout", "label_smoothing", "init_std", "mimetic", "global_every"})
     dials["attention_scale"] = config.attention_scale or (config.head_dim or 1) ** -0.5
     dials["norm_places"] = tuple(sorted(config.norm_places))
     dials["local_layers"] = [i for i in range(config.num_layers) if config.local_window and i % config.global_every]

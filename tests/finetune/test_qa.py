@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from finetune import config
-from finetune.qa import Qa, open_qa, read_squad
+from finetune.asked import read_squad
+from finetune.qa import Qa, open_qa
 from modeling.config import Refused
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.objectives import Segment
@@ -83,7 +84,7 @@ def test_what_the_targets_mark_is_the_answer_letter_for_letter(family: Any, tmp_
 def test_windows_cover_the_context_and_share_the_stride(tmp_path: Path) -> None:
     place = squad(tmp_path / "train.json", CONTEXT, ("who?", [(0, "Ada")]))
     qa = Qa(config.Qa(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 40)
-    windows = qa.pointer.windows(qa.train[0])
+    windows = [window for _, window in qa.pointer.windows(qa.train[:1])]
     ids = tokenizer().encode_batch([CONTEXT])[0].tolist()
     parts = [window.tokens[window.first : -1].tolist() for window in windows]
     assert all(before[-7:] == after[:7] for before, after in pairwise(parts))

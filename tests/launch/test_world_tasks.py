@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.qa import read_squad
+from finetune.asked import read_squad
 from finetune.records import read_pairs
 from finetune.summarization import sentences
 from finetune.tagged import read_conll

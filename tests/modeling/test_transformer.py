@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.attention import Visibility
 from modeling.batch import IGNORE, Batch
+from modeling.block import View
 from modeling.config import ModelConfig
 from modeling.transformer import Transformer, build, initialise
 from tests.modeling.families import CONFIGS, RECURRENT, documents, packed
@@ -248,6 +250,22 @@ def test_initial_scales_are_the_documented_ones() -> None:
     nllb = build(CONFIGS["nllb"], seed=1).state_dict()
     assert all((nllb[key] == 0).all() for key in nllb if key.endswith("bias"))
     assert all((nllb[key] == 1).all() for key in nllb if "norm" in key and key.endswith("weight"))
+
+
+def test_mimetic_global_layers_begin_by_looking_at_equal_tokens() -> None:
+    config = _with(CONFIGS["modernbert"], dim=64, head_dim=16, num_heads=4, num_kv_heads=2, local_window=2, global_every=2, mimetic=True)
+    model, plain = build(config, 1), build(_with(config, mimetic=False), 1).state_dict()
+    assert model.encoder is not None
+    tokens = torch.arange(1, 21).repeat(2)[None]
+    x = model.encoder.embed_norm(model.embedded(tokens))
+    for layer, block in enumerate(model.encoder.blocks):
+        q, k = block.attn.f.q.weight, block.attn.f.k.weight
+        assert torch.equal(q.unflatten(0, (2, 2, 16))[:, 1], k.unflatten(0, (2, 16))) == (layer % 2 == 0)
+    looks = model.encoder.blocks[0].attn.f.weights(x, View(Visibility(False, torch.ones_like(tokens), torch.ones_like(tokens))))
+    equal = (tokens[0, :, None] == tokens[0]).float()
+    assert (looks * equal).sum(-1).mean() > 0.4  # of 40 places 2: by chance 0.05
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, plain[name])}
+    assert changed == {f"encoder.blocks.{layer}.attn.f.{part}.weight" for layer in (0, 2) for part in "qk"}
 
 
 def test_parameters_have_the_names_that_the_tables_read() -> None:
