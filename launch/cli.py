@@ -201,13 +201,25 @@ def compare(
     configs: Annotated[list[str], typer.Argument(help="recipes, and changes to all of them, such as steps=300", metavar="CONFIG...")],
     out: Annotated[Path, typer.Option(help="the folder of the report")] = Path("runs/compare"),
     sentence: Annotated[str | None, typer.Option(help="a sentence to look at; without it one of the held-out ones")] = None,
+    word: Annotated[str | None, typer.Option(help="a word of --sentence, such as it: where every head looks from there")] = None,
 ) -> None:
     """Train models of the same size on the same rows, and draw one report; what is finished is used as it is."""
     from launch.compare import compare
 
     changes = [text for text in configs if "=" in text]
     recipes = [resolve_any(text, changes) for text in configs if "=" not in text]
-    typer.echo(f"{compare(recipes, out, sentence, Console())} is the report.")
+    typer.echo(f"{compare(recipes, out, sentence, word, Console())} is the report.")
+
+
+@app.command()
+def world(folder: Annotated[Path, typer.Argument(help="the folder to write")] = Path("runs/demo")) -> None:
+    """Write the small world that the demo and configs/compare/world-*.yaml learn from: text, and the examples of four tasks."""
+    from launch.world import write_world
+    from launch.world_tasks import write_tasks
+
+    write_world(folder / "world")
+    write_tasks(folder / "tasks")
+    typer.echo(f"{folder}/world and {folder}/tasks are written.")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from launch import report
 from launch.config import AnyRecipe, FinetuneRecipe, Recipe, flatten
 from launch.finetune import finetune
 from launch.pretrain import pretrain
-from launch.probes import Map, maps, opened, reach, speed
+from launch.probes import Map, ends, maps, opened, reach, speed
 from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from pretrain.batches import Numbered
@@ -31,16 +31,17 @@ from pretrain.start import begin
 from pretrain.tokenizer import Tokenizer
 
 LARGEST = 1.1  # times as many parameters as the smallest
-OWN = ("run", "model.", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.")  # in what compared recipes may differ
-BINS = 6  # of sentence length, each with as many sentences
+OWN = ("run", "model.", "task.crf", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.")  # in what compared recipes may differ
+BINS = 6  # of sentence length: each a sixth of the sentences
 
 
 @dataclass(frozen=True)
 class Point:
-    """A held-out loss, and what had been spent by then."""
+    """A held-out loss, and what had been spent on training steps by then."""
 
     tokens: int
     seconds: float
+    cpu_seconds: float  # of the first rank's process
     loss: float
 
 
@@ -60,6 +61,9 @@ class Run:
 
     name: str
     group: str  # runs of one group are compared with each other
+    cell: str
+    attends: bool  # to its source, or to what it read
+    on_cpu: bool
     parameters: int
     steps: int
     curve: list[Point]
@@ -70,8 +74,10 @@ class Run:
     maps: list[Map]
 
 
-def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, console: Console) -> Path:
+def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Console) -> Path:
     """Train what is not trained yet, measure, and write the report. Raises Refused where the recipes are not comparable."""
+    if word:
+        ends(sentence or "", word)  # refused before anything is trained
     comparable(recipes)
     for recipe in recipes:
         if not _finished(recipe):
@@ -80,7 +86,7 @@ def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, conso
     runs = []
     for recipe in recipes:
         console.print(f"measuring {recipe.run}", highlight=False)
-        runs.append(_measured(recipe, sentence))
+        runs.append(_measured(recipe, sentence, word))
     return report.write(out, runs)
 
 
@@ -121,22 +127,26 @@ def _finished(recipe: AnyRecipe) -> bool:
     return events[-1:] == ["finished"] and steps >= recipe.steps
 
 
-def _measured(recipe: AnyRecipe, sentence: str | None) -> Run:
+def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
     folder = Path(recipe.run)
     model, tokenizer = opened(folder), Tokenizer.open(folder / "tokenizer")
     heldout, first = _heldout(recipe, tokenizer, model.config)
-    curve = _curve(folder)
+    points = curve(folder)
+    by_length = _by_length(folder) if _group(recipe) == "translation" else []
     return Run(
         name=folder.name,
         group=_group(recipe),
+        cell=model.config.cell,
+        attends=model.config.cell == "attention" or model.config.alignment != "none",
+        on_cpu=recipe.cluster.gpus_per_worker == 0,
         parameters=num_parameters(model.config),
         steps=recipe.steps,
-        curve=curve,
-        scores=_scores(folder, curve),
-        by_length=_by_length(folder) if _group(recipe) == "translation" else [],
+        curve=points,
+        scores=_scores(folder, points, by_length),
+        by_length=by_length,
         reach=reach(model, heldout),
         speed=speed(model.config),
-        maps=maps(model, tokenizer, sentence or first),
+        maps=maps(model, tokenizer, sentence or first, word),
     )
 
 
@@ -152,22 +162,30 @@ def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer, model: ModelConfig) -> tup
     return task_rows(recipe, tasks, tokenizer)[1], texts[0] if texts else "She said that it was late."
 
 
-def _curve(folder: Path) -> list[Point]:
+def curve(folder: Path) -> list[Point]:
     """Each evaluation, after the tokens and seconds of the steps before it; of a step that was done twice the later one counts."""
     lines = read_lines(folder / "metrics.jsonl")
     steps = {line["step"]: line for line in lines if "seconds" in line}
     scored = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
-    seconds = np.cumsum([steps[step]["seconds"] for step in sorted(steps)])
-    spent = {step: (steps[step]["tokens"], float(total)) for step, total in zip(sorted(steps), seconds, strict=True)}
-    return [Point(*spent.get(step, (0, 0.0)), loss) for step, loss in sorted(scored.items())]
+    done = sorted(steps)
+    spent = {0: (0, 0.0, 0.0)}
+    for before, step in zip([0, *done], done, strict=False):
+        line = steps[step]
+        spent[step] = (line["tokens"], spent[before][1] + line["seconds"], spent[before][2] + line["cpu_seconds"])
+    return [Point(*spent[step], loss) for step, loss in sorted(scored.items())]
 
 
-def _scores(folder: Path, curve: list[Point]) -> dict[str, str]:
-    said = {"held-out nats": f"{curve[-1].loss:.3f}", "seconds": f"{curve[-1].seconds:,.0f}", "tokens": f"{curve[-1].tokens:,}"}
+def _scores(folder: Path, points: list[Point], by_length: list[Bin]) -> dict[str, str]:
+    last = points[-1]
+    said = {"tokens": f"{last.tokens:,}", "seconds": f"{last.seconds:,.0f}", "CPU seconds": f"{last.cpu_seconds:,.0f}"}
+    said["held-out nats"] = f"{last.loss:.3f}"
     if (folder / "scores.json").exists():
         found = read_json(folder / "scores.json")
         low, high = found["intervals"][found["best"]]
         said[found["best"]] = f"{found['scores'][found['best']]:.2f} ({low:.2f} to {high:.2f})"
+    if by_length:
+        for which, part in (("shortest", by_length[0]), ("longest", by_length[-1])):
+            said[f"BLEU of the {which} sixth"] = f"{part.score:.2f} ({part.low:.2f} to {part.high:.2f})"
     return said
 
 

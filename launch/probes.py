@@ -4,6 +4,7 @@ In: a run folder, or the model in it. Out: plain numbers for pictures. All on th
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from modeling.batch import IGNORE, Batch
 from modeling.block import Attention
-from modeling.config import Generation, ModelConfig
+from modeling.config import Generation, ModelConfig, Refused
 from modeling.generate import generate
 from modeling.recurrent import Alignment
 from modeling.transformer import Transformer, build
@@ -65,36 +66,53 @@ def reach(model: Transformer, rows: Numbered, documents: int = 64) -> list[float
 
 
 def speed(config: ModelConfig) -> dict[int, float]:
-    """Tokens a second, forward and backward, of rows of each length, as many positions a batch (an encoder-decoder reads as many more)."""
+    """Tokens a CPU second of one thread, forward and backward, in rows of each length, as many positions a batch (an encoder-decoder reads
+    as many more). CPU time, so that a machine that others use too gives the same."""
+    torch.set_num_threads(1)
     model, made = build(config, 0), {}
     for length in (n for n in LENGTHS if n <= config.max_positions):
         tokens = torch.randint(0, config.vocab_size, (POSITIONS // length, length), generator=torch.Generator().manual_seed(0))
-        batch = Batch(tokens, None, tokens, tokens if config.family == "encoder-decoder" else None)
+        targets, segments = torch.zeros_like(tokens), torch.ones_like(tokens) if config.spans else None
+        if config.spans:
+            targets[:, 2:] = IGNORE
+        batch = Batch(tokens, segments, targets, tokens if config.family == "encoder-decoder" else None)
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             model(batch).backward()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         made[length] = tokens.numel() / min(times)
     return made
 
 
-def maps(model: Transformer, tokenizer: Tokenizer, text: str) -> list[Map]:
-    """Where a model looks while it reads the text, or writes its translation of it. None where it has nothing to look with."""
+def maps(model: Transformer, tokenizer: Tokenizer, text: str, word: str | None = None) -> list[Map]:
+    """Where a model looks while it reads the text, or writes its translation of it, and where every head that reads looks from `word`.
+
+    None where it has nothing to look with.
+    """
+    at = len(tokenizer.encode_batch([text[: ends(text, word)]])[0]) if word else None  # behind bos
     ids = tokenizer.encode_batch([text])[0].tolist()
     source = torch.tensor([[tokenizer.bos, *ids, tokenizer.eos]])
     if model.decoder is None or model.encoder is None:
-        return _looks(model, tokenizer, Batch(source[:, :-1], torch.ones_like(source[:, :-1]), source[:, 1:]))
+        return _looks(model, tokenizer, Batch(source[:, :-1], torch.ones_like(source[:, :-1]), source[:, 1:]), at)
     how = Generation(max_new=64)
     [made] = generate(model, source.tolist(), how, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
     written = torch.tensor([[tokenizer.bos, *made]])
     tokens = written[:, :-1]
-    return _looks(model, tokenizer, Batch(tokens, torch.ones_like(tokens), written[:, 1:], source, torch.ones_like(source)))
+    return _looks(model, tokenizer, Batch(tokens, torch.ones_like(tokens), written[:, 1:], source, torch.ones_like(source)), at)
+
+
+def ends(text: str, word: str) -> int:
+    """Where a word of the text ends, in characters. Raises Refused where the text does not have it."""
+    if found := re.search(rf"\b{re.escape(word)}\b", text):
+        return found.end()
+    raise Refused(f"--word {word!r} is no word of the sentence {text!r}: give --sentence one that has it.")
 
 
 @torch.no_grad()
-def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch) -> list[Map]:
-    """Alignments of a recurrent decoder; of a transformer the last layer's heads, and the mean of those that look at the source."""
+def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch, at: int | None) -> list[Map]:
+    """Alignments of a recurrent decoder; of a transformer the heads of the last layer that read the text, the mean of those that look at it
+    from its translation, and all heads' looks from the place `at`."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
@@ -111,13 +129,18 @@ def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch) -> list[Map]:
     read = _pieces(tokenizer, batch.tokens if batch.source is None else batch.source)
     if "decoder.align" in seen:
         return [Map("alignment", _pieces(tokenizer, batch.targets), read, torch.cat(seen["decoder.align"]).tolist())]
-    last = model.config.num_layers - 1
+    reader = "decoder" if batch.source is None and model.decoder is not None else "encoder"
+    layers = [f"blocks.{i}" for i in range(model.config.num_layers)]
     found = []
-    if cross := seen.get(f"decoder.blocks.{last}.cross.f"):
-        found.append(Map("source, mean of the last layer's heads", _pieces(tokenizer, batch.targets), read, cross[0].mean(0).tolist()))
-    for stack_name in ("encoder", "decoder"):
-        if (heads := seen.get(f"{stack_name}.blocks.{last}.attn.f")) and not (found and stack_name == "decoder"):
-            found += [Map(f"last layer, head {i + 1}", read, read, head.tolist()) for i, head in enumerate(heads[0])]
+    if cross := seen.get(f"decoder.{layers[-1]}.cross.f"):
+        found.append(Map("last layer, mean of the heads", _pieces(tokenizer, batch.targets), read, cross[0].mean(0).tolist()))
+    if heads := seen.get(f"{reader}.{layers[-1]}.attn.f"):
+        found += [Map(f"{reader}, last layer, head {i + 1}", read, read, head.tolist()) for i, head in enumerate(heads[0])]
+        if at is not None:
+            looks = torch.cat([seen[f"{reader}.{layer}.attn.f"][0][:, at] for layer in layers])
+            count = len(looks) // len(layers)
+            names = [f"layer {i // count + 1}, head {i % count + 1}" for i in range(len(looks))]
+            found.append(Map(f"every head, from {read[at]!r}", names, read, looks.tolist()))
     return found
 
 

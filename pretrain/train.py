@@ -90,7 +90,7 @@ def train(
     scores: dict[str, Any] = {}
     began = saved = progress.step
     for rows in _following(load, progress):
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         heartbeat.at("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
         if checkpointer.full:
             _saved(checkpointer, progress)
@@ -110,6 +110,7 @@ def train(
             tokens_per_s=tokens / seconds,
             mfu=flops(rows.step) / seconds / peak_flops,
             seconds=seconds,
+            cpu_seconds=time.process_time() - start_cpu,
             peak_bytes=engine.meter.peak(),
             rows_hash=f"{rows_hash:012x}",
             **_told(rows, step, parts),

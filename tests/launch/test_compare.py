@@ -9,15 +9,18 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
-from launch.compare import comparable, compare
-from launch.config import resolve_any
+from launch import probes
+from launch.cli import app
+from launch.compare import Point, comparable, compare, curve
+from launch.config import FinetuneRecipe, resolve_any
 from launch.probes import maps, reach
 from modeling.batch import Batch
 from modeling.config import Refused
 from modeling.transformer import build
 from pretrain.batches import Row
-from pretrain.metrics import read_lines
+from pretrain.metrics import append_line, read_lines
 from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT
 
@@ -65,12 +68,12 @@ class Images(HTMLParser):
 
 def test_models_are_trained_once_drawn_and_joined_by_another(tmp_path: Path) -> None:
     console, out = Console(quiet=True), tmp_path / "out"
-    page = compare(recipes(tmp_path, ["gru", "gru-attention"]), out, None, console)
-    assert {file.name for file in out.iterdir()} == {"report.html"} | {
+    page = compare(recipes(tmp_path, ["gru", "gru-attention"]), out, None, None, console)
+    assert {file.name for file in out.iterdir()} == {"report.html", "report.json"} | {
         f"translation-{name}.png" for name in ("loss", "length", "reach", "speed", "gru-attention-looks")
     }
     before = {name: (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("gru", "gru-attention")}
-    compare(recipes(tmp_path, ["gru", "gru-attention", "transformer"]), out, "Mr Ada sees Bob.", console)
+    compare(recipes(tmp_path, ["gru", "gru-attention", "transformer"]), out, "Mr Ada sees Bob.", "sees", console)
     assert all((tmp_path / name / "metrics.jsonl").read_bytes() == was for name, was in before.items())
     text = page.read_text()
     assert len(Images(text).captions) == 6 and all(f"<td>{name}</td>" in text for name in SHAPES)
@@ -84,19 +87,41 @@ def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: 
     a, b = recipes(tmp_path, ["gru", "transformer"])
     large = b.model_copy(update={"model": b.model.model_copy(update={"config": b.model.config.model_copy(update={"mlp_dim": 200})})})
     with pytest.raises(Refused, match=r"transformer has 6\d,\d+ parameters and .*gru \d\d,\d+, .*% more: .* up to 10%"):
-        compare([a, large], tmp_path, None, console)
+        compare([a, large], tmp_path, None, None, console)
     with pytest.raises(Refused, match=r"steps is 2 in .*gru and 3 in .*transformer"):
-        compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, console)
+        compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, None, console)
+    with pytest.raises(Refused, match=r"--word 'it' is no word of the sentence 'A white dog\.'"):
+        compare([a, b], tmp_path, "A white dog.", "it", console)
     with pytest.raises(Refused, match="two recipes have the run folder"):
-        compare([a, a], tmp_path, None, console)
+        compare([a, a], tmp_path, None, None, console)
 
 
-@pytest.mark.parametrize("names", ["compare/world-*.yaml", "finetune/multi30k*.yaml"])
+@pytest.mark.parametrize("names", ["world-*.yaml", "multi30k-*.yaml", "wnut17-*.yaml", "broad-twitter-*.yaml"])
 def test_the_shipped_recipes_are_comparable(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIFOLD_DATA", "data")
-    files = sorted(CONFIGS_FOLDER.glob(names))
-    assert len(files) > 5
+    files = sorted((CONFIGS_FOLDER / "compare").glob(names))
+    assert len(files) > 2
     comparable([resolve_any(file) for file in files])
+
+
+def test_the_world_that_is_written_is_what_its_recipes_learn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["world"]).exit_code == 0
+    for file in (CONFIGS_FOLDER / "compare").glob("world-*.yaml"):
+        recipe = resolve_any(file)
+        if isinstance(recipe, FinetuneRecipe):
+            places = [Path(place) for pair in (*recipe.task.train, *recipe.task.dev) for place in pair.split(",")]
+        else:
+            places = [Path(source.path) for source in (*recipe.data.sources, *recipe.data.heldout)]
+        assert all(place.stat().st_size > 1000 for place in places)
+
+
+def test_a_curve_counts_what_was_spent_and_the_last_of_a_step_that_was_done_twice(tmp_path: Path) -> None:
+    for step, seconds, cpu in ((1, 5.0, 4.0), (2, 9.0, 9.0), (2, 3.0, 2.0), (3, 1.0, 0.5)):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": seconds, "cpu_seconds": cpu, "tokens": 10 * step})
+    for step, loss in ((0, 6.0), (2, 5.5), (2, 5.0), (3, 4.0)):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "heldout_loss": loss})
+    assert curve(tmp_path) == [Point(0, 0.0, 0.0, 6.0), Point(20, 8.0, 6.0, 5.0), Point(30, 9.0, 6.5, 4.0)]
 
 
 class OneDocument:
@@ -152,6 +177,23 @@ def test_the_weights_that_are_drawn_are_those_that_the_kernel_uses(name: str) ->
     with torch.no_grad():
         model.logits(batch)
     assert checked and all(torch.allclose(total, torch.ones_like(total)) for total in checked)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5gemma"])
+def test_a_word_is_looked_from_by_every_head_that_reads_the_sentence(name: str, tmp_path: Path) -> None:
+    words = vocabulary(tmp_path)
+    model = build(CONFIGS[name].model_copy(update={"vocab_size": words.vocab_size}), 1).eval()
+    found = maps(model, words, "Mr Ada sees Bob.", "Ada")
+    *_, last, every = found
+    assert len(every.rows) == model.config.num_layers * model.config.num_heads == len(every.weights)
+    assert "Ada" in last.rows and every.weights[-1] == last.weights[last.rows.index("Ada")]
+    assert len(maps(model, words, "Mr Ada sees Bob.")) == len(found) - 1
+
+
+@pytest.mark.parametrize("changes", [{"labels": ("O", "B-PER", "I-PER")}, {"labels": ("O", "B-PER"), "crf": True}, {"spans": True}])
+def test_speed_is_measured_of_every_head(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "POSITIONS", 64)
+    assert all(rate > 0 for rate in probes.speed(RECURRENT["lstm encoder"].model_copy(update=changes)).values())
 
 
 def test_what_has_nothing_to_look_with_gives_no_map(tmp_path: Path) -> None:
