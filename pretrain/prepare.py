@@ -1,8 +1,9 @@
 """A source in, its token shards out (shards.py reads them): training and held-out documents apart, from one pass over the text.
 
-This process reads, writes and hashes; `workers` processes tokenize batches of about a megabyte, which come back in order. So the bytes
-do not depend on how many there are, and memory is bounded by a few batches each. Everything is written into a folder of its own, which
-gets its name when it is complete: an interrupted preparation starts again.
+This process reads, writes and hashes; batches of about a megabyte are tokenized wherever `spread` has it, and come back in order. So the
+bytes do not depend on where or how many, and memory is bounded by a few batches each. Everything is written into a folder of its own, which
+gets its name when it is complete. An interrupted preparation goes on after its last full shard: it reads the text before that again, a
+tenth of the work, and tokenizes none of it.
 
 Cost: 47.8 MB of books, 11.9M tokens: 8 s of one core, all told; 0.8 s of it is this process's share, so it keeps about 10 workers busy.
 """
@@ -15,10 +16,10 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from errno import ENOSPC
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -29,13 +30,31 @@ import numpy as np
 from modeling.config import Refused
 from pretrain.config import Source
 from pretrain.corpus import corpus_fingerprint, documents, is_heldout
+from pretrain.shard_writer import FORMAT, ShardWriter
 from pretrain.shards import Shards
 from pretrain.tokenizer import Tokenizer
 
-_FORMAT = 1
 _BATCH = 1 << 20  # characters of text that one worker tokenizes at a time
 _SHARD = 1 << 28  # bytes of text after which a shard is full
 _log = logging.getLogger(__name__)
+
+Tokenized = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # ids of all documents; per document: tokens, bytes, held out
+
+
+class Tokenize:
+    """What is done to each batch of documents, wherever that happens."""
+
+    def __init__(self, tokenizer: Tokenizer, heldout_fraction: float) -> None:
+        self.tokenizer, self.heldout_fraction = tokenizer, heldout_fraction
+
+    def __call__(self, texts: list[str]) -> Tokenized:
+        ids = self.tokenizer.encode_batch(texts)
+        sizes = np.array([len(text.encode()) for text in texts], "<i8")
+        held = np.array([is_heldout(text, self.heldout_fraction) for text in texts], bool)
+        return np.concatenate(ids), np.array([len(i) for i in ids], "<i8"), sizes, held
+
+
+Spread = Callable[[Tokenize, Iterable[list[str]]], Iterable[Tokenized]]  # like `map`, which is one: results in order, few batches at a time
 
 
 def prepare(
@@ -44,28 +63,29 @@ def prepare(
     folder: Path | str,
     *,
     heldout_fraction: float = 0.0,
-    workers: int = 1,
+    spread: Spread = map,
     progress: Callable[[int, int], None] = lambda documents, bytes: None,
     shard_bytes: int = _SHARD,
 ) -> tuple[Shards, Shards]:
     """The (training, held-out) shards of a source, from one pass over its text into `folder`/train and `folder`/heldout.
 
-    Shards that are there are used when corpus, tokenizer and rules are the same; others, and incomplete ones, are made anew. Two
+    Shards that are there are used when corpus, tokenizer and rules are the same, incomplete ones are completed; others are made anew. Two
     callers do not disturb each other: the second waits and uses what the first made. `progress` hears (documents, bytes of text) so far.
-    `workers` processes tokenize; at 1 this process does. Raises Refused for a corpus that cannot be read or a disk that is full.
+    `spread` says where batches are tokenized: here, or `over_processes`. Raises Refused for a corpus that cannot be read or a disk that
+    is full.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rules = [_FORMAT, corpus_fingerprint(source), tokenizer.fingerprint, heldout_fraction, shard_bytes]
+    rules = [FORMAT, corpus_fingerprint(source), tokenizer.fingerprint, heldout_fraction, shard_bytes]
     recipe = blake2b(json.dumps(rules).encode(), digest_size=16).hexdigest()
     with folder.with_name(folder.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _made(folder, recipe):
             fresh = folder.with_name(folder.name + ".incomplete")
-            for old in (folder, fresh):
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            work = Tokenize(tokenizer, heldout_fraction)
             try:
-                _write(source, tokenizer, fresh, heldout_fraction, workers, progress, shard_bytes, recipe)
+                _write(source, work, fresh, spread, progress, shard_bytes, recipe)
             except OSError as error:
                 if error.errno != ENOSPC:
                     raise
@@ -88,23 +108,42 @@ def _made(folder: Path, recipe: str) -> bool:
 
 def _write(
     source: Source,
-    tokenizer: Tokenizer,
+    work: Tokenize,
     folder: Path,
-    heldout_fraction: float,
-    workers: int,
+    spread: Spread,
     progress: Callable[[int, int], None],
     shard_bytes: int,
     recipe: str,
 ) -> None:
-    train, heldout = (_Writer(folder / part, tokenizer, shard_bytes) for part in ("train", "heldout"))
-    documents_done = bytes_done = 0
-    for ids, lengths, sizes, held in _tokenized(_batches(documents(source)), tokenizer, heldout_fraction, workers):
+    saved = _saved(folder, recipe)
+    if not saved:
+        shutil.rmtree(folder, ignore_errors=True)
+    train, heldout = (ShardWriter(folder / part, work.tokenizer, shard_bytes, saved.get(part, {})) for part in ("train", "heldout"))
+    batches, documents_done, bytes_done = saved.get("done", (0, 0, 0))
+    for ids, lengths, sizes, held in spread(work, islice(_batches(documents(source)), batches, None)):
+        full = False
         for writer, chosen in ((train, ~held), (heldout, held)):
-            writer.add(ids[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
-        documents_done, bytes_done = documents_done + len(lengths), bytes_done + int(sizes.sum())
+            full |= writer.add(ids[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
+        batches, documents_done, bytes_done = batches + 1, documents_done + len(lengths), bytes_done + int(sizes.sum())
+        if full:
+            done = (batches, documents_done, bytes_done)
+            state = {"recipe": recipe, "done": done, "train": train.saved(), "heldout": heldout.saved()}
+            (folder / "state.fresh").write_text(json.dumps(state))
+            (folder / "state.fresh").replace(folder / "state.json")
         progress(documents_done, bytes_done)
     for writer in (train, heldout):
         writer.close(recipe)
+    (folder / "state.json").unlink(missing_ok=True)
+
+
+def _saved(folder: Path, recipe: str) -> dict[str, Any]:
+    """How far an interrupted preparation of this recipe has come, where every byte that it tells of is there; else nothing."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        whole = all((folder / part / name).stat().st_size >= size for part in ("train", "heldout") for name, size in state[part]["sizes"])
+    except (FileNotFoundError, ValueError):
+        return {}
+    return state if whole and state["recipe"] == recipe else {}
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -119,35 +158,29 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-_Tokenized = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # ids of all documents; per document: tokens, bytes, held out
+def over_processes(workers: int) -> Spread:
+    """Tokenize in `workers` processes of this machine; at 1 in this one."""
+
+    def over(work: Tokenize, batches: Iterable[list[str]]) -> Iterator[Tokenized]:
+        waiting = iter(batches)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (work,)) as pool:
+            pending = deque(pool.submit(_tokenize, batch) for batch in islice(waiting, 2 * workers))
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(pool.submit(_tokenize, batch) for batch in islice(waiting, 1))
+
+    return over if workers > 1 else map
 
 
-def _tokenized(batches: Iterator[list[str]], tokenizer: Tokenizer, fraction: float, workers: int) -> Iterator[_Tokenized]:
-    """The batches tokenized, in their order."""
-    if workers <= 1:
-        _start(tokenizer, fraction)
-        yield from map(_tokenize, batches)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer, fraction)) as pool:
-        pending = deque(pool.submit(_tokenize, batch) for batch in islice(batches, 2 * workers))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(_tokenize, batch) for batch in islice(batches, 1))
+_work: Tokenize  # of a worker's process
 
 
-_work: tuple[Tokenizer, float]  # of this process
-
-
-def _start(tokenizer: Tokenizer, fraction: float) -> None:
-    global _work
-    _work = (tokenizer, fraction)
-
-
-def _start_process(tokenizer: Tokenizer, fraction: float) -> None:
+def _start_process(work: Tokenize) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when that was killed: the pool's own would wait for work for ever."""
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    _start(tokenizer, fraction)
+    _work = work
 
 
 def _end_with(parent: Any) -> None:
@@ -155,75 +188,5 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _tokenize(texts: list[str]) -> _Tokenized:
-    tokenizer, fraction = _work
-    ids = tokenizer.encode_batch(texts)
-    sizes = np.array([len(text.encode()) for text in texts], "<i8")
-    held = np.array([is_heldout(text, fraction) for text in texts], bool)
-    return np.concatenate(ids), np.array([len(i) for i in ids], "<i8"), sizes, held
-
-
-class _Writer:
-    """Writes one folder of shards; the index comes last."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_bytes: int) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.tokenizer, self.shard_bytes = folder, tokenizer, shard_bytes
-        self.shards: list[dict[str, Any]] = []
-        self.dropped = self.tokens = 0
-        self.files: dict[str, _Hashed] = {name: _Hashed(folder / name) for name in ("lengths.int64", "starts.int64")}
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
-        """Append documents; those without tokens are dropped and counted."""
-        kept = lengths > 0
-        self.dropped += int((~kept).sum())
-        lengths, sizes = lengths[kept], sizes[kept]
-        if not len(lengths):
-            return
-        if not self.shards or self.shards[-1]["bytes"] >= self.shard_bytes:
-            name = f"{len(self.shards):05d}.tokens"
-            self.files[name] = _Hashed(self.folder / name)
-            self.shards.append({"file": name, "documents": 0, "tokens": 0, "bytes": 0})
-        shard = self.shards[-1]
-        self.files[shard["file"]].write(ids)
-        self.files["lengths.int64"].write(lengths)
-        self.files["starts.int64"].write(self.tokens + np.cumsum(lengths) - lengths)
-        self.tokens += len(ids)
-        for key, more in (("documents", len(lengths)), ("tokens", len(ids)), ("bytes", int(sizes.sum()))):
-            shard[key] += more
-
-    def close(self, recipe: str) -> None:
-        for file in self.files.values():
-            file.close()
-        hashes = {name: file.digest.hexdigest() for name, file in self.files.items()}
-        index = {
-            "format": _FORMAT,
-            "recipe": recipe,
-            "fingerprint": blake2b(json.dumps([self.tokenizer.fingerprint, hashes]).encode(), digest_size=16).hexdigest(),
-            "tokenizer": self.tokenizer.fingerprint,
-            "dtype": self.tokenizer.dtype.str,
-            **{key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")},
-            "dropped": self.dropped,
-            "shards": self.shards,
-            "sizes": {name: file.size for name, file in self.files.items()},
-            "sha256": hashes,
-        }
-        (self.folder / "index.json").write_text(json.dumps(index, indent=1))
-
-
-class _Hashed:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.digest, self.size = path.open("wb"), sha256(), 0
-
-    def write(self, numbers: np.ndarray) -> None:
-        data = numbers.tobytes()
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+def _tokenize(texts: list[str]) -> Tokenized:
+    return _work(texts)

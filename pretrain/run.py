@@ -39,10 +39,11 @@ from pretrain.train import train as train_loop
 T = TypeVar("T")
 
 
-def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]) -> None:
+def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None], spread: preparation.Spread | None = None) -> None:
     """Make what training reads and is not there yet: the tokenizer, the token shards, the tables of packed rows.
 
-    `progress(what, done)` hears how far it is. Raises Refused for a corpus or a tokenizer that cannot be used.
+    `workers` processes of this machine tokenize and pack, unless `spread` tokenizes elsewhere. `progress(what, done)` hears how far it is.
+    Raises Refused for a corpus or a tokenizer that cannot be used.
     """
     vocabulary = make_tokenizer(config, progress)
     for source, folder, heldout_fraction in _sources(config):
@@ -51,7 +52,7 @@ def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]
             vocabulary,
             folder,
             heldout_fraction=heldout_fraction,
-            workers=workers,
+            spread=spread or preparation.over_processes(workers),
             progress=lambda documents, _, folder=folder: progress(f"tokenizing {folder.name}", documents),  # type: ignore[misc]
         )
     progress("packing rows", 0)

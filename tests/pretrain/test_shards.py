@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from modeling.config import Refused
 from pretrain import prepare as module
+from pretrain import shard_writer
 from pretrain.config import Source
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.corpus import documents, is_heldout
-from pretrain.prepare import prepare
+from pretrain.prepare import over_processes, prepare
 from pretrain.shards import Shards
 from pretrain.tokenizer import Tokenizer, train
 
@@ -71,7 +72,9 @@ def test_documents_come_back_from_shards_as_they_went_in(tmp_path: Path, tokeniz
 @pytest.mark.usefixtures("small_batches")
 def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, tokenizer: Tokenizer, source: Source) -> None:
     for workers in (1, 3):
-        shards, _ = prepare(source, tokenizer, tmp_path / str(workers), workers=workers, heldout_fraction=0.1, shard_bytes=2000)
+        shards, _ = prepare(
+            source, tokenizer, tmp_path / str(workers), spread=over_processes(workers), heldout_fraction=0.1, shard_bytes=2000
+        )
         assert len(shards.index["shards"]) > 5
         texts = [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)]
         assert texts == [text for text in sentences(300) if not is_heldout(text, 0.1)]
@@ -108,7 +111,7 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
     def die(*_: object) -> None:
         raise Killed
 
-    for place in ("progress", "_Writer.close", "Path.rename"):
+    for place in ("progress", "ShardWriter.close", "Path.rename"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if place != "progress":
                 patch.setattr(f"pretrain.prepare.{place}", die)
@@ -117,6 +120,41 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
             Shards(tmp_path / "s" / "train")
     prepare(source, tokenizer, tmp_path / "s")[0].verify()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.lock", "text.txt"]
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_interrupted_preparation_goes_on_after_its_last_full_shard_to_the_same_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source
+) -> None:
+    seen: list[str] = []
+
+    def counted(work, batches):
+        for batch in batches:
+            seen.extend(batch)
+            yield work(batch)
+
+    def made(folder: Path, die_after: int) -> None:
+        def progress(documents: int, _: int) -> None:
+            if documents > die_after:
+                raise Killed
+
+        seen.clear()
+        prepare(source, tokenizer, folder, heldout_fraction=0.1, shard_bytes=2000, spread=counted, progress=progress)
+
+    made(tmp_path / "whole", 1000)
+    with pytest.raises(Killed):
+        made(tmp_path / "s", 150)
+    state = json.loads((tmp_path / "s.incomplete" / "state.json").read_text())
+    for part in ("train", "heldout"):
+        for name in {name for name, _ in state[part]["sizes"]} - state[part]["finished"].keys():
+            with (tmp_path / "s.incomplete" / part / name).open("ab") as file:
+                file.write(b"what came after the last save")
+    with pytest.raises(Killed):
+        made(tmp_path / "s", 250)
+    assert seen[0] == sentences(300)[state["done"][1]] and state["done"][1] > 100
+    made(tmp_path / "s", 1000)
+    assert seen[0] not in sentences(300)[:200]
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 def test_a_damaged_shard_is_named_and_made_again(
@@ -159,12 +197,12 @@ def test_a_bad_file_in_the_middle_and_a_full_disk_are_refused(
 ) -> None:
     (tmp_path / "z.txt").write_bytes(b"\xff")
     with pytest.raises(Refused, match="not UTF-8: byte 0"):
-        prepare(Source(path=str(tmp_path / "*.txt")), tokenizer, tmp_path / "s", workers=2)
+        prepare(Source(path=str(tmp_path / "*.txt")), tokenizer, tmp_path / "s", spread=over_processes(2))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module._Hashed, "write", full)
+    monkeypatch.setattr(shard_writer._Hashed, "write", full)
     with pytest.raises(Refused, match="no space is left"):
         prepare(source, tokenizer, tmp_path / "s")
     assert not (tmp_path / "s.incomplete").exists()  # it would fill the disk that is full
@@ -175,7 +213,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path
     code = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pretrain.prepare import *\n"
         f"prepare(Source(path={source.path!r}), Tokenizer.open({str(tmp_path / 'tokenizer')!r}), {str(tmp_path / 's')!r},"
-        " workers=2, progress=lambda *_: (print('begun', flush=True), time.sleep(600)))"
+        " spread=over_processes(2), progress=lambda *_: (print('begun', flush=True), time.sleep(600)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "begun\n"
