@@ -94,7 +94,7 @@ def _ahead(actor: Any) -> float:
 
 def _unreachable(nodes: list[facts.Facts], actors: list[Any]) -> list[tuple[str, str, str]]:
     """Every node opens a free port; who cannot connect to whom, and why."""
-    ports = ray.get([actor.listen.remote() for actor in actors])
+    ports = ray.get([actor.listen.remote(node["address"]) for actor, node in zip(actors, nodes, strict=True)])
     peers = [(node["address"], port) for node, port in zip(nodes, ports, strict=True)]
     reached = ray.get([actor.reach.remote(peers) for actor in actors])
     return [
@@ -125,7 +125,7 @@ def _all_reduce(found: Examined, actors: list[Any], alive: list[dict[str, Any]])
     devices = [0 if i < len(places) else 1 for i in range(len(ranks))] if gpus else [None] * len(ranks)
     found.ranks, found.backend = len(ranks), "nccl" if gpus else "gloo"
     first = found.nodes[places[0]]["address"]
-    meet = (first, ray.get(ranks[0].port.remote()))
+    meet = (first, ray.get(ranks[0].port.remote(first)))
     told = _asked([actor.all_reduce.remote(rank, len(ranks), meet, devices[rank]) for rank, actor in enumerate(ranks)])
     if failures := [str(answer) for answer in told if isinstance(answer, _Silent)]:
         found.failed = failures[0]

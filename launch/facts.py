@@ -76,14 +76,14 @@ class Node:
     def now(self) -> float:
         return time.time()
 
-    def listen(self) -> int:
-        """A free port, on which this machine listens from now on."""
-        self.listener = socket.create_server(("", 0), backlog=4096)
+    def listen(self, address: str) -> int:
+        """A free port of that address, on which this machine listens from now on."""
+        self.listener = socket.create_server((address, 0), backlog=4096)
         return self.listener.getsockname()[1]
 
-    def port(self) -> int:
-        """A port that is free now."""
-        with socket.create_server(("", 0)) as listener:
+    def port(self, address: str) -> int:
+        """A port of that address that is free now."""
+        with socket.create_server((address, 0)) as listener:
             return listener.getsockname()[1]
 
     def reach(self, peers: list[tuple[str, int]]) -> list[str]:
