@@ -1,7 +1,7 @@
 """Ranks as plain processes of this machine, without Ray: in, a recipe and its training function; out, processes to kill, their exit codes.
 
-For rehearsals that start many short groups. One process imports torch and forks the ranks: a group stands in a second, Ray's workers in
-five. The training function is the same one (promise 7).
+For rehearsals that start many short groups. One process imports torch and DeepSpeed and forks the ranks, so a group stands in a second or
+two, where Ray's workers take five and more. The training function is the same one (promise 7).
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ from pretrain.engine import Place
 Train = Callable[[Any, Place], None]  # of a recipe and a place among the ranks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pretrain.run", "finetune.run"])
+PRELOAD = ["torch._dynamo", "pretrain.run", "finetune.run"]  # imported once, before the ranks are forked: 5 s of CPU less for each
 
 
 class Ranks:
@@ -32,6 +32,9 @@ class Ranks:
         meet = f"file://{self._folder.name}/meet" if world > 1 else None
         threads = recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // world)
         cuda = recipe.cluster.gpus_per_worker > 0
+        if not cuda:  # its accelerator named, DeepSpeed touches no device when it is imported
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        _context.set_forkserver_preload(PRELOAD if cuda else [*PRELOAD, "deepspeed"])
         places = [Place(rank, world, rank, "cuda" if cuda else "cpu", meet, threads) for rank in range(world)]
         self.processes = [_context.Process(target=_rank, args=(recipe, train, place, log), daemon=True) for place in places]
 
