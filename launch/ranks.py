@@ -21,7 +21,7 @@ from pretrain.engine import Place
 Train = Callable[[Any, Place], None]  # of a recipe and a place among the ranks
 
 _context = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch._inductor.compile_fx", "pretrain.run", "finetune.run"]  # imported once, before the ranks are forked: 6 s of CPU less for each
+PRELOAD = ["torch._inductor.compile_fx", "pretrain.run", "finetune.run"]  # imported once, before the fork: 6 s of CPU less for each rank
 
 
 class Ranks:
