@@ -197,6 +197,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
             vocab_size=vocab_size,
             character_coverage=config.character_coverage,
             byte_fallback=True,
+            required_chars="▁",  # a space, even where the texts hardly have one: as bytes it does not come back as a space
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

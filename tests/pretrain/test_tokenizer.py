@@ -96,6 +96,15 @@ def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
     assert made.word_starts[[105, 106]].all()
 
 
+def test_spaces_come_back_from_a_tokenizer_of_texts_without_spaces(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    japanese = train(
+        ["".join(draw.choices("手塚治虫日本漫画家生東京大学部", k=30)) for _ in range(400)], TokenizerConfig(), 400, tmp_path / "t"
+    )
+    for text in ("A plain sentence", "  東京 大学"):
+        assert japanese.decode(japanese.encode_batch([text])[0]) == text
+
+
 def test_ids_are_those_of_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     lines = [text for text in HARD if "literal" not in text] + sentences(300)
