@@ -15,7 +15,7 @@ from finetune.evaluate import report, scored, some
 from finetune.rows import Rows
 from finetune.task import Task
 from modeling.config import Refused
-from pretrain import published
+from pretrain import published, storage
 from pretrain.checkpoint import open_checkpoint, read_marker, verify
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate
@@ -51,9 +51,9 @@ class Judge:
 
     def finish(self, recorder: Recorder) -> None:
         """Score the best checkpoint on all of dev."""
-        step = from_first_rank(self.engine, partial(best_step, self.run))
-        folder = from_first_rank(self.engine, lambda: _of_step(self.run, step))
-        checkpoint = open_checkpoint(folder)
+        home = storage.home(self.run, self.config.checkpoints.storage)
+        step = from_first_rank(self.engine, partial(best_step, home))
+        checkpoint = open_checkpoint(from_first_rank(self.engine, lambda: _of_step(home, step)))
         self.engine.load(checkpoint.read, checkpoint.state.optimizer_step)
         losses, predictions = self._asked(self.task.dev, self.heldout.num_rows)
         self._write(self.task.dev, predictions)
@@ -78,14 +78,14 @@ class Judge:
             fresh.replace(self.run / "predictions.jsonl")
 
 
-def best_step(run: Path) -> int | None:
+def best_step(home: storage.Location) -> int | None:
     """The step of the committed checkpoint with the highest score; of equals the earliest. None where none was scored."""
-    states = [read_marker(folder)["state"] for folder in committed(run)]
+    states = [read_marker(folder)["state"] for folder in committed(home)]
     judged = [(state["judged"], state["step"]) for state in states if state.get("judged") is not None]
     return min(judged)[1] if judged else None
 
 
-def _of_step(run: Path, step: int | None) -> Path:
-    folder = [f for f in committed(run) if read_marker(f)["state"]["step"] == step][-1]
+def _of_step(home: storage.Location, step: int | None) -> storage.Location:
+    folder = [f for f in committed(home) if read_marker(f)["state"]["step"] == step][-1]
     verify(folder)
     return folder

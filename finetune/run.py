@@ -31,7 +31,7 @@ from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
 from modeling.transformer import Transformer
-from pretrain import heartbeat, tokenizer
+from pretrain import heartbeat, storage, tokenizer
 from pretrain.checkpoint import State, open_checkpoint
 from pretrain.engine import Engine, Place
 from pretrain.lease import Lease, take_generation
@@ -73,9 +73,11 @@ def train(config: Finetune, place: Place) -> None:
     task, model = tasks[0], tasks[0].shaped(shape)
     rows, heldout = open_rows(config, tasks, vocabulary)
     engine = Engine(_initialised(model, state, config), config, place)
-    lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
+    home = storage.home(run, config.checkpoints.storage)
+    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
     heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
+    storage.told = recorder.event
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
@@ -89,8 +91,8 @@ def train(config: Finetune, place: Place) -> None:
     }
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(run, recorder))
-        return _resume(Path(folder), engine, config, rows, began, recorder, judge) if folder else None
+        folder = from_first_rank(engine, lambda: newest(home, recorder))
+        return _resume(storage.location(folder), engine, config, rows, began, recorder, judge) if folder else None
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
@@ -193,7 +195,9 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
     return made
 
 
-def _resume(folder: Path, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder, judge: Judge) -> Progress:
+def _resume(
+    folder: storage.Location, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder, judge: Judge
+) -> Progress:
     checkpoint = open_checkpoint(folder)
     check(checkpoint, config.model, began)
     state = checkpoint.state

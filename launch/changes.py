@@ -28,6 +28,10 @@ def _always(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     return True
 
 
+def _never(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
+    return False
+
+
 def _same_rows_so_far(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     """Stages that are yet to come may change. Dropout is keyed by micros, and without it a micro's size is only a matter of rounding."""
     if not (isinstance(old, Recipe) and isinstance(new, Recipe)):
@@ -58,6 +62,7 @@ SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     **dict.fromkeys(("prefetch", "patience", "best", "evaluate_examples", "generation.*"), _always),  # no weight changes by these
     "engine.*": _always,  # rounding only; checkpoints hold fp32 slices that any stage and precision reads
     "checkpoints.*": _always,
+    "checkpoints.storage": _never,  # the checkpoints so far are there
     "evaluate_every": _always,
     "evaluate_rows": _always,
     "spikes.*": _always,  # the rule for steps to come: what was decided so far is kept in the checkpoint

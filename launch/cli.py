@@ -119,15 +119,17 @@ def publish(
     from finetune.judge import best_step
     from launch.progress import EVENTS
     from pretrain.adapter import publish_adapter
+    from pretrain.lease import home_of
     from pretrain.publish import publish
 
     def tell(event: str, **facts: object) -> None:
         typer.echo(EVENTS[event].format_map(facts))
 
+    best = best_step(home_of(run))
     if adapter:
-        publish_adapter(run, out, on_event=tell, checkpoint=best_step(run))
+        publish_adapter(run, out, on_event=tell, checkpoint=best)
         return typer.echo(f"{out} holds the adapters; PEFT reads them.")
-    publish(run, out, on_event=tell, checkpoint=best_step(run), weights=weights)
+    publish(run, out, on_event=tell, checkpoint=best, weights=weights)
     typer.echo(f"{out} is published and verified.")
 
 

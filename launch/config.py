@@ -70,7 +70,7 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind:
     """The recipe of a file (found from here, else from the clone), with overrides applied and `${NAME}` filled in, checked."""
     file = _found(Path(path))
     values, origins = _read(file, ())
-    if file.name == "config.yaml" and (file.parent / "lease").is_dir():  # a run's own recipe: that run, wherever it was moved to
+    if file.name == "config.yaml" and (file.parent / "events.jsonl").exists():  # a run's own recipe: that run, wherever it was moved to
         values["run"] = str(file.parent)
     _override(values, origins, overrides)
     return checked(kind, _filled(values, (), origins, file), origins, file)

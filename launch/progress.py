@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from modeling.config import Refused
 from pretrain.checkpoint import newest_verified
-from pretrain.lease import committed
+from pretrain.lease import committed, home_of
 from pretrain.metrics import read_lines
 
 EVENTS = {
@@ -28,6 +28,7 @@ EVENTS = {
     "resumed": "continuing from {checkpoint}",
     "checkpoint_rejected": "{checkpoint} was passed over: {file}: {reason}",
     "save_failed": "a save failed: {reason}",
+    "request_failed": "{place}: {reason}; trying again in {seconds} s (try {tries} failed)",
     "save_committed": "saved {checkpoint}",
     "bad_step": "step {step} (rows {rows}) was applied by no rank: {reason} ({in_a_row} in a row; policy: {policy})",
     "failed": "rank {rank} failed: {error}",
@@ -47,8 +48,8 @@ def standing(run: Path, thorough: bool) -> dict[str, str]:
     events, metrics = read_lines(run / "events.jsonl"), read_lines(run / "metrics.jsonl")
     last = next((record for record in reversed(metrics) if "loss" in record), None)
     try:
-        found = newest_verified(run, lambda event, **facts: None) if thorough else None
-        checkpoint = found.folder.name if found else next((f.name for f in reversed(committed(run)) if not thorough), "none")
+        found = newest_verified(home_of(run), lambda event, **facts: None) if thorough else None
+        checkpoint = found.folder.name if found else next((f.name for f in reversed(committed(home_of(run))) if not thorough), "none")
     except Refused:
         checkpoint = "none that verifies"
     return {

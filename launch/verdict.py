@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import AnyRecipe
-from pretrain import heartbeat
+from modeling.config import Refused
+from pretrain import heartbeat, storage
 from pretrain.heartbeat import Beat
 from pretrain.lease import committed
 
@@ -65,7 +66,7 @@ def page(recipe: AnyRecipe, workers: int, end: End, restarts: int, tail: Callabl
         if last := tail(beat):
             lines += ["  It said last:", *(f"    {line[:300]}" for line in last[-LINES:])]
         lines += [f"  rank {rank} on {other.host}: {_place(other)}" for rank, other in sorted(beats.items())[:RANKS] if rank != end.rank]
-    return "\n".join([*lines, _saved(run) + f" Continue with: trifold {recipe.command} {recipe.run}/config.yaml"])
+    return "\n".join([*lines, _saved(recipe) + f" Continue with: trifold {recipe.command} {recipe.run}/config.yaml"])
 
 
 def last_lines(log: str) -> list[str]:
@@ -84,6 +85,9 @@ def _waits(stack: list[str]) -> bool:
     return bool(stack) and "torch/distributed" in stack[0]
 
 
-def _saved(run: Path) -> str:
-    saved = committed(run)
-    return f"Saved: {run}/checkpoints/{saved[-1].name}." if saved else "No checkpoint was saved yet."
+def _saved(recipe: AnyRecipe) -> str:
+    try:
+        saved = committed(storage.home(Path(recipe.run), recipe.checkpoints.storage))
+    except Refused as refusal:
+        return f"What was saved cannot be read: {refusal}."
+    return f"Saved: {saved[-1]}." if saved else "No checkpoint was saved yet."

@@ -16,7 +16,7 @@ from pretrain.objectives.config import Spans as Spans
 
 
 class Source(Settings):
-    """One corpus. Exactly one of `path` (a file, folder or glob: .txt, .jsonl, .parquet, SQuAD's .json; also .gz) and `hub` (an id)."""
+    """One corpus. Exactly one of `path` (file, folder, glob, URL: .txt, .jsonl, .parquet, SQuAD's .json; also .gz) and `hub` (an id)."""
 
     path: str | None = None
     hub: str | None = None
@@ -106,6 +106,7 @@ class Checkpoints(Settings):
     keep_last: int = Field(default=2, gt=0)
     keep_every: int = Field(default=0, ge=0)  # steps; 0: none beyond the last
     keep_best: bool = True  # the lowest held-out loss
+    storage: str | None = None  # a folder or URL (s3://, gs://, abfs://) that holds those of NAME in storage/NAME; None: the run folder
 
 
 class Spikes(Settings):

@@ -7,17 +7,26 @@ and neither can name the byte or the line that is wrong.
 Cost: 48 MB of books from .gz in 0.5 s; importing `datasets` takes seconds, so it is imported where it is needed.
 """
 
+from __future__ import annotations
+
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from glob import escape, glob, has_magic
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modeling.config import Refused
+from pretrain import storage
 from pretrain.config import Source
+from pretrain.storage import Location
+
+if TYPE_CHECKING:
+    from pretrain.objects import Remote
 
 _KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -39,9 +48,12 @@ def documents(source: Source) -> Iterator[str]:
         raise Refused(f"{source.path or source.hub} holds 0 documents with text; point the source at a corpus that is not empty")
 
 
-def files(source: Source) -> list[Path]:
-    """The files a path names, sorted: itself, those that match the glob, or all of a known kind below the folder."""
-    path = Path(str(source.path)).expanduser()
+def files(source: Source) -> list[Location]:
+    """The files a path or URL names, sorted: itself, those that match the glob, or all of a known kind below the folder."""
+    path = storage.location(str(source.path))
+    if not isinstance(path, Path):
+        return _objects(path)
+    path = path.expanduser()
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and _kind(p) in _KINDS]
         if not found:
@@ -57,6 +69,18 @@ def files(source: Source) -> list[Path]:
     return sorted(found)
 
 
+def _objects(path: Remote) -> list[Location]:
+    if has_magic(path.name):
+        found = [each for each in path.parent.below() if each.parent == path.parent and fnmatchcase(each.name, path.name)]
+    else:
+        found = [path] if path.exists() else [each for each in path.below() if _kind(each) in _KINDS]
+    if not found:
+        raise Refused(
+            f"no object is named {path}, matches it in its last part, or lies below it and ends in .txt or .jsonl (also with .gz)"
+        )
+    return [*found]
+
+
 def is_heldout(text: str, fraction: float) -> bool:
     """Whether a document is held out: a property of its text alone, so it stays on its side however the corpus grows or is split."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) < fraction * 2**64
@@ -70,11 +94,15 @@ def corpus_fingerprint(source: Source) -> str:
     A hub set is taken to stay the same under its id.
     """
     read = source.model_dump(exclude={"weight", "path"})
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files(source)] if source.path else []
+    stats = [(p.name, *_version(p)) for p in files(source)] if source.path else []
     return blake2b(json.dumps([read, stats]).encode(), digest_size=16).hexdigest()
 
 
-def _kind(path: Path) -> str:
+def _version(path: Location) -> tuple[int, int | str]:
+    return (path.stat().st_size, path.stat().st_mtime_ns) if isinstance(path, Path) else path.version()
+
+
+def _kind(path: Location) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -84,7 +112,7 @@ def _hub(source: Source) -> Iterator[str]:
     return _table(where, source, source.hub, source.hub_config, split=source.split)
 
 
-def _file(path: Path, source: Source) -> Iterator[str]:
+def _file(path: Location, source: Source) -> Iterator[str]:
     match _kind(path):
         case ".jsonl":
             return _json_lines(path, source.text_column)
@@ -92,13 +120,15 @@ def _file(path: Path, source: Source) -> Iterator[str]:
             return _questions(path)
         case ".parquet" if path.suffix == ".gz":
             raise Refused(f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)")
+        case ".parquet" if not isinstance(path, Path):
+            raise Refused(f"{path}: Parquet is read from disks alone: copy it to one, or give its text as .jsonl")
         case ".parquet":
             return _table(str(path), source, "parquet", data_files=escape(str(path)), split="train")
         case _:
             return _plain(path, source.documents)
 
 
-def _plain(path: Path, rule: str) -> Iterator[str]:
+def _plain(path: Location, rule: str) -> Iterator[str]:
     block: list[str] = []
     for line in lines(path):
         if line not in ("\n", "\r\n"):
@@ -115,7 +145,7 @@ def _without_end(lines: list[str]) -> str:
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
+def _json_lines(path: Location, column: str) -> Iterator[str]:
     for number, line in enumerate(lines(path), 1):
         if line.isspace():
             continue
@@ -130,7 +160,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         yield _text(row[column], column, where)
 
 
-def _questions(path: Path) -> Iterator[str]:
+def _questions(path: Location) -> Iterator[str]:
     """Each question of a SQuAD file before its context: text in which a model learns to find the one in the other."""
     try:
         whole = json.loads("".join(lines(path)))
@@ -153,11 +183,12 @@ def _text(value: object, column: str, where: str) -> str:
     return text
 
 
-def lines(path: Path) -> Iterator[str]:
+def lines(path: Location) -> Iterator[str]:
     """Lines as they are, ended by "\\n" alone, without a byte order mark."""
     offset = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        file = path.open("rb") if isinstance(path, Path) else path.stream()
+        with file, gzip.open(file) if path.suffix == ".gz" else file as stream:
             for raw in stream:
                 if b"\0" in raw:
                     at = offset + raw.index(b"\0")

@@ -9,6 +9,7 @@ run without Ray) `at` does nothing. Cost of `at`: 5 us, one unsynced write that 
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling.config import Refused
 from pretrain.lease import Lease, Superseded
 
 SIZE = 1024  # bytes of a heartbeat: always as many, so that no write leaves the end of a longer one
@@ -60,13 +62,13 @@ class Heartbeat:
         os.pwrite(self._file, json.dumps(self._facts | self._where).ljust(SIZE).encode(), 0)
 
     def _watch(self) -> None:
-        seen = 0
+        seen, ticks = 0, itertools.count()
         while True:
             if self._where["beats"] != seen:  # C's own timer, which also runs where a call holds Python's lock for ever
                 seen = self._where["beats"]
                 faulthandler.dump_traceback_later(self._patience, file=self._stack)
             time.sleep(1)
-            if self.lease is not None:
+            if self.lease is not None and next(ticks) % (1 if isinstance(self.lease.run, Path) else 15) == 0:  # there a look is a request
                 self._end_if_superseded(self.lease)
 
     def _end_if_superseded(self, lease: Lease) -> None:
@@ -76,7 +78,7 @@ class Heartbeat:
         except Superseded as superseded:
             print(superseded, file=sys.stderr, flush=True)
             os._exit(1)
-        except OSError:  # its storage is away: it cannot know
+        except (OSError, Refused):  # its storage is away: it cannot know
             return
 
 

@@ -6,8 +6,11 @@
 
 A checkpoint counts when it has its marker and its generation is open, or was closed with it. So a group that was cut off and still
 writes a marker commits nothing, however the two interleave: claiming comes before closing, closing before the new generation reads.
-Cost: a claim is about a dozen operations on tiny files; a check lists one folder.
+The run's place may be a POSIX folder or an object store: creating a file only where there is none, and listing what is there, are all
+that this needs of it. Cost: a claim is about a dozen operations on tiny files; a check lists one folder.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -17,8 +20,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from modeling.config import Refused
 from pretrain import storage
+from pretrain.storage import Location
 
 COMMIT = "commit.json"  # the marker
 
@@ -31,7 +37,7 @@ class Superseded(Refused):
 class Lease:
     """One attempt's right to commit checkpoints of a run, held by all its ranks."""
 
-    run: Path
+    run: Location
     generation: int
 
     def check(self) -> None:
@@ -45,7 +51,14 @@ class Lease:
             )
 
 
-def take_generation(run: Path) -> Lease:
+def home_of(run: Path) -> Location:
+    """Where the run of a folder keeps lease/ and checkpoints/, as its config.yaml says (storage.home)."""
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return storage.home(run, config.get("checkpoints", {}).get("storage"))
+
+
+def take_generation(run: Location) -> Lease:
     """Take the run's next generation: exactly one process gets each number, and no earlier generation commits afterwards."""
     folder = run / "lease"
     storage.make_folder(folder)
@@ -60,31 +73,29 @@ def take_generation(run: Path) -> Lease:
     return Lease(run, generation)
 
 
-def newest_generation(run: Path) -> int:
+def newest_generation(run: Location) -> int:
     """The highest generation that was claimed; 0 for a run that never began."""
-    folder = run / "lease"
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0) if folder.exists() else 0
+    return max((int(path.name) for path in storage.entries(run / "lease") if path.name.isdecimal()), default=0)
 
 
-def committed(run: Path) -> list[Path]:
+def committed(run: Location) -> list[Location]:
     """The checkpoint folders that count, oldest first: by generation, then by step (a later generation may have gone back)."""
     return [path for path in _marked(run) if counts(path)]
 
 
-def counts(folder: Path) -> bool:
+def counts(folder: Location) -> bool:
     """Whether a marked checkpoint folder counts: false when its generation was closed without it."""
     closed = _closed(folder.parent.parent, numbers(folder.name)[0])
     return not closed.exists() or folder.name in json.loads(closed.read_text())
 
 
-def folders(run: Path) -> list[Path]:
+def folders(run: Location) -> list[Location]:
     """All checkpoint folders, whole or not, oldest first."""
-    return sorted(
-        (path for path in (run / "checkpoints").glob("step-*-g*") if _NAME.fullmatch(path.name)), key=lambda path: numbers(path.name)
-    )
+    found = (path for path in storage.entries(run / "checkpoints") if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: numbers(path.name))
 
 
-def folder_of(run: Path, step: int, generation: int) -> Path:
+def folder_of(run: Location, step: int, generation: int) -> Location:
     """Where a generation writes the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}-g{generation:04d}"
 
@@ -99,9 +110,9 @@ def numbers(name: str) -> tuple[int, int]:
 _NAME = re.compile(r"step-(\d{8,})-g(\d{4,})")
 
 
-def _marked(run: Path) -> list[Path]:
+def _marked(run: Location) -> list[Location]:
     return [path for path in folders(run) if (path / COMMIT).exists()]
 
 
-def _closed(run: Path, generation: int) -> Path:
+def _closed(run: Location, generation: int) -> Location:
     return run / "lease" / f"{generation:06d}.closed"

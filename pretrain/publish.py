@@ -68,14 +68,14 @@ def source_of(run: Path, on_event: OnEvent, checkpoint: int | None) -> Checkpoin
 
 
 def _newest(run: Path, on_event: OnEvent) -> Checkpoint:
-    source = newest_verified(run, on_event)
+    source = newest_verified(lease.home_of(run), on_event)
     if source is None:
         raise Refused(f"{run} has no checkpoint to publish: train it first (trifold pretrain), at least until checkpoints.every steps")
     return source
 
 
 def _of_step(run: Path, step: int) -> Checkpoint:
-    committed = lease.committed(run)
+    committed = lease.committed(lease.home_of(run))
     folders = [folder for folder in committed if lease.numbers(folder.name)[1] == step]
     if not folders:
         have = ", ".join(str(lease.numbers(folder.name)[1]) for folder in committed) or "none"

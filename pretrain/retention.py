@@ -3,16 +3,18 @@
 Cost: before anything is deleted the newest checkpoint is read back and hashed (1.4 GB/s per core, in the saving thread).
 """
 
+from __future__ import annotations
+
 import math
-from pathlib import Path
 
 from pretrain import storage
 from pretrain.checkpoint import Damaged, OnEvent, read_marker, verify
 from pretrain.config import Checkpoints
 from pretrain.lease import COMMIT, Lease, committed, folders, numbers
+from pretrain.storage import Location
 
 
-def kept(found: list[tuple[Path, int, float | None]], keep: Checkpoints) -> set[Path]:
+def kept(found: list[tuple[Location, int, float | None]], keep: Checkpoints) -> set[Location]:
     """The folders that stay, of (folder, step, held-out loss) oldest first: the last ones, each multiple, the best one."""
     stay = {folder for folder, _, _ in found[-keep.keep_last :]}
     if keep.keep_every:
@@ -52,7 +54,7 @@ def sweep(lease: Lease, step: int, on_event: OnEvent) -> None:
             on_event("checkpoint_swept", checkpoint=folder.name)
 
 
-def _judged(folder: Path) -> float | None:
+def _judged(folder: Location) -> float | None:
     try:
         state = read_marker(folder)["state"]
     except Damaged:  # not the best of anything; reading it for a resume says what is wrong

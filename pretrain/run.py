@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from modeling.config import Refused
 from modeling.counts import train_flops_per_row
-from pretrain import heartbeat, tokenizer
+from pretrain import heartbeat, storage, tokenizer
 from pretrain import prepare as preparation
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
@@ -94,9 +94,11 @@ def train(config: Pretrain, place: Place) -> None:
     rows, heldout = open_rows(config)
     model, weights = begin(config.model, run)
     engine = Engine(initialised(model, weights, config.seed), config, place, len(heldout.parts))
-    lease = Lease(run, from_first_rank(engine, lambda: take_generation(run).generation))
+    home = storage.home(run, config.checkpoints.storage)
+    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
     heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
+    storage.told = recorder.event
     recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
     start = from_first_rank(engine, lambda: fingerprint(config.model))
     plan = parts(config)
@@ -104,8 +106,8 @@ def train(config: Pretrain, place: Place) -> None:
     recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(run, recorder))
-        return _resume(open_checkpoint(Path(folder)), engine, config, rows, start, recorder) if folder else None
+        folder = from_first_rank(engine, lambda: newest(home, recorder))
+        return _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder) if folder else None
 
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
@@ -182,9 +184,9 @@ def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
         yield source, _cache(config) / f"heldout-{number}", 0.0
 
 
-def newest(run: Path, recorder: Recorder) -> str | None:
+def newest(home: storage.Location, recorder: Recorder) -> str | None:
     """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
-    checkpoint = newest_verified(run, recorder.event)
+    checkpoint = newest_verified(home, recorder.event)
     return None if checkpoint is None else str(checkpoint.folder)
 
 

@@ -1,10 +1,13 @@
 """Saving, off the critical path: slices in host memory -> rank files, written and hashed in the background -> one marker.
 
 In: each rank's slices (host copies that nobody changes any more) and the run's state. Out: a checkpoint folder that counts, or an event
-that says why not; the run goes on either way. Ranks meet through their manifests in the folder, never through a collective.
+that says why not; the run goes on to its next save, unless the storage is full or refuses writes. Ranks meet through their manifests in
+the folder, never through a collective.
 Cost, 0.5 GB on 2 cores that other work kept busy: `save` returns in 0.3 ms, the background takes 1.2-5 s (95-415 MB/s; a plain write and
 fsync reached 900, save_file 285), 2 MB beyond the slices themselves. Hashing alone is 1.4 GB/s.
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
@@ -16,7 +19,6 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -24,21 +26,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from modeling.config import Refused
 from pretrain import storage
 from pretrain.checkpoint import OnEvent, State, merged, render_marker
 from pretrain.config import Checkpoints
 from pretrain.lease import COMMIT, Lease, Superseded, folder_of
 from pretrain.retention import retain, sweep
 from pretrain.slices import Slice
+from pretrain.storage import Location
+from pretrain.tensors import pieces
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a disk that takes nothing more
-DTYPES = {  # safetensors' names
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that takes nothing more
 
 
 class Checkpointer:
@@ -48,13 +46,13 @@ class Checkpointer:
     bytes, seconds); on rank 0 also save_committed (step, checkpoint, bytes of all ranks, seconds since `save`), checkpoint_deleted,
     checkpoint_swept, retention_failed; save_failed (step, rank, reason) when there will be no such checkpoint.
     After `wait`, `failed` is that reason, or None when this rank's last save went well: a run whose last save failed has not finished.
-    `full`: because this rank found its disk full or read-only, so that the next one will do no better, and the run should stop.
+    `lasting`: it will not mend by itself (a full disk, storage that refuses writes), so there is no use in training on.
     """
 
     def __init__(self, lease: Lease, rank: int, world: int, keep: Checkpoints, on_event: OnEvent, timeout: float = 900.0) -> None:
         self.lease, self.rank, self.world, self.keep, self.on_event, self.timeout = lease, rank, world, keep, on_event, timeout
         self.failed: str | None = None
-        self.full = False
+        self.lasting = False
         self._origin = origin() if rank == 0 else {}
         self._thread: threading.Thread | None = None
         self._superseded: Superseded | None = None
@@ -87,7 +85,7 @@ class Checkpointer:
     def _save(self, state: State, slices: dict[str, Slice], began: float, waited: float) -> None:
         folder = folder_of(self.lease.run, state.step, self.lease.generation)
         size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
-        self.failed, self.full = None, False
+        self.failed, self.lasting = None, False
         try:
             self.on_event("save_started", step=state.step, bytes=size, waited=waited)
             if self.rank == 0:
@@ -99,8 +97,9 @@ class Checkpointer:
                 total = commit(folder, self.lease, self.world, state, self._origin, self.timeout)
                 self.on_event("save_committed", step=state.step, checkpoint=folder.name, bytes=total, seconds=time.monotonic() - began)
         except Exception as error:  # the run goes on to its next save, whatever it was
-            self.failed = reason = self._reason(error, folder, size)
-            self._clear_away(folder, reason)  # before the event: it may need the room
+            self.failed, self.lasting = (reason := self._reason(error, folder, size)), _lasts(error)
+            with suppress(OSError, Refused):  # what refuses writes refuses this too, or rank 0 was faster to remove the folder
+                self._clear_away(folder, reason)  # before the event: it may need the room
             self.on_event("save_failed", step=state.step, rank=self.rank, reason=reason)
             return
         if self.rank == 0:
@@ -109,21 +108,22 @@ class Checkpointer:
             except Exception as error:
                 self.on_event("retention_failed", step=state.step, rank=self.rank, reason=self._reason(error, folder, size))
 
-    def _reason(self, error: Exception, folder: Path, size: int) -> str:
+    def _reason(self, error: Exception, folder: Location, size: int) -> str:
         if isinstance(error, Superseded):
             self._superseded = error
-        if isinstance(error, OSError) and error.errno in FULL:
-            self.full = True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self.lease.run).free + sum(path.stat().st_size for path in folder.glob(f"*rank-{self.rank:05d}*"))
+            free = shutil.disk_usage(str(self.lease.run)).free + sum(storage.size(path) for path in self._own(folder))
             return (
                 f"the disk of {self.lease.run} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
             )
-        if isinstance(error, OSError | Superseded | RuntimeError):
+        if _lasts(error):
+            said = f"{self.lease.run} refuses writes ({error.strerror})" if isinstance(error, OSError) else str(error)
+            return f"{said}; the checkpoint before stays"
+        if isinstance(error, OSError | Refused | RuntimeError):
             return str(error)
         return "".join(traceback.format_exception(error))
 
-    def _clear_away(self, folder: Path, reason: str) -> None:
+    def _clear_away(self, folder: Location, reason: str) -> None:
         """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, so that rank 0 need not wait for its timeout.
 
         A manifest is a promise, which rank 0 may be committing by now: what failed after it changes nothing.
@@ -131,19 +131,22 @@ class Checkpointer:
         if self.rank == 0 and not (folder / COMMIT).exists():
             storage.remove_folder(folder, COMMIT)
         elif self.rank != 0 and not (folder / _file(self.rank, "json")).exists():
-            for path in folder.glob(f"*rank-{self.rank:05d}*"):
+            for path in self._own(folder):
                 path.unlink(missing_ok=True)
-            with suppress(OSError):  # rank 0 was faster to remove the folder, or not even the note fits
-                (folder / _file(self.rank, "failed")).write_text(reason)
+            (folder / _file(self.rank, "failed")).write_text(reason)
+
+    def _own(self, folder: Location) -> list[Location]:
+        return [path for path in storage.entries(folder) if f"rank-{self.rank:05d}" in path.name]
 
 
-def write_rank(folder: Path, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
+def write_rank(folder: Location, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
     """Write a rank's tensors and then, in one stroke, its manifest."""
     for name, piece in slices.items():
         assert len({tensor.numel() for tensor in piece.tensors.values()}) == 1, f"{name}: its tensors differ in length"
     storage.make_folder(folder)
     file = _file(rank, "safetensors")
-    written = storage.write(folder / file, _safetensors(slices))
+    tensors = {f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()}
+    written = storage.write(folder / file, pieces(tensors))
     manifest = {"generation": lease.generation, "world": world, "rank": rank, "file": file, **written._asdict()}
     manifest["slices"] = {
         name: {"start": piece.start, "count": piece.tensors["fp32"].numel(), "shape": list(piece.shape), "keys": sorted(piece.tensors)}
@@ -152,7 +155,7 @@ def write_rank(folder: Path, lease: Lease, rank: int, world: int, slices: dict[s
     storage.replace(folder / _file(rank, "json"), json.dumps(manifest).encode())
 
 
-def commit(folder: Path, lease: Lease, world: int, state: State, origin: dict[str, Any], timeout: float) -> int:
+def commit(folder: Location, lease: Lease, world: int, state: State, origin: dict[str, Any], timeout: float) -> int:
     """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns the tensor files' bytes.
 
     Raises Superseded, TimeoutError, ValueError (gap, overlap), RuntimeError (another rank gave up).
@@ -195,35 +198,19 @@ def origin() -> dict[str, Any]:
     return {"host": socket.gethostname(), "versions": versions, "code": code}
 
 
-def _safetensors(slices: dict[str, Slice]) -> Iterator[memoryview]:
-    """The safetensors format, streamed: an 8-byte length, a JSON header, the tensors, widest type first so that each is aligned.
-
-    safetensors' own save_file would neither hash on the way nor say that the disk is full (https://github.com/huggingface/safetensors#format).
-    """
-    tensors = {f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        yield _bytes(tensor)
+def _lasts(error: Exception) -> bool:
+    return getattr(error, "lasting", False) or getattr(error, "errno", None) in FULL
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data
-
-
-def _await(manifest: Path, failed: Path, deadline: float, timeout: float) -> bytes:
+def _await(manifest: Location, failed: Location, deadline: float, timeout: float) -> bytes:
+    pause = 0.02
     while not manifest.exists():
         if failed.exists():
-            raise RuntimeError(f"{failed.stem} gave up: {failed.read_text()}")
+            raise RuntimeError(f"{failed.name.removesuffix('.failed')} gave up: {failed.read_text()}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"{manifest} was not there after {timeout:g} s: its rank is dead, stuck, or does not share this folder")
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.5)  # each look is a request where this is an object store
     return manifest.read_bytes()
 
 

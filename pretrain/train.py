@@ -84,7 +84,7 @@ def train(
     `load(progress)` gives the rows of each step from there; `score(complete)` evaluates; `describe(progress, scores)` makes the state a
     checkpoint records; `restore()` puts the last verified checkpoint into the engine and says where it stood, None where there is none;
     `flops(step)` are those of all ranks; `enough()` ends training before its last step, on all ranks alike; `parts` names those of a
-    mixture of objectives. Raises Refused where `config.spikes` says so, and once the disk is full.
+    mixture of objectives. Raises Refused where `config.spikes` says so, and once a save finds its storage full or refusing.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def train(
     for rows in _following(load, progress):
         start, start_cpu = time.perf_counter(), time.process_time()
         heartbeat.at("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
-        if checkpointer.full:
+        if checkpointer.lasting:
             _saved(checkpointer, progress)
         count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
         if stopping or enough():
@@ -166,7 +166,7 @@ def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Wait for the last save. Raises Refused where it failed."""
     checkpointer.wait()
     if checkpointer.failed is not None:
-        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Make room and run the same command again.")
+        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Mend that and run the same command again.")
 
 
 class StopRequest:

@@ -142,11 +142,12 @@ def test_missing_and_binary_files_are_refused(tmp_path):
 
 def test_the_recipe_in_a_run_folder_means_that_run_wherever_it_was_moved(recipe, tmp_path):
     run = tmp_path / "moved"
-    (run / "lease").mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "events.jsonl").touch()
     write(resolve(recipe), run / "config.yaml")
     assert resolve(run / "config.yaml").run == str(run)
     assert resolve(run / "config.yaml", ["run=runs/another"]).run == "runs/another"
-    (run / "lease").rmdir()  # not a run: a recipe that happens to have this name
+    (run / "events.jsonl").unlink()  # not a run: a recipe that happens to have this name
     assert resolve(run / "config.yaml").run == resolve(recipe).run
 
 

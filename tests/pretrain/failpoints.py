@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["pretrain.saving", "safetensors.torch"])
 
 def started(work: Callable[..., Any], *args: Any, at: int | None = None, pause: Path | None = None) -> BaseProcess:
     """Start `work(*args)` in a process that is killed before its operation number `at`, or waits there while `pause` exists."""
-    process = _context.Process(target=_main, args=(work, args, at, pause))
+    process = _context.Process(target=_main, args=(work, args, at, pause, dict(os.environ)))
     process.start()
     return process
 
@@ -44,7 +44,8 @@ def until_paused(process: BaseProcess, pause: Path) -> bool:
     return True
 
 
-def _main(work: Callable[..., Any], args: tuple[Any, ...], at: int | None, pause: Path | None) -> None:
+def _main(work: Callable[..., Any], args: tuple[Any, ...], at: int | None, pause: Path | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the server that forks was started earlier, perhaps before an S3 server was
     numbers = itertools.count()
     unsafe: set[Path] = set()
     storage.CHUNK = 128  # many writes per file: torn files at many places

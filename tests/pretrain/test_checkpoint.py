@@ -26,8 +26,9 @@ from pretrain.checkpoint import Checkpoint, Damaged, State, newest_verified, ope
 from pretrain.config import Checkpoints
 from pretrain.lease import COMMIT, Lease, Superseded, committed, folder_of, folders, take_generation
 from pretrain.retention import kept, retain
-from pretrain.saving import DTYPES, Checkpointer, commit, write_rank
+from pretrain.saving import Checkpointer, commit, write_rank
 from pretrain.slices import Slice
+from pretrain.tensors import DTYPES
 from tests.pretrain.failpoints import killed, note, notes, started, until_paused
 
 KEEP_ONE, KEEP_TWO = (Checkpoints(keep_last=last, keep_best=False) for last in (1, 2))

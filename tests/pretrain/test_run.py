@@ -128,7 +128,7 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     prepare(config, 1, quiet)
     said = run_processes(1, full_from, config, 8)[0]
     assert re.search(r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes", said)
-    assert said.endswith("the checkpoint before stays. Make room and run the same command again.")
+    assert said.endswith("the checkpoint before stays. Mend that and run the same command again.")
     assert len(losses(config.run)) < 400
     found = newest_verified(Path(config.run), lambda *_, **__: None)
     assert found is not None and found.state.step == 4
