@@ -68,7 +68,7 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
     run_processes(2, trained, straight)
 
     def uploading() -> bool:
-        return any("PUT" in line and "step-00000008" in line and "partNumber" in line for line in server.requests())
+        return any("PUT" in line and "step-00000008-g0001/rank-00000" in line and "partNumber" in line for line in server.requests())
 
     server.faults(slow=0.5)
     when(uploading, lambda: os.kill(events(broken, "started")[0]["pid"], signal.SIGKILL))
