@@ -9,6 +9,7 @@ by step, about twice that. Shapes: B rows, T tokens, S source, D model, N docume
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -122,7 +123,8 @@ class RecurrentStack(nn.Module):
     def _run(self, x_PD: Tensor, sizes_T: Tensor, state: State | None) -> tuple[Tensor, State]:
         lstm = isinstance(self.cells, nn.LSTM)
         before = None if state is None else state.cells if lstm else state.cells[0]
-        packed, after = self.cells(PackedSequence(x_PD, sizes_T), before)
+        with _kernels(x_PD):
+            packed, after = self.cells(PackedSequence(x_PD, sizes_T), before)
         cells = after if lstm else (after,)
         return packed.data, State(cells) if state is None else replace(state, cells=cells)
 
@@ -212,6 +214,13 @@ class Multiplicative(nn.Module):
 
 
 SCORES: dict[str, type[Additive | Multiplicative]] = {"additive": Additive, "multiplicative": Multiplicative, "hard": Additive}
+
+
+def _kernels(x: Tensor) -> AbstractContextManager[None]:
+    """Under autocast torch asks oneDNN for a bf16 LSTM, also on a CPU that has none: there torch's own is taken."""
+    if x.is_cpu and torch.is_autocast_enabled("cpu") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.backends.mkldnn.flags(enabled=False)
+    return nullcontext()
 
 
 def score_function(nll_BT: Tensor, log_draws_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
