@@ -29,6 +29,9 @@ def read_squad(place: str) -> Iterator[Question]:
     """
     found = False
     for where, asked, context, answers in _hub_questions(place) if place.startswith("hub:") else _file_questions(existing(place)):
+        texts = (asked.get("question"), context, *(text for _, text in answers))
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(start, int) for start, _ in answers):
+            raise Refused(f"{where}: its question, context and answers must be text, and each answer_start a whole number.")
         for start, text in answers:
             if not text.strip():
                 raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")

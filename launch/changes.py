@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.config import AnyRecipe, Recipe, flatten, resolve, write
+from launch.mistakes import checked
 from modeling.config import Refused
+from pretrain import storage
+from pretrain.checkpoint import read_marker
+from pretrain.lease import committed, newest_generation
 from pretrain.metrics import read_lines
 from pretrain.optimizer import lr_factor
 from pretrain.stages import Part, parts, where
@@ -92,13 +96,22 @@ def settle(recipe: AnyRecipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or refuse each unsafe key."""
     file = Path(recipe.run) / "config.yaml"
     changes: list[Change] = []
+    home = storage.home(file.parent, recipe.checkpoints.storage)
     if (file.parent / "tokenizer").exists():  # made first; before it, nothing depends on the recipe
         steps = [record["step"] for record in read_lines(file.parent / "metrics.jsonl")]
         changes = differences(resolve(file, kind=type(recipe)), recipe, max(steps, default=0))  # type: ignore[type-var]
+        if steps and recipe.checkpoints.storage is not None and newest_generation(home) == 0:
+            raise Refused(
+                f"{recipe.run} has trained {max(steps)} steps, and {home} holds nothing of it: checkpoints.storage knows a run by the"
+                " name of its folder. Give the folder back its name."
+            )
+    elif found := committed(home):  # a folder that is new here, of a run that was trained elsewhere
+        state = read_marker(found[-1])["state"]
+        changes = differences(checked(type(recipe), state["config"], {}, str(found[-1])), recipe, state["step"])
     if unsafe := [change for change in changes if not change.safe]:
         said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
         raise Refused(
-            f"{recipe.run} is a run of another recipe, and these keys change what was trained so far:\n{said}\n"
+            f"{home} is a run of another recipe, and these keys change what was trained so far:\n{said}\n"
             "Give them back their values to continue it, or name another folder with run=..."
         )
     write(recipe, file)

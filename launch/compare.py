@@ -5,6 +5,7 @@ which holds everything, and a PNG of each picture. What is finished is not train
 more recipe adds one more model.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -171,7 +172,7 @@ def curve(folder: Path) -> list[Point]:
     spent = {0: (0, 0.0, 0.0)}
     for before, step in zip([0, *done], done, strict=False):
         line = steps[step]
-        spent[step] = (line["tokens"], spent[before][1] + line["seconds"], spent[before][2] + line["cpu_seconds"])
+        spent[step] = (line["tokens"], spent[before][1] + line["seconds"], spent[before][2] + line.get("cpu_seconds", math.nan))
     return [Point(*spent[step], loss) for step, loss in sorted(scored.items())]
 
 

@@ -22,6 +22,7 @@ from finetune.judge import best_step
 from launch.config import FinetuneRecipe, resolve
 from launch.finetune import finetune, generate
 from launch.pretrain import pretrain
+from launch.progress import EVENTS
 from launch.world import write_world
 from launch.world_tasks import write_tasks
 from modeling.config import ModelConfig
@@ -138,7 +139,11 @@ def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
 
 def _published(run: Path, prompt: str, console: Console) -> tuple[Path, str]:
     """A run's folder, its checks, and what it answers."""
-    out = publish(run, run / "published", on_event=lambda event, **facts: console.print(f"{event}: {facts}"), checkpoint=best_step(run))
+
+    def tell(event: str, **facts: Any) -> None:
+        console.print(EVENTS[event].format_map(facts), style="dim", markup=False, highlight=False)
+
+    out = publish(run, run / "published", on_event=tell, checkpoint=best_step(run))
     report = verify(out)
     [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
     console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)

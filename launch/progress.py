@@ -95,7 +95,7 @@ class Watch:
 
     def prepared(self, what: str, done: int) -> None:
         """How far the preparation of data is."""
-        self._tell(f"{what}: {done:,}", None)
+        self._tell(f"{what}: {done:,}" if done else what, None)
 
     def _follow(self) -> None:
         while not self._done.wait(0.3):

@@ -56,7 +56,7 @@ class Mlflow:
             self.client.log_batch(self.id, metrics=metrics[first : first + 1000])
 
     def close(self, ended: str) -> None:
-        self.client.set_terminated(self.id, {"finished": "FINISHED", "stopped": "KILLED"}.get(ended, "FAILED"))
+        self.client.set_terminated(self.id, {"finished": "FINISHED", "scored": "FINISHED", "stopped": "KILLED"}.get(ended, "FAILED"))
 
 
 class Wandb:
@@ -85,7 +85,7 @@ class Wandb:
             self.run.log(_numbers(record) | {"step": record["step"]})
 
     def close(self, ended: str) -> None:
-        self.run.finish(exit_code=0 if ended in ("finished", "stopped") else 1)
+        self.run.finish(exit_code=0 if ended in ("finished", "scored", "stopped") else 1)
 
 
 TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflow": Mlflow, "wandb": Wandb}
@@ -114,6 +114,11 @@ def told(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[No
             one.tell(events[-1]["event"] if events else "failed")
 
 
+def _said(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class _Followed:
     """One tracker, and how much of metrics.jsonl it has taken: kept in the run folder, in trackers.json."""
 
@@ -121,14 +126,21 @@ class _Followed:
         self.name, self.console, self.run = name, console, Path(recipe.run)
         self.file = self.run / "trackers.json"
         self.well = True
-        known = self._known().get(name, {"id": None, "place": 0})
-        self.place: int = known["place"]
         try:
+            known = self._known().get(name, {"id": None, "place": 0})
+            self.place: int = known["place"]
             self.tracker = TRACKERS[name](recipe, known["id"])
+        except Refused:
+            raise
         except ImportError:
             raise Refused(
                 f"trackers: {name} is not installed where the run is started: pip install -c constraints.txt -e '.[{name}]'"
             ) from None
+        except Exception as error:  # whatever a tracker's client raises where its server is away or does not know the run
+            raise Refused(
+                f"trackers: {name} cannot be used ({_said(error)}). Mend its address, start without it (trackers=[]), or remove {self.file}"
+                " to begin another tracked run."
+            ) from error
         self._keep()
 
     def tell(self, ended: str | None = None) -> None:
@@ -144,7 +156,7 @@ class _Followed:
             self.well = True
         except Exception as error:  # whatever a tracker's client raises when its server is away: training is worth more
             if self.well or ended is not None:
-                said = f"{self.name} did not take the newest metrics ({str(error).splitlines()[0][:200]}): they are offered again."
+                said = f"{self.name} did not take the newest metrics ({_said(error)}): they are offered again."
                 self.console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
             self.well = False
 

@@ -6,6 +6,7 @@ with other workers or at another stage after each kill: the same rows, losses wi
 run writes (a step done, a save begun, an evaluation due); where it really fell is read from what the run had written when it was dead.
 """
 
+import json
 import math
 import random
 import shutil
@@ -75,6 +76,7 @@ def verify_resume(config: str, changes: list[str], kills: int, seed: int, consol
     wrong = [name for name, most in (("same", 0.0), ("moved", CLOSE)) if not _equal(home / name, home / "straight", most, console)]
     if wrong:
         raise Refused(f"{recipe.run} does not continue exactly: see what was said of {' and '.join(wrong)}; the runs are in {home}.")
+    console.print(f"{recipe.run} continues exactly.", style="green", highlight=False)
 
 
 def draw_legs(recipe: AnyRecipe, kills: int, seed: int) -> list[Leg]:
@@ -110,16 +112,28 @@ def _short(recipe: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str
     """The changes that make a recipe short: few steps, saves and evaluations every few, the data and the tokenizer shared."""
     early = len(recipe.stages) if isinstance(recipe, Recipe) else 0
     steps = WINDOW * (kills - kills // 2 + 1) + EVERY * early
-    yield from (f"run={home / name}", f"steps={steps}", f"evaluate_every={EVERY}", f"checkpoints.every={EVERY}", "engine.precision=fp32")
+    yield from (
+        f"run={_text(home / name)}",
+        "checkpoints.storage=null",
+        f"steps={steps}",
+        f"evaluate_every={EVERY}",
+        f"checkpoints.every={EVERY}",
+        "engine.precision=fp32",
+    )
     yield from (f"stages.{number}.steps={EVERY}" for number in range(early))
     yield f"schedule.warmup_steps={min(recipe.schedule.warmup_steps, steps // 4)}"
     yield f"schedule.decay_steps={min(recipe.schedule.decay_steps, steps // 4)}"
     if isinstance(recipe, Recipe):
-        yield f"data.cache={recipe.data.cache or Path(recipe.run) / 'shards'}"
+        yield f"data.cache={_text(recipe.data.cache or Path(recipe.run) / 'shards')}"
     else:
         yield from ("patience=0", f"evaluate_examples={min(recipe.evaluate_examples, 20)}")
     if name != "straight":
-        yield f"tokenizer.path={home / 'straight' / 'tokenizer'}"
+        yield f"tokenizer.path={_text(home / 'straight' / 'tokenizer')}"
+
+
+def _text(path: str | Path) -> str:
+    """A path as a value of an override, whatever characters it has: YAML reads JSON's strings."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _prepare(recipe: AnyRecipe, console: Console) -> None:

@@ -46,7 +46,7 @@ class Heartbeat:
     """This process's own, with a thread that keeps two watches (each second; a hanging rank cannot keep its own)."""
 
     def __init__(self, run: Path, rank: int, host: str, node: str, log: str, patience: float) -> None:
-        self._facts = {"rank": rank, "host": host, "node": node, "pid": os.getpid(), "log": log}
+        self._facts = {"rank": rank, "host": host, "node": node, "pid": os.getpid(), "log": log[: SIZE // 2]}
         self._facts["thread"] = f"0x{threading.get_ident():016x}"
         self._where: dict[str, Any] = {"beats": 0, "step": 0, "rows": None, "micro": None, "phase": "starting"}
         self._patience = patience
@@ -109,7 +109,7 @@ def read(run: Path) -> dict[int, Beat]:
     for file in (run / "workers").glob("rank-*.json"):
         try:
             beat = Beat(**json.loads(file.read_text()))
-        except (OSError, ValueError):  # removed meanwhile, or being written
+        except (OSError, ValueError, TypeError):  # removed meanwhile, being written, or of another Trifold
             continue
         beats[beat.rank] = beat
     return beats

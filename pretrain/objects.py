@@ -34,6 +34,7 @@ try:
 except ImportError as error:
     raise Refused("a URL needs Trifold's extra `objects`: pip install -c constraints.txt -e '.[objects]'") from error
 
+SCHEMES = ("s3", "gs", "abfs", "abfss", "az")
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 1.0, 20.0  # seconds: 1, 2, 4, 8, 16, each shortened by up to half at random
 RETRY: Any = {"max_retries": 3, "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)}}
 CLIENT: Any = {"timeout": timedelta(minutes=2), "allow_http": True}  # http:// only where a person's endpoint says so
@@ -59,7 +60,10 @@ class Remote:
     @classmethod
     def open(cls, url: str) -> Remote:
         """The place of a URL that a person gave. Raises Refused where no store has such URLs."""
+        scheme, _, rest = url.partition("://")
         try:
+            if scheme not in SCHEMES or "//" in rest.rstrip("/"):
+                raise ValueError("another scheme, or an empty name in it")
             _store(_root(url))
         except (BaseError, ValueError) as error:
             raise Refused(f"{url} is no place of an object store ({_said(error)}): give s3://, gs:// or abfs://, or a path") from None

@@ -97,6 +97,7 @@ class Checkpointer:
                 total = commit(folder, self.lease, self.world, state, self._origin, self.timeout)
                 self.on_event("save_committed", step=state.step, checkpoint=folder.name, bytes=total, seconds=time.monotonic() - began)
         except Exception as error:  # the run goes on to its next save, whatever it was
+            self._steps.discard(state.step)  # after a rollback it comes again
             self.failed, self.lasting = (reason := self._reason(error, folder, size)), _lasts(error)
             with suppress(OSError, Refused):  # what refuses writes refuses this too, or rank 0 was faster to remove the folder
                 self._clear_away(folder, reason)  # before the event: it may need the room

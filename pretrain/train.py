@@ -134,7 +134,7 @@ def train(
         heartbeat.at("reading rows")
     if stop.terminated:
         recorder.event("terminated", rank=engine.place.rank, step=progress.step)
-    if saved < progress.step:
+    if saved != progress.step:  # lower after a rollback
         _save(checkpointer, engine, describe(progress, scores))
     _saved(checkpointer, progress)
     recorder.event("finished" if progress.step == config.steps or enough() else "stopped", step=progress.step)

@@ -40,6 +40,20 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_forget_a_renamed_one(place):
+    def pretrain(*arguments: str) -> tuple[int, str]:
+        process = start(place, "pretrain", "tiny.yaml", "steps=2", f"checkpoints.storage={place / 'store'}", *arguments)
+        said = process.communicate(timeout=120)[1]
+        return process.returncode, " ".join(said.split())
+
+    assert pretrain("run=a/base")[0] == 0
+    code, said = pretrain("run=b/base", "seed=7")
+    assert code == 1 and "store/base is a run of another recipe" in said and "seed: 0 there, 7 here" in said
+    (place / "a/base").rename(place / "a/other")
+    code, said = pretrain("run=a/other")
+    assert code == 1 and "has trained 2 steps" in said and "Give the folder back its name" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,10 +15,11 @@ from pathlib import Path
 from pretrain import heartbeat
 from pretrain.lease import Lease
 run = Path(sys.argv[1])
-heartbeat.begin(run, 3, "a-host", "its-name", "its.log", 1.0)
+heartbeat.begin(run, 3, "a-host", "its-name", "its.log", 3.0)
 heartbeat.at("agreeing on a step", step=7, rows=(36, 41))
 heartbeat.at("backward", micro=1)
 """
+# The sleep lets the watch arm its timer, of 3 s, before the lock is held.
 HANGS = BEGIN + "time.sleep(1.5)\nctypes.PyDLL(None).sleep(100)\n"  # C's sleep, with Python's lock held
 SUPERSEDED = BEGIN + "heartbeat.end_when_superseded(Lease(run, 1))\ntime.sleep(100)\n"
 
