@@ -42,11 +42,15 @@ def tokenizer(config: Config, changes: Changes = None) -> None:
 
 
 @app.command()
-def prepare(config: Config, changes: Changes = None) -> None:
+def prepare(
+    config: Config,
+    changes: Changes = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster whose nodes tokenize; without it this machine does")] = None,
+) -> None:
     """Turn the corpus into token shards (pretrain does it when they are missing)."""
     from launch.pretrain import prepare
 
-    prepare(_recipe(config, changes), Console())
+    prepare(_recipe(config, changes), Console(), address)
 
 
 @app.command()

@@ -32,10 +32,15 @@ def make_tokenizer(recipe: Recipe, console: Console) -> Tokenizer:
         return run.make_tokenizer(recipe, watch.prepared)
 
 
-def prepare(recipe: Recipe, console: Console) -> None:
-    """Make tokenizer, token shards and packed rows in the run folder."""
+def prepare(recipe: Recipe, console: Console, address: str | None = None) -> None:
+    """Make tokenizer, token shards and packed rows in the run folder; tokenizing on this machine, or on all of the cluster at `address`."""
+    spread = None
+    if address is not None:
+        from launch.spread import over_cluster
+
+        spread = over_cluster(address)
     with _settled(recipe, console) as watch:
-        run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
+        run.prepare(recipe, os.cpu_count() or 1, watch.prepared, spread)
 
 
 def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:

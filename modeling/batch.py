@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a target that is not counted
+from modeling.config import IGNORE as IGNORE
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 NormPlace = Literal["pre", "inner", "post"]
+IGNORE = -100  # a target that is not counted; here, because whoever tokenizes and packs text does so without torch
 
 
 class Refused(ValueError):

@@ -6,7 +6,7 @@ over) exactly once, whichever of the three its piece goes to.
 
 import numpy as np
 
-from modeling.batch import IGNORE
+from modeling.config import IGNORE
 from pretrain.objectives import config
 from pretrain.objectives.piece import Marks, Segment, Sizes, Vocabulary, needed_sentinels
 from pretrain.packing import Room

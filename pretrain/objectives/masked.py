@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from modeling.batch import IGNORE
+from modeling.config import IGNORE
 from pretrain.objectives import config
 from pretrain.objectives.piece import Marks, Segment, Sizes, Vocabulary, eights, needed_mask
 from pretrain.packing import Room
