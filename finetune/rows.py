@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretrain.batches import Row, assemble
+from pretrain.layout import Row, assemble
 from pretrain.objectives import Segment
 from pretrain.order import Order, turns
 from pretrain.packing import Pieces, Room, pack
@@ -35,12 +35,16 @@ class Rows:
 
     def row(self, i: int) -> Row:
         """Row i of the run."""
-        number, members = self._place(i)
-        return assemble([self.sets[number][j] for j in members], self.room, self.pad)
+        return self.rows([i])[0]
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Several rows."""
+        places = [self._place(i) for i in numbers]
+        return assemble([[self.sets[number][j] for j in members] for number, members in places], self.room, self.pad)
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return assemble([], self.room, self.pad)
+        return assemble([[]], self.room, self.pad)[0]
 
     def members(self, i: int) -> list[int]:
         """Which examples stand in row i, in the order of their segments (which count from 1)."""

@@ -14,7 +14,7 @@ from finetune.records import Pair
 from finetune.rows import Rows, room_for
 from modeling.batch import IGNORE, Batch
 from modeling.config import Family, Generation, ModelConfig, Refused
-from pretrain.batches import stack
+from pretrain.layout import stack
 from pretrain.objectives import Segment
 from pretrain.tokenizer import Tokenizer
 
@@ -174,7 +174,7 @@ def labelled(model: Model, segments: Sequence[Segment], row_length: int, pad: in
     batches = [list(range(i, min(i + at_once, rows.num_rows))) for i in range(0, rows.num_rows, at_once)]
 
     def work(batch: list[int]) -> list[tuple[int, np.ndarray]]:
-        packed = [rows.row(i) for i in batch]
+        packed = rows.rows(batch)
         logits = model.logits(stack(packed)).float().cpu().numpy()
         return [
             (member, logits[at][row.segments == number])

@@ -21,8 +21,8 @@ from modeling.batch import Batch
 from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from pretrain import budget
-from pretrain.batches import stack
 from pretrain.engine import Place
+from pretrain.layout import stack
 from pretrain.metrics import read_lines
 from pretrain.precision import settled
 from pretrain.stages import parts
@@ -196,7 +196,7 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
 def _batch(recipe: Recipe, model: ModelConfig, number: int) -> Batch:
     """Rows of the recipe's shape."""
     source = rows.synthetic(recipe, model.vocab_size, 2, number)
-    return stack([source.row(i) for i in range(number)])
+    return stack(source.rows(range(number)))
 
 
 def device_memory(device: str, ranks: int) -> float:

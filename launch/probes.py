@@ -19,7 +19,8 @@ from modeling.config import Generation, ModelConfig, Refused
 from modeling.generate import generate
 from modeling.recurrent import Alignment
 from modeling.transformer import Transformer, build
-from pretrain.batches import Numbered, stack
+from pretrain.batches import Numbered
+from pretrain.layout import stack
 from pretrain.publish import source_of
 from pretrain.tokenizer import Tokenizer
 

@@ -8,22 +8,20 @@ Cost of a row of 1,024 with documents of 300 tokens on one slow core, its hash i
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 
-from modeling.batch import IGNORE, Batch
 from modeling.config import Refused
 from pretrain import config
-from pretrain.objectives import Objective, Segment, Vocabulary
+from pretrain.layout import Row, lay_out
+from pretrain.objectives import Objective, Piece, Vocabulary
 from pretrain.objectives.config import Mixture
 from pretrain.order import WINDOW, Order, turns
-from pretrain.packing import Block, Packed, Room, block_starts, pack, table
+from pretrain.packing import Block, Packed, block_starts, pack, table
 
 FORMAT = 1  # to be raised when the same data and seed begin to give other rows: old tables and checkpoints are then refused, not misread
 
@@ -41,41 +39,6 @@ class Corpus(Protocol):
     def document(self, i: int) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """One packed row: tokens, segments, targets (T,), source, source_segments (S,), picked (P,), parts (T,), all int64, as in Batch."""
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    targets: np.ndarray
-    source: np.ndarray | None = None
-    source_segments: np.ndarray | None = None
-    picked: np.ndarray | None = None
-    parts: np.ndarray | None = None
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in vars(self).items() if array is not None}
-
-    @property
-    def count(self) -> int:
-        """Targets that are predicted."""
-        return int(np.count_nonzero(self.targets != IGNORE))
-
-    @property
-    def size(self) -> int:
-        """Positions that are not padding, of both sides."""
-        return sum(int(np.count_nonzero(side)) for side in (self.segments, self.source_segments) if side is not None)
-
-    @property
-    def hash(self) -> int:
-        """63 bits of what is in the row; their sum over the rows of a step tells two steps apart, however rows were shared out."""
-        digest = hashlib.blake2b(digest_size=8)
-        for array in self.arrays.values():
-            digest.update(array.data)
-        return int.from_bytes(digest.digest(), "little") >> 1
-
-
 class Numbered(Protocol):
     """Rows by number: all that a loader and an evaluation need of them."""
 
@@ -88,41 +51,8 @@ class Numbered(Protocol):
         ...
 
     def row(self, i: int) -> Row: ...
+    def rows(self, numbers: Sequence[int]) -> list[Row]: ...
     def empty_row(self) -> Row: ...
-
-
-def assemble(segments: Sequence[Segment], room: Room, pad: int, mixed: bool = False) -> Row:
-    """Segments side by side in a row, numbered from 1; the rest is padding (segment 0, target IGNORE, picked -1). `mixed`: of several
-    parts, and the row says which."""
-    row = Row(
-        np.full(room.tokens, pad),
-        np.zeros(room.tokens, np.int64),
-        np.full(room.tokens, IGNORE),
-        np.full(room.source, pad) if room.source else None,
-        np.zeros(room.source, np.int64) if room.source else None,
-        np.full(room.picked, -1) if room.picked else None,
-        np.zeros(room.tokens, np.int64) if mixed else None,
-    )
-    at = at_source = at_picked = 0
-    for number, segment in enumerate(segments, start=1):
-        here = slice(at, at + len(segment.tokens))
-        row.tokens[here], row.segments[here], row.targets[here] = segment.tokens, number, segment.targets
-        if row.parts is not None:
-            row.parts[here] = segment.part
-        if row.source is not None and row.source_segments is not None and segment.source is not None:
-            there = slice(at_source, at_source := at_source + len(segment.source))
-            row.source[there], row.source_segments[there] = segment.source, number
-        if row.picked is not None and segment.picked is not None:
-            row.picked[at_picked : (at_picked := at_picked + len(segment.picked))] = at + segment.picked
-        at = here.stop
-    return row
-
-
-def stack(rows: Sequence[Row], pin: bool = False) -> Batch:
-    """Rows of one shape as a batch, in pinned memory if asked (for copies to a GPU that do not block)."""
-    shape = (len(rows), -1)  # concatenate: np.stack costs four times as much for rows this short
-    arrays = {name: torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).reshape(shape)) for name in rows[0].arrays}
-    return Batch(**{name: array.pin_memory() if pin else array for name, array in arrays.items()})
 
 
 class Stream:
@@ -146,15 +76,20 @@ class Stream:
         self.order = Order(self.table[:, 0], (*key, 0) if shuffled else None)
         self._packed = lru_cache(WINDOW + 8)(self._pack)
 
-    def segments(self, index: int) -> list[Segment]:
-        """The pieces of a row, with the objective's draws for this epoch."""
+    def pieces(self, index: int) -> list[tuple[int, Piece, Any]]:
+        """The pieces of a row: part, piece, and the objective's draws for this epoch."""
         epoch, place, block, row = self.order.locate(index)
-        rng = np.random.default_rng((*self.key, 1, epoch, place))
+        rng = np.random.default_rng(_words((*self.key, 1, epoch, place)))
         first = int(self.starts[block])
         packed, part_of = self._packed(block)
         here = packed.row(row)
-        pieces = zip(*(facts[here].tolist() for facts in (part_of, packed.document, packed.start, packed.stop)), strict=True)
-        return [self.objective.segment(part, self.corpus.document(first + i), start, stop, rng) for part, i, start, stop in pieces]
+        found = []
+        for part, i, start, stop in zip(
+            *(facts[here].tolist() for facts in (part_of, packed.document, packed.start, packed.stop)), strict=True
+        ):
+            piece = Piece(self.corpus.document(first + i), start, stop)
+            found.append((part, piece, self.objective.drawn(part, piece, rng)))
+        return found
 
     @property
     def waste(self) -> float:
@@ -195,7 +130,7 @@ class Rows:
                 advice = "give more text" if split == "train" else "raise data.heldout_fraction, or give data.heldout or more text"
                 raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: {advice}.")
         self.row_length = row_length or recipe.data.row_length
-        goal = Objective(recipe.objective, vocabulary, self.row_length)
+        self.objective = goal = Objective(recipe.objective, vocabulary, self.row_length)
         dials = [self.row_length, recipe.objective.model_dump(exclude={"weight"}), vocabulary.fingerprint]
         seed = (recipe.seed, 0) if split == "train" else (0, 1)
         self.room, self.pad = goal.room, vocabulary.pad
@@ -223,12 +158,20 @@ class Rows:
 
     def row(self, i: int) -> Row:
         """Row i of the run, not before `first`; held-out rows end at `num_rows`."""
-        stream, index = self._place(i)
-        return assemble(self.streams[stream].segments(index), self.room, self.pad, bool(self.parts))
+        return self.rows([i])[0]
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Several rows, for less than one by one: numpy's calls are made once for all."""
+        if not numbers:
+            return []
+        found = [self.streams[stream].pieces(index) for stream, index in map(self._place, numbers)]
+        part_of, pieces, drawn = zip(*(piece for row in found for piece in row), strict=True)
+        groups = self.objective.segments(np.array(part_of), pieces, drawn)
+        return lay_out(groups, [len(row) for row in found], self.room, self.pad, bool(self.parts))
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return assemble([], self.room, self.pad, bool(self.parts))
+        return lay_out([], [0], self.room, self.pad, bool(self.parts))[0]
 
     def _place(self, i: int) -> tuple[int, int]:
         """The stream of a row, and which of the stream's rows it is."""
@@ -248,6 +191,11 @@ class Rows:
         period, turn = divmod(i - self.first, len(streams))
         had = period * counts + np.bincount(streams[:turn], minlength=len(counts))
         return [begin + int(more) for begin, more in zip(self._begins, had, strict=True)]
+
+
+def _words(numbers: Iterable[int]) -> np.ndarray:
+    """The 32-bit words that a generator is seeded with: as numpy makes them of a tuple, which takes it as long as the seeding itself."""
+    return np.array([n >> bit & 0xFFFFFFFF for n in numbers for bit in range(0, max(n.bit_length(), 1), 32)], np.uint32)
 
 
 def _digest(*parts: Any) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.batches import Numbered, Rows, stack
+from pretrain.batches import Numbered, Rows
 from pretrain.engine import Engine, Place
+from pretrain.layout import stack
 
 
 def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, mic
     totals = torch.zeros(3 + 2 * len(rows.parts), dtype=torch.float64)  # sum of losses, targets, correct ones; losses, targets by part
     for first in range(0, num_rows, micro_rows * place.world):
         mine = range(first + place.rank * micro_rows, first + (place.rank + 1) * micro_rows)
-        batch = stack([rows.row(i) if i < num_rows else rows.empty_row() for i in mine])
+        known = rows.rows([i for i in mine if i < num_rows])
+        batch = stack(known + [rows.empty_row()] * (micro_rows - len(known)))
         nll_BT, correct_BT = (scored.cpu() for scored in engine.evaluate(batch))
         totals[:3] += torch.stack([nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()])
         if rows.parts:

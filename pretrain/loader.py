@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from modeling.batch import Batch
-from pretrain.batches import Numbered, stack
+from pretrain.batches import Numbered
+from pretrain.layout import stack
 from pretrain.order import row_of
 from pretrain.stages import Part, where
 
@@ -89,20 +90,18 @@ class Loader:
         """This rank's share of a step: a pure function of the step."""
         part, cursor, first_micro = where(self.parts, step)
         source = self.rows[part.stage]
-        micros, indices, mine = [], [], []
-        for micro in range(self.rank, -(-part.micros // self.world) * self.world, self.world):
-            cursors = range(micro * part.micro_rows, min((micro + 1) * part.micro_rows, part.step_rows))
-            rows = [source.row(row_of(cursor + place, self.skips)) for place in cursors]
-            micros.append(stack(rows + [source.empty_row()] * (part.micro_rows - len(rows)), self.pin))
-            indices.append(first_micro + micro)
-            mine += rows
+        numbers = range(self.rank, -(-part.micros // self.world) * self.world, self.world)
+        places = [place for n in numbers for place in range(n * part.micro_rows, min((n + 1) * part.micro_rows, part.step_rows))]
+        mine = source.rows([row_of(cursor + place, self.skips) for place in places])
+        filled = mine + [source.empty_row()] * (len(numbers) * part.micro_rows - len(mine))  # only the last micro has too few
+        micros = [stack(filled[i : i + part.micro_rows], self.pin) for i in range(0, len(filled), part.micro_rows)]
         return StepRows(
             step,
             part.stage,
             row_of(cursor, self.skips),
             row_of(cursor + part.step_rows - 1, self.skips),
             micros,
-            indices,
+            [first_micro + n for n in numbers],
             sum(row.count for row in mine),
             sum(row.size for row in mine),
             sum(row.hash for row in mine) % 2**63,

@@ -31,7 +31,7 @@ class Order:
         blocks, ends = self._epoch(epoch)
         first, drawn = self._window(epoch, self._window_of(epoch, place))
         drawn_place = first + int(drawn[place - first])
-        at = int(np.searchsorted(ends, drawn_place, side="right"))
+        at = int(ends.searchsorted(drawn_place, side="right"))
         block = int(blocks[at])
         return epoch, place, block, drawn_place - int(ends[at]) + int(self.rows[block])
 
@@ -42,7 +42,7 @@ class Order:
         return epoch * self.num_rows + self._window(epoch, before._window_of(epoch, place))[0]
 
     def _window_of(self, epoch: int, place: int) -> int:
-        return int(np.searchsorted(self._epoch(epoch)[1], place, side="right")) // WINDOW
+        return int(self._epoch(epoch)[1].searchsorted(place, side="right")) // WINDOW
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in this epoch's order, and the rows up to the end of each."""

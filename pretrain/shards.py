@@ -45,7 +45,7 @@ class Shards:
 
     def document(self, i: int) -> np.ndarray:
         """The ids of document i, (lengths[i],), a view of the mapped file."""
-        shard = int(np.searchsorted(self._first, i, side="right")) - 1
+        shard = int(self._first.searchsorted(i, side="right")) - 1
         start = int(self._starts[i] - self._starts[self._first[shard]])
         return self._tokens(shard)[start : start + int(self.lengths[i])]
 
@@ -59,4 +59,5 @@ class Shards:
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
-        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        mapped = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        return np.asarray(mapped)  # a view of a memmap costs five times that of a plain array

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from modeling.batch import IGNORE, Batch
-from pretrain.batches import Rows, stack
+from pretrain.batches import Rows
 from pretrain.config import Pretrain
+from pretrain.layout import stack
 from pretrain.objectives import Objective
 
 
@@ -72,7 +73,7 @@ def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, devic
     source = synthetic(recipe, vocab_size, documents, number * recipe.micro_rows)
     made = []
     for i in range(number):
-        rows = [source.row(i * recipe.micro_rows + j) for j in range(recipe.micro_rows)]
+        rows = source.rows(range(i * recipe.micro_rows, (i + 1) * recipe.micro_rows))
         batch = stack(rows, pin=device == "cuda")
         batch = batch if documents else replace(batch, segments=None, source_segments=None)
         made.append(Micro(batch, sum(row.count for row in rows), sum(row.size for row in rows)))

@@ -4,11 +4,14 @@ A piece from `start` to `stop` predicts positions start + 1 to stop, so that eve
 over) exactly once, whichever of the three its piece goes to.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from modeling.config import IGNORE
 from pretrain.objectives import config
-from pretrain.objectives.piece import Marks, Segment, Sizes, Vocabulary, needed_sentinels
+from pretrain.objectives.piece import Marks, Piece, Segments, Sizes, Vocabulary, needed_sentinels, other_than, spread
 from pretrain.packing import Room
 
 
@@ -29,9 +32,12 @@ class NextToken:
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes(stop - start, np.zeros_like(start))
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        tokens, _, _ = self.document.marked(document, start, stop + 1)
-        return Segment(tokens[:-1], tokens[1:])
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> Any:
+        return None
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[Any]) -> Segments:
+        tokens, begin, _, _, end = self.document.joined([Piece(document, start, stop + 1) for document, start, stop in pieces])
+        return predicted(tokens, begin, end)
 
 
 class AfterPrefix(NextToken):
@@ -41,11 +47,13 @@ class AfterPrefix(NextToken):
     published is an ordinary causal model.
     """
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        plain = super().segment(document, start, stop, rng)
-        targets = plain.targets.copy()
-        targets[: rng.integers(len(targets))] = IGNORE
-        return Segment(plain.tokens, targets)
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> int:
+        return int(rng.integers(piece.stop - piece.start))
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[int]) -> Segments:
+        made = super().segments(pieces, drawn)
+        made.targets[spread(made.sizes.cumsum() - made.sizes, np.array(drawn))] = IGNORE
+        return made
 
 
 class Middle(NextToken):
@@ -66,13 +74,30 @@ class Middle(NextToken):
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes((start == 0) + 3 + np.minimum(stop, lengths) - start, np.zeros_like(start))
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        text = document[start:stop]  # what positions start + 1 to stop hold, without EOS
-        first, second = sorted(rng.integers(len(text) + 1, size=2).tolist())
-        prefix, middle, suffix = text[:first], text[first:second], text[second:]
-        if rng.random() < self.suffix_first:
-            moved = [self.pre, self.suf, suffix, self.mid, prefix, middle]
-        else:
-            moved = [self.pre, prefix, self.suf, suffix, self.mid, middle]
-        tokens = np.concatenate([self.document.before[start:], *moved, [self.eos]], dtype=np.int64)
-        return Segment(tokens[:-1], tokens[1:])
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[int, int, bool]:
+        """Where the middle begins and ends, and whether the suffix comes first."""
+        first, second = sorted(rng.integers(len(_text(piece)) + 1, size=2).tolist())
+        return first, second, rng.random() < self.suffix_first
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[int, int, bool]]) -> Segments:
+        chunks: list[np.ndarray] = []
+        sizes = []
+        for piece, (first, second, suffix_first) in zip(pieces, drawn, strict=True):
+            text = _text(piece)
+            prefix, middle, suffix = text[:first], text[first:second], text[second:]
+            moved = (self.suf, suffix, self.mid, prefix) if suffix_first else (prefix, self.suf, suffix, self.mid)
+            bos = self.document.before[piece.start :]
+            chunks += bos, self.pre, *moved, middle, self.document.after
+            sizes.append(len(bos) + len(text) + 4)
+        end = np.cumsum(sizes)
+        return predicted(np.concatenate(chunks, dtype=np.int64), end - sizes, end)
+
+
+def predicted(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Segments:
+    """Segments of one token less than they have from `begin` to `end`, in which each is predicted from those before it."""
+    return Segments(tokens[other_than(len(tokens), end - 1)], tokens[other_than(len(tokens), begin)], end - begin - 1)
+
+
+def _text(piece: Piece) -> np.ndarray:
+    """What positions start + 1 to stop hold, without EOS."""
+    return piece.document[piece.start : piece.stop]

@@ -1,10 +1,12 @@
 """The objective of an encoder: tokens hidden here and there, and predicted (BERT, Devlin et al. 2019)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from modeling.config import IGNORE
 from pretrain.objectives import config
-from pretrain.objectives.piece import Marks, Segment, Sizes, Vocabulary, eights, needed_mask
+from pretrain.objectives.piece import Marks, Piece, Segments, Sizes, Vocabulary, eights, needed_mask
 from pretrain.packing import Room
 
 
@@ -28,36 +30,40 @@ class HiddenTokens:
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes(stop - start, self.picks[self.marks.text(lengths, start, stop)])
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        tokens, first, last = self.marks.marked(document, start, stop)
-        number = int(self.picks[last - first])
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each place that is picked, in any order: where in the text it is, a share in [0, 1), a random token."""
+        low, high = self.marks.within(piece)
+        number = int(self.picks[high - low])
         if self.dials.whole_words:
-            picked = _whole_words(self.word_starts[tokens[first:last]], number, rng)
+            picked = _whole_words(self.word_starts[piece.document[low:high]], number, rng)
         else:
-            picked = rng.permutation(last - first)[:number]
-            picked.sort()
-        picked += first
+            picked = rng.permutation(high - low)[:number]
+        return picked, rng.random(len(picked)), rng.integers(len(self.ordinary), size=len(picked))
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Segments:
+        tokens, begin, first, _, end = self.marks.joined(pieces)
+        picks, shares, others = zip(*drawn, strict=True)
+        counts = np.array([len(pick) for pick in picks])
+        picked, share, randoms = np.concatenate(picks), np.concatenate(shares), self.ordinary[np.concatenate(others)]
+        picked += np.repeat(first, counts)
+        picked.sort()  # the pieces stay one after another
+        originals = tokens[picked]
         targets = np.full(len(tokens), IGNORE)
-        targets[picked] = tokens[picked]
-        draw = rng.random(len(picked))
-        randoms = self.ordinary[rng.integers(len(self.ordinary), size=len(picked))]
-        replaced = draw < self.dials.mask + self.dials.random
-        tokens[picked[replaced]] = randoms[replaced]
-        tokens[picked[draw < self.dials.mask]] = self.mask
-        return Segment(tokens, targets, picked=picked)
+        targets[picked] = originals
+        shown = np.where(share < self.dials.mask + self.dials.random, randoms, originals)
+        tokens[picked] = np.where(share < self.dials.mask, self.mask, shown)
+        return Segments(tokens, targets, end - begin, picked=picked, picked_sizes=counts)
 
 
 def _whole_words(starts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Places of whole words, `number` tokens at most; a word begins where `starts` says so, and at the piece's first token."""
-    if number == 0:
-        return np.empty(0, np.int64)
-    word = starts.cumsum() - starts[0]
-    sizes = np.bincount(word)
-    chosen = np.zeros(len(sizes), bool)
-    order = rng.permutation(len(sizes))
-    for candidate, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        if size <= number:
-            chosen[candidate], number = True, number - size
+    """Places of whole words, `number` tokens at most; a word begins where `starts` says so, and at the text's first token."""
+    edges = [0, *(starts[1:].nonzero()[0] + 1).tolist(), len(starts)]
+    places: list[int] = []
+    for word in rng.permutation(len(edges) - 1).tolist() if number else ():
+        first, last = edges[word], edges[word + 1]
+        if last - first <= number:
+            places += range(first, last)
+            number -= last - first
         if number == 0:
             break
-    return chosen[word].nonzero()[0]
+    return np.array(places, np.int64)

@@ -1,12 +1,14 @@
 """What all objectives share: what they ask of a tokenizer, the Segment they make, and a document's positions with its marks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from modeling.config import Refused
 from pretrain.packing import Room
+
+NOTHING = np.empty(0, np.int64)
 
 
 class Vocabulary(Protocol):
@@ -27,15 +29,43 @@ class Vocabulary(Protocol):
     fingerprint: str
 
 
+class Piece(NamedTuple):
+    """From position `start` to `stop` of a document with its marks."""
+
+    document: np.ndarray  # its text tokens
+    start: int
+    stop: int
+
+
 class Segment(NamedTuple):
-    """A piece ready to stand in a row: tokens and targets (T,) int64, source (S,) for a decoder that reads one, picked (P,) places in
-    tokens for masked."""
+    """Something ready to stand in a row: tokens and targets (T,) int64, and a source (S,) for a decoder that reads one."""
 
     tokens: np.ndarray
     targets: np.ndarray
     source: np.ndarray | None = None
-    picked: np.ndarray | None = None
-    part: int = 0  # of a mixture
+
+
+class Segments(NamedTuple):
+    """N segments one after another in each array, with the `sizes` (N,) of their tokens and targets, of their sources, and of their picks,
+    which are places among these tokens. Without sources or picks those arrays are empty."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    sizes: np.ndarray
+    source: np.ndarray = NOTHING
+    source_sizes: np.ndarray = NOTHING
+    picked: np.ndarray = NOTHING
+    picked_sizes: np.ndarray = NOTHING
+
+
+class Joined(NamedTuple):
+    """The tokens of N pieces one after another; where each begins and ends (N,), and its text does."""
+
+    tokens: np.ndarray
+    begin: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    end: np.ndarray
 
 
 class Sizes(NamedTuple):
@@ -47,7 +77,8 @@ class Sizes(NamedTuple):
 
 
 class Part(Protocol):
-    """One objective. Pure: the same piece and the same generator state give the same Segment, of exactly its `sizes` (picks: at most)."""
+    """One objective. Pure: the same pieces and the same generator states give the same Segments, each of exactly its `sizes` (picks: at
+    most). Chance speaks piece by piece; the rest is done for many at once, as numpy's calls cost more than their work."""
 
     marks: "Marks"
     longest: int  # positions of the longest piece that fits into a row
@@ -60,7 +91,13 @@ class Part(Protocol):
         """The sizes of the pieces (N,) from `start` to `stop` of documents of `lengths` text tokens, before any text is read."""
         ...
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment: ...
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> Any:
+        """All that chance decides about a piece."""
+        ...
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[Any]) -> Segments:
+        """Of pieces, at least one, and what was drawn for each."""
+        ...
 
 
 class Marks:
@@ -70,16 +107,29 @@ class Marks:
         self.before, self.after = np.array(before, np.int64), np.array(after, np.int64)
         self.count = len(before) + len(after)
 
-    def marked(self, document: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int, int]:
-        """The tokens of positions start to stop, as a new array, and which of its places hold text: from, up to."""
-        shift, length = len(self.before), len(document)
-        tokens = np.empty(stop - start, np.int64)
-        first = min(max(shift - start, 0), stop - start)
-        last = max(min(shift + length, stop) - start, first)
-        tokens[:first] = self.before[start : start + first]
-        tokens[first:last] = document[start + first - shift : start + last - shift]
-        tokens[last:] = self.after[start + last - shift - length : stop - shift - length]
-        return tokens, first, last
+    def within(self, piece: Piece) -> tuple[int, int]:
+        """The text that a piece holds: from, up to."""
+        shift, length = len(self.before), len(piece.document)
+        return min(max(piece.start - shift, 0), length), min(max(piece.stop - shift, 0), length)
+
+    def joined(self, pieces: Sequence[Piece], lead: np.ndarray = NOTHING) -> Joined:
+        """The tokens of pieces, as a new array, with `lead` before each piece."""
+        chunks: list[np.ndarray] = []
+        shift = len(self.before)
+        for document, start, stop in pieces:
+            low, high = max(start - shift, 0), max(stop - shift, 0)
+            chunks += (
+                lead,
+                self.before[start:stop],
+                document[low:high],
+                self.after[max(low - len(document), 0) : max(high - len(document), 0)],
+            )
+        start, stop = np.array([piece.start for piece in pieces]), np.array([piece.stop for piece in pieces])
+        text_end = np.array([len(piece.document) for piece in pieces]) + shift
+        end = (stop - start + len(lead)).cumsum()
+        offset = end - stop
+        first, last = np.minimum(np.maximum(shift, start), stop), np.minimum(np.maximum(text_end, start), stop)
+        return Joined(np.concatenate(chunks, dtype=np.int64), offset + start - len(lead), offset + first, offset + last, end)
 
     def text(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """How many of the positions of pieces (N,) are no marks."""
@@ -105,14 +155,19 @@ def needed_sentinels(vocabulary: Vocabulary, number: int, objective: str) -> Seq
     return vocabulary.sentinels
 
 
-def parts_of(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` positive numbers that sum to `total`, uniform over all ways to do so."""
-    cuts = np.empty(count + 1, np.int64)
-    if count:
-        cuts[0], cuts[-1] = -1, total - 1
-        cuts[1:-1] = rng.permutation(total - 1)[: count - 1]
-        cuts.sort()
-    return cuts[1:] - cuts[:-1]
+def spread(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Places one after another: `sizes` of them from each of `starts`."""
+    places = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+    places += np.arange(len(places))
+    return places
+
+
+def other_than(size: int, *places: np.ndarray) -> np.ndarray:
+    """(size,) bool: False at `places`."""
+    rest = np.ones(size, bool)
+    for some in places:
+        rest[some] = False
+    return rest
 
 
 def eights(size: int) -> int:

@@ -6,10 +6,24 @@ UL2's modes (Tay et al. 2022) are told by a token before everything else: R, S, 
 and ours need no new ones.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pretrain.objectives import config
-from pretrain.objectives.piece import Marks, Segment, Sizes, Vocabulary, eights, needed_mask, needed_sentinels, parts_of
+from pretrain.objectives.piece import (
+    NOTHING,
+    Marks,
+    Piece,
+    Segments,
+    Sizes,
+    Vocabulary,
+    eights,
+    needed_mask,
+    needed_sentinels,
+    other_than,
+    spread,
+)
 from pretrain.packing import Room
 
 MODES = {"R": -1, "S": -2, "X": -3}  # places among the sentinels
@@ -58,37 +72,45 @@ class HiddenSpans:
         text = self.marks.text(lengths, start, stop)
         return Sizes(self._target(text), stop - start - self.shrinks[text], capped=int(self.too_many[text].sum()))
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        marked, first, last = self.marks.marked(document, start, stop)
-        text = last - first
-        hidden, spans = int(self.hidden[text]), int(self.spans[text])
-        lengths, gaps = self._drawn(text, hidden, spans, rng)
-        before = lengths.cumsum() - lengths  # hidden tokens before each span
-        begins = gaps.cumsum() + before + first
-        is_hidden = _covered(len(marked), begins, begins + lengths)
-        written = np.empty(hidden + spans + 2, np.int64)
-        written[0], written[-1] = self.start, self.eos
-        target, names = written[1:], before + self.numbers[:spans]
-        is_text = np.ones(len(target), bool)
-        is_text[names] = is_text[-1] = False
-        target[is_text] = marked[is_hidden]
-        target[names] = marked[begins] = self.sentinels[:spans]
-        is_hidden[begins] = False
-        return Segment(written[:-1], target, source=np.concatenate([self.mode, marked[~is_hidden]]))
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """In any order: where in the hidden text each span but the first begins; how much of the text is shown before each span."""
+        low, high = self.marks.within(piece)
+        hidden, spans = int(self.hidden[high - low]), int(self.spans[high - low])
+        if not spans:
+            return NOTHING, NOTHING
+        return rng.permutation(hidden - 1)[: spans - 1] + 1, rng.permutation(high - low - hidden + 1)[:spans]
 
-    def _drawn(self, text: int, hidden: int, spans: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The spans' lengths, and the text tokens before each that are not hidden."""
-        lengths = parts_of(hidden, spans, rng)
-        gaps = parts_of(text - hidden + 2, spans + 1, rng)[:-1]  # the outer two may be empty: one more each, and one less of the first
-        gaps[:1] -= 1
-        return lengths, gaps
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> Segments:
+        marked, begin, first, last, end = self.marks.joined(pieces, self.mode)
+        hidden, spans = self.hidden[last - first], self.spans[last - first]
+        before = hidden.cumsum() - hidden
+        inner, outer = (np.concatenate(part) for part in zip(*drawn, strict=True))
+        # Spans stand between hidden tokens and shown ones, both counted over all pieces: sorted, those of a piece stay together.
+        unseen = np.concatenate([before[spans > 0], inner + np.repeat(before, np.maximum(spans - 1, 0))])
+        shown = outer + np.repeat(first - before, spans)
+        unseen.sort()
+        shown.sort()
+        begins = unseen + shown
+        covered = spread(begins, np.diff(unseen, append=hidden.sum()))
+        text, names = marked[covered], np.concatenate([self.sentinels[:number] for number in spans.tolist()])
+        marked[begins] = names
+        is_source = other_than(len(marked), covered)
+        is_source[begins] = True
+        sizes = hidden + spans + 1
+        stops = sizes.cumsum()
+        at = unseen + np.arange(len(unseen)) + np.repeat(np.arange(len(spans)), spans)
+        targets = np.empty(stops[-1], np.int64)
+        targets[other_than(len(targets), at, stops - 1)] = text
+        targets[at], targets[stops - 1] = names, self.eos
+        return Segments(_read(targets, stops - sizes, self.start), targets, sizes, marked[is_source], end - begin - hidden + spans)
 
 
 class Continuation(HiddenSpans):
     """UL2's S-denoiser: one span, which reaches to the end of the text."""
 
-    def _drawn(self, text: int, hidden: int, spans: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([hidden] * spans, np.int64), np.array([text - hidden] * spans, np.int64)
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        low, high = self.marks.within(piece)
+        return NOTHING, np.array([high - low - self.hidden[high - low]] * int(self.spans[high - low]), np.int64)
 
 
 class Infilling:
@@ -104,7 +126,7 @@ class Infilling:
     def __init__(self, dials: config.Infilling, vocabulary: Vocabulary, row_length: int) -> None:
         self.dials, self.marks, self.sentence_ends = dials, Marks(vocabulary.before, vocabulary.after), vocabulary.sentence_ends
         self.mask, self.start = needed_mask(vocabulary, dials.kind), vocabulary.start
-        self.repeats = int(self.marks.before[:1].tolist() == [self.start])  # BART's own start is EOS; where it is BOS, it comes once
+        self.repeats = self.marks.before[:1].tolist() == [self.start]  # BART's own start is EOS; where it is BOS, it comes once
         self.longest = row_length
         n = np.arange(row_length + 1)
         self.hidden = np.where(n > 0, np.maximum(np.rint(dials.density * n), 1), 0).astype(np.int64)
@@ -117,39 +139,45 @@ class Infilling:
 
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         text = self.marks.text(lengths, start, stop)
-        return Sizes(stop - start - self.repeats * (start == 0), stop - start - self.hidden[text] + self.spans[text])
+        return Sizes(stop - start - (self.repeats & (start == 0)), stop - start - self.hidden[text] + self.spans[text])
 
-    def segment(self, document: np.ndarray, start: int, stop: int, rng: np.random.Generator) -> Segment:
-        whole, first, last = self.marks.marked(document, start, stop)
-        shown = whole.copy()
-        if self.dials.permute_sentences and last > first:
-            shown[first:last] = _shuffled(whole[first:last], self.sentence_ends, rng)
-        hidden, spans = int(self.hidden[last - first]), int(self.spans[last - first])
-        lengths = rng.multinomial(hidden, np.full(spans, 1 / spans)) if spans else np.empty(0, np.int64)
-        gaps = parts_of(last - first - hidden + 2, spans + 1, rng)[:-1]
-        gaps[:1] -= 1
-        before = gaps.cumsum() + first  # tokens shown before each mask
-        begins = before + lengths.cumsum() - lengths
-        kept = shown[~_covered(len(shown), begins, begins + lengths)]
-        source = np.full(len(kept) + spans, self.mask)
-        is_text = np.ones(len(source), bool)
-        is_text[before + np.arange(spans)] = False
-        source[is_text] = kept
-        written = np.empty(len(whole) + 1, np.int64)
-        written[0], written[1:] = self.start, whole
-        begin = self.repeats * (start == 0)
-        return Segment(written[begin:-1], written[begin + 1 :], source=source)
+    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[list[slice], np.ndarray, np.ndarray]:
+        """The text's sentences as they come; the spans' lengths; in any order, how much of the text is shown before each span."""
+        low, high = self.marks.within(piece)
+        hidden, spans = int(self.hidden[high - low]), int(self.spans[high - low])
+        sentences = [slice(0, high - low)]
+        if self.dials.permute_sentences and high > low:
+            edges = [0, *(self.sentence_ends[piece.document[low : high - 1]].nonzero()[0] + 1).tolist(), high - low]
+            sentences = [slice(edges[i], edges[i + 1]) for i in rng.permutation(len(edges) - 1).tolist()]
+        if not spans:
+            return sentences, NOTHING, NOTHING
+        return sentences, rng.multinomial(hidden, np.full(spans, 1 / spans)), rng.permutation(high - low - hidden + 1)[:spans]
+
+    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[list[slice], np.ndarray, np.ndarray]]) -> Segments:
+        whole, begin, first, last, end = self.marks.joined(pieces)
+        hidden, spans = self.hidden[last - first], self.spans[last - first]
+        sentences, sizes, outer = zip(*drawn, strict=True)
+        chunks: list[np.ndarray] = []
+        for b, f, to, e, order in zip(begin.tolist(), first.tolist(), last.tolist(), end.tolist(), sentences, strict=True):
+            text = whole[f:to]
+            chunks += whole[b:f], *(text[sentence] for sentence in order), whole[to:e]
+        lengths = np.concatenate(sizes)
+        shown = np.concatenate(outer) + np.repeat(first - (hidden.cumsum() - hidden), spans)
+        shown.sort()
+        covered = spread(shown + lengths.cumsum() - lengths, lengths)
+        kept = np.concatenate(chunks)[other_than(len(whole), covered)]
+        source = np.full(len(kept) + len(shown), self.mask)
+        source[other_than(len(source), shown + np.arange(len(shown)))] = kept
+        repeats = np.array([self.repeats and piece.start == 0 for piece in pieces], bool)
+        given = other_than(len(whole), begin[repeats])
+        tokens = _read(whole, begin[begin < end], self.start)[given]
+        sizes = end - begin - repeats
+        return Segments(tokens, whole[given], sizes, source, end - begin - hidden + spans)
 
 
-def _covered(size: int, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Which of `size` places lie in a span; spans go up and never touch, and one may be empty."""
-    change = np.zeros(size + 1, np.int8)
-    change[begins] += 1
-    change[ends] -= 1
-    return change[:-1].cumsum(dtype=np.int8).view(bool)
-
-
-def _shuffled(text: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The sentences of a text in another order; a sentence ends behind a token that ends one and where the text does."""
-    edges = [0, *(ends[text[:-1]].nonzero()[0] + 1).tolist(), len(text)]
-    return np.concatenate([text[edges[i] : edges[i + 1]] for i in rng.permutation(len(edges) - 1).tolist()])
+def _read(targets: np.ndarray, begin: np.ndarray, start: int) -> np.ndarray:
+    """What the decoder reads to predict the targets of pieces from `begin` on: the start token, then what it should have written."""
+    tokens = np.empty_like(targets)
+    tokens[1:] = targets[:-1]
+    tokens[begin] = start
+    return tokens

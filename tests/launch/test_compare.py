@@ -19,7 +19,7 @@ from launch.probes import maps, reach
 from modeling.batch import Batch
 from modeling.config import Refused
 from modeling.transformer import build
-from pretrain.batches import Row
+from pretrain.layout import Row
 from pretrain.metrics import append_line, read_lines
 from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT

@@ -9,8 +9,9 @@ import pretrain.order as order
 import pretrain.packing as packing
 from modeling.batch import IGNORE
 from modeling.config import Refused
-from pretrain.batches import Row, Rows, assemble, stack
+from pretrain.batches import Rows
 from pretrain.config import Causal, Masked, Source, Spans, Tokenizer
+from pretrain.layout import Row, assemble, stack
 from pretrain.objectives import Segment
 from pretrain.objectives.config import Continuation, Fim, Infilling, Mixture, Prefix
 from pretrain.packing import Room
@@ -103,13 +104,14 @@ def test_random_documents_lose_nothing_and_stay_apart(dials, lengths, row_length
 
 
 @KINDS
-def test_a_row_is_the_same_in_any_order_of_access_and_from_a_fresh_object(dials):
+def test_a_row_is_the_same_in_any_order_of_access_together_and_from_a_fresh_object(dials):
     rows = rows_of(dials)
     asked = np.random.default_rng(1).permutation(3 * rows.num_rows)[:150].tolist()
     hashes = {i: rows.row(i).hash for i in asked}
     assert {i: rows_of(dials).row(i).hash for i in sorted(asked)[:20]} == {i: hashes[i] for i in sorted(asked)[:20]}
     fresh = rows_of(dials)
     assert {i: fresh.row(i).hash for i in sorted(asked)} == hashes
+    assert {i: row.hash for i, row in zip(asked, fresh.rows(asked), strict=True)} == hashes
     other = rows_of(dials, seed=1)
     assert sum(other.row(i).hash == hashes[i] for i in asked) < 10
 
@@ -249,7 +251,7 @@ def test_an_empty_row_has_no_targets_and_the_shape_of_the_others():
 
 def test_pairs_of_source_and_target_share_rows_as_text_does():
     segments = [Segment(np.arange(n), np.arange(n), source=np.arange(2 * n)) for n in (2, 3)]
-    row = assemble(segments, Room(8, source=12), pad=9)
+    [row] = assemble([segments], Room(8, source=12), pad=9)
     assert row.segments.tolist() == [1, 1, 2, 2, 2, 0, 0, 0]
     assert row.source_segments.tolist() == [1] * 4 + [2] * 6 + [0, 0]
     assert row.source.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 9, 9]

@@ -70,8 +70,8 @@ def test_skipped_rows_are_never_loaded_and_the_next_ones_move_up():
 
 def test_an_error_while_loading_reaches_the_consumer(monkeypatch):
     rows = rows_of(Causal())
-    whole = rows.row
-    monkeypatch.setattr(rows, "row", lambda i: whole(i) if i < 20 else 1 / 0)
+    whole = rows.rows
+    monkeypatch.setattr(rows, "rows", lambda numbers: whole(numbers) if max(numbers) < 20 else 1 / 0)
     steps = iter(loader_of(rows))
     assert [next(steps).step, next(steps).step] == [0, 1]
     with pytest.raises(ZeroDivisionError):

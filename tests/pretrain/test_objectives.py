@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -8,26 +9,34 @@ from hypothesis import strategies as st
 
 from modeling.batch import IGNORE
 from modeling.config import Refused
-from pretrain.objectives import Objective, Segment
+from pretrain.objectives import Objective, Piece
 from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Mixture, Prefix, Spans, parts
 from pretrain.objectives.config import Objective as Dials
+from pretrain.packing import Pieces
 from tests.pretrain.small_corpus import FIRST, SmallVocabulary
 
 VOCABULARY = SmallVocabulary(2000)
 DOCUMENTS = st.lists(st.sampled_from([0, 1, 2, 29, 30, 31, 32, 33, 100, 1000]) | st.integers(0, 200), min_size=1, max_size=5)
 
 
+class Made(NamedTuple):
+    """A piece's share of a row; `picked` are places in its tokens."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    source: np.ndarray | None
+    picked: np.ndarray | None
+    part: int
+
+
 def segments_of(
     dials: Dials, row_length: int, lengths: list[int], seed: int = 0, vocabulary: SmallVocabulary = VOCABULARY
-) -> list[tuple[int, Segment]]:
+) -> list[tuple[int, Made]]:
     """(document, segment) of each piece of documents whose text tokens count up from FIRST; sizes are as foretold."""
     goal, rng = Objective(dials, vocabulary, row_length), np.random.default_rng(seed)
-    pieces = goal.pieces(np.array(lengths))
-    part_of = goal.part_of(pieces.document, pieces.start)
+    pieces, part_of, given = pieces_of(goal, lengths)
     made = []
-    for i, document in enumerate(pieces.document):
-        text = FIRST + np.arange(lengths[document], dtype=np.uint16)
-        segment = goal.segment(int(part_of[i]), text, int(pieces.start[i]), int(pieces.stop[i]), rng)
+    for i, segment in enumerate(made_of(goal, part_of, given, rng)):
         assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.room.tokens
         if segment.source is not None:
             assert len(segment.source) == pieces.second[i] <= goal.room.source
@@ -35,8 +44,32 @@ def segments_of(
             whole_words = getattr(parts(dials)[segment.part], "whole_words", False)
             assert len(segment.picked) <= pieces.second[i] <= goal.room.picked
             assert whole_words or len(segment.picked) == pieces.second[i]
-        made.append((int(document), segment))
+        made.append((int(pieces.document[i]), segment))
     return made
+
+
+def made_of(goal: Objective, part_of: np.ndarray, given: list[Piece], rng: np.random.Generator) -> list[Made]:
+    """The pieces' segments, made together and taken apart again."""
+    drawn = [goal.drawn(part, piece, rng) for part, piece in zip(part_of.tolist(), given, strict=True)]
+    made = {}
+    for part, pieces, joined in goal.segments(part_of, given, drawn):
+
+        def split(array: np.ndarray, sizes: np.ndarray, n: int = len(pieces)) -> list[Any]:
+            return np.split(array, sizes.cumsum()[:-1]) if len(sizes) else [None] * n
+
+        sides = [split(array, joined.sizes) for array in (joined.tokens, joined.targets)]
+        sides += [split(joined.source, joined.source_sizes), split(joined.picked, joined.picked_sizes)]
+        for i, begin, *its, picked in zip(pieces.tolist(), joined.sizes.cumsum() - joined.sizes, *sides, strict=True):
+            made[i] = Made(*its, None if picked is None else picked - begin, part)
+    return [made[i] for i in range(len(given))]
+
+
+def pieces_of(goal: Objective, lengths: list[int]) -> tuple[Pieces, np.ndarray, list[Piece]]:
+    """Their sizes, their parts, and the pieces themselves, of documents whose text tokens count up from FIRST."""
+    pieces = goal.pieces(np.array(lengths))
+    texts = [FIRST + np.arange(lengths[document], dtype=np.uint16) for document in pieces.document]
+    given = [Piece(*piece) for piece in zip(texts, pieces.start.tolist(), pieces.stop.tolist(), strict=True)]
+    return pieces, goal.part_of(pieces.document, pieces.start), given
 
 
 def with_marks(length: int) -> list[int]:
@@ -106,7 +139,7 @@ def test_whole_words_are_hidden_whole_and_as_often_as_asked():
     assert 0.29 < picked / total <= 0.301
 
 
-def spans_of(segment: Segment) -> list[list[int]]:
+def spans_of(segment: Made) -> list[list[int]]:
     """The hidden spans of a target, checking its grammar: sentinels in order from the first, EOS at the end."""
     assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
     assert segment.targets[-1] == VOCABULARY.eos
@@ -120,7 +153,7 @@ def spans_of(segment: Segment) -> list[list[int]]:
     return spans
 
 
-def original_of(segment: Segment) -> list[int]:
+def original_of(segment: Made) -> list[int]:
     spans = spans_of(segment)
     named = dict(zip(VOCABULARY.sentinels, spans, strict=False))
     assert [t for t in segment.source.tolist() if t in named] == VOCABULARY.sentinels[: len(spans)]
@@ -190,7 +223,7 @@ def test_a_prefix_ends_anywhere_and_the_rest_is_predicted_as_a_causal_model_does
     assert len(counts) == 51 and abs(np.mean(shares) - 25) < 4 * 51 / np.sqrt(12 * len(shares))
 
 
-def moved(segment: Segment) -> list[list[int]]:
+def moved(segment: Made) -> list[list[int]]:
     """What stands behind PRE, SUF and MID, checking the grammar. Both orders spell the text as first, third, second of these."""
     whole = [*segment.tokens.tolist(), int(segment.targets[-1])]
     assert segment.targets.tolist() == whole[1:] and whole[-1] == VOCABULARY.eos
@@ -216,7 +249,7 @@ def test_a_document_is_cut_at_two_uniform_points_and_the_suffix_comes_first_as_o
     assert abs((swapped[:, 0] == 0).mean() - 0.25 - 0.75 / (length / 2)) < 5 * np.sqrt(3 / 16 / documents)
 
 
-def filled(segment: Segment) -> list[list[int]]:
+def filled(segment: Made) -> list[list[int]]:
     """What each mask of an infilled source stands for, where its tokens are in order."""
     visible = [t for t in segment.source.tolist() if t not in (VOCABULARY.bos, VOCABULARY.eos)]
     text = segment.targets[segment.targets >= FIRST].tolist()
@@ -244,7 +277,7 @@ def test_infilling_writes_every_document_and_shows_the_rest_of_it(lengths, dials
             assert (np.diff(shown) > 0).all()
 
 
-def by_document(made: list[tuple[int, Segment]]) -> list[tuple[int, list[Segment]]]:
+def by_document(made: list[tuple[int, Made]]) -> list[tuple[int, list[Made]]]:
     return [(d, [s for _, s in group]) for d, group in itertools.groupby(made, key=lambda item: item[0])]
 
 
@@ -295,6 +328,7 @@ def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_to
         assert max(int(np.isin(s.source, VOCABULARY.sentinels).sum()) for _, s in made) == 1 + 97  # the modes' own name no span
 
 
+EVERY = (Causal(), Prefix(), Fim(), Masked(), Masked(whole_words=True), Spans(), Continuation(), Infilling())
 ENCODER_DECODER = Mixture(parts=(Spans(weight=3), Spans(density=0.5, mode="X"), Continuation(mode="S", weight=2), Infilling(weight=2)))
 DECODER = Mixture(parts=(Causal(weight=2), Prefix(), Fim()))
 ENCODER = Mixture(parts=(Masked(random=0), Masked(rate=0.15, random=0, whole_words=True)))
@@ -350,6 +384,20 @@ def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, af
             text = list(range(FIRST, FIRST + lengths[document]))
             written = [token for segment in group for token in segment.targets.tolist()]
             assert written == [*before[before[:1] == [start] :], *text, *after]
+
+
+@settings(deadline=None, max_examples=20)
+@given(DOCUMENTS, st.sampled_from([([1], [2]), ([], []), ([50, 51], [])]), st.integers(0, 99))
+@pytest.mark.parametrize("dials", [*EVERY, ENCODER_DECODER], ids=str)
+def test_pieces_made_together_are_those_made_one_after_another(dials, lengths, marks, seed):
+    vocabulary = SmallVocabulary(2000)
+    vocabulary.before, vocabulary.after = marks
+    goal = Objective(dials, vocabulary, 32)
+    _, part_of, given = pieces_of(goal, lengths)
+    rng = np.random.default_rng(seed)
+    alone = [made_of(goal, part_of[i : i + 1], [piece], rng)[0] for i, piece in enumerate(given)]
+    for one, other in zip(made_of(goal, part_of, given, np.random.default_rng(seed)), alone, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_an_objective_is_a_pure_function_of_piece_and_generator():

@@ -188,7 +188,7 @@ def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
     wide, _ = prepare(source, tokenizer, tmp_path / "wide")
     tokenizer._ids_of = {}
     assert narrow.document(7).dtype == np.uint16 and wide.document(7).dtype == np.uint32
-    assert isinstance(narrow.document(7), np.memmap) and narrow.document(7).tolist() == wide.document(7).tolist()
+    assert isinstance(narrow.document(7).base.base, np.memmap) and narrow.document(7).tolist() == wide.document(7).tolist()
     assert (narrow.lengths == wide.lengths).all() and narrow.num_tokens == wide.num_tokens
 
 

@@ -11,9 +11,9 @@ from modeling.batch import IGNORE
 from modeling.config import Refused
 from pretrain import config as dials
 from pretrain import published
-from pretrain.batches import stack
 from pretrain.config import Start
 from pretrain.engine import Place
+from pretrain.layout import stack
 from pretrain.metrics import read_lines
 from pretrain.objectives.config import Continuation, Infilling, Mixture, family
 from pretrain.publish import publish

@@ -15,7 +15,7 @@ from modeling.batch import IGNORE, Batch
 from modeling.transformer import Transformer
 from pretrain import published
 from pretrain.config import Optimizer
-from pretrain.objectives import Objective
+from pretrain.objectives import Objective, Piece
 from pretrain.objectives.config import Causal, Masked, Spans
 from pretrain.optimizer import make_optimizer
 from pretrain.tokenizer import Tokenizer
@@ -70,10 +70,11 @@ def _batches(kind: str, tokenizer: Tokenizer) -> Iterator[Batch]:
     for step in range(STEPS):
         documents = ids[step * ROWS * size :][: ROWS * size].reshape(ROWS, size)
         draws = (np.random.default_rng((0, step, row)) for row in range(ROWS))
-        segments = [objective.segment(0, text, 0, size + marks, draw) for text, draw in zip(documents, draws, strict=True)]
-        tokens, targets = (torch.from_numpy(np.stack([getattr(s, name) for s in segments])) for name in ("tokens", "targets"))
-        sources = [s.source for s in segments if s.source is not None]
-        yield Batch(tokens, None, targets, torch.from_numpy(np.stack(sources)) if sources else None)
+        pieces = [Piece(text, 0, size + marks) for text in documents]
+        drawn = [objective.drawn(0, piece, draw) for piece, draw in zip(pieces, draws, strict=True)]
+        [(_, _, made)] = objective.segments(np.zeros(ROWS), pieces, drawn)
+        tokens, targets = (torch.from_numpy(array.reshape(ROWS, -1)) for array in (made.tokens, made.targets))
+        yield Batch(tokens, None, targets, torch.from_numpy(made.source.reshape(ROWS, -1)) if kind == "T5" else None)
 
 
 def test_the_figure_shows_both_curves_of_each_kind() -> None:
