@@ -4,13 +4,10 @@ In: an engine, the packed rows of each step, a checkpointer, a recorder. Out: me
 Fine-tuning runs this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it depends on the number of ranks beyond rounding.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from pretrain.metrics import Recorder
 from pretrain.optimizer import lr_factor
 from pretrain.saving import Checkpointer
 from pretrain.spikes import give_up, limits, named_before, reason
+from pretrain.stop import StopRequest
 
 
 @dataclass
@@ -167,31 +165,6 @@ def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
     checkpointer.wait()
     if checkpointer.failed is not None:
         raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Mend that and run the same command again.")
-
-
-class StopRequest:
-    """Somebody asked these ranks to save and return: SIGTERM to one of their processes (its host goes away), or a file in the run folder:
-    `stop` from a person, `regroup` from the driver, which goes on with more workers."""
-
-    terminated = False  # of this process, whoever listened
-
-    def __init__(self, run: Path) -> None:
-        self.files = (run / "stop", run / "regroup")
-        if threading.current_thread() is threading.main_thread():  # else whoever owns the process has called `hear` there
-            self.hear()
-
-    @classmethod
-    def hear(cls) -> None:
-        """Take SIGTERM as a request, in this process from now on; only its main thread can say so."""
-        cls.terminated = False
-        signal.signal(signal.SIGTERM, cls._terminate)
-
-    @classmethod
-    def _terminate(cls, number: int, frame: FrameType | None) -> None:
-        cls.terminated = True
-
-    def asked(self) -> bool:
-        return self.terminated or any(file.exists() for file in self.files)
 
 
 def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, bool]:
