@@ -1,14 +1,16 @@
 """How many workers of a run the cluster has room for: in, a recipe's `cluster`; out, a number between its least and its most.
 
-A host counts while Ray calls it alive, nobody drains it, and it takes a connection: Ray needs up to 10 s to notice a dead one, and a group
-placed on it would wait for as long.
+What other runs hold is not counted: this one begins with what is free, and takes more in when they end. A host counts while Ray calls it
+alive, nobody drains it, and it takes a connection: Ray needs up to 10 s to notice a dead one, and a group placed on it would wait for as
+long.
 """
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -16,6 +18,7 @@ from launch.config import Cluster
 from modeling.config import Refused
 
 ANSWER = 1.0  # seconds in which a host takes a connection
+GIVEN_BACK = 2.0  # seconds in which Ray counts as free what a group held that has ended
 SETTLED = 5.0  # seconds for which room must have stayed the same before a running group is ended for it: hosts often come together
 
 
@@ -24,9 +27,19 @@ def needs(cluster: Cluster) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
 
 
-def room(cluster: Cluster) -> int:
-    """How many workers fit on the hosts that are there, up to `cluster.workers`."""
-    return min(cluster.workers, sum(_room(cluster, node["Resources"]) for node in hosts()))
+class Room(NamedTuple):
+    """For how many workers there is room, up to `cluster.workers`."""
+
+    free: int
+    whole: int  # if nobody else used these hosts
+
+
+def room(cluster: Cluster, mine: Counter[str] | None = None) -> Room:
+    """Room on the hosts that are there; `mine`: this run's workers by host, who have theirs."""
+    mine = mine or Counter()
+    there, free = hosts(), ray._private.state.available_resources_per_node()  # private: what is public adds all hosts up
+    fits = (mine[node["NodeID"]] + _fits(cluster, free.get(node["NodeID"], {})) for node in there)
+    return Room(min(cluster.workers, sum(fits)), min(cluster.workers, sum(_fits(cluster, node["Resources"]) for node in there)))
 
 
 def hosts() -> list[dict[str, Any]]:
@@ -47,15 +60,18 @@ def awaited(cluster: Cluster, seconds: float, waiting: Callable[..., None], aske
 
     `waiting(fit=, least=, seconds=)` hears that it takes time.
     """
-    deadline, told = time.monotonic() + seconds, False
-    while (fit := room(cluster)) < cluster.least:
-        if asked() or time.monotonic() >= deadline:
+    began, told = time.monotonic(), False
+    while True:
+        (fit, whole), waited = room(cluster), time.monotonic() - began
+        enough, settled = fit >= cluster.least, fit == whole or waited >= GIVEN_BACK
+        if enough and settled:
+            return fit
+        if not enough and (asked() or (settled and waited >= seconds)):
             raise Refused(_too_few(cluster, fit, seconds))
-        if not told:
+        if not enough and settled and not told:
             waiting(fit=fit, least=cluster.least, seconds=seconds)
-        told = True
+            told = True
         time.sleep(0.5)
-    return fit
 
 
 class Growth:
@@ -64,16 +80,16 @@ class Growth:
     def __init__(self, cluster: Cluster, workers: int) -> None:
         self.cluster, self.workers, self._fit, self._since = cluster, workers, workers, time.monotonic()
 
-    def wanted(self) -> int | None:
+    def wanted(self, mine: Counter[str]) -> int | None:
         """The other size: more, once it has been the same for a while, or fewer, where hosts are drained (of dead ones the group fails)."""
-        now, fit = time.monotonic(), room(self.cluster)
+        now, fit = time.monotonic(), room(self.cluster, mine).free
         if fit != self._fit:
             self._fit, self._since = fit, now
         grown = fit > self.workers and now - self._since >= SETTLED
         return fit if grown or (fit < self.workers and drained()) else None
 
 
-def _room(cluster: Cluster, there: dict[str, float]) -> int:
+def _fits(cluster: Cluster, there: dict[str, float]) -> int:
     return min(int(there.get(kind, 0) / amount + 1e-6) for kind, amount in needs(cluster).items())
 
 
@@ -86,9 +102,12 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def _too_few(cluster: Cluster, fit: int, seconds: float) -> str:
-    total = ray.cluster_resources()
+    total, free = ray.cluster_resources(), ray.available_resources()
     each = " and ".join(f"{amount:g} {kind}s" for kind, amount in needs(cluster).items())
-    all_of = " and ".join(f"{amount * cluster.least:g} {kind}s ({total.get(kind, 0):g} there)" for kind, amount in needs(cluster).items())
+    all_of = " and ".join(
+        f"{amount * cluster.least:g} {kind}s ({total.get(kind, 0):g} there, {free.get(kind, 0):g} of them free)"
+        for kind, amount in needs(cluster).items()
+    )
     waited = f" after {seconds:g} s" if seconds else ""
     return (
         f"{cluster.least} workers need {all_of}{waited}: {fit} fit, with {each} each. Lower cluster.workers, let it begin with fewer"

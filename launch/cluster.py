@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -39,6 +40,7 @@ EVERY = 2.0  # seconds between looks at all ranks and hosts
 def join(address: str | None = None, cpus: float = 0) -> None:
     """Join the cluster at `address` (HOST:PORT), or start one of at least `cpus` on this machine's loopback (5 s; ports that are free)."""
     logging.getLogger("ray").setLevel(logging.ERROR)
+    heard = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         if address is not None:
@@ -50,18 +52,22 @@ def join(address: str | None = None, cpus: float = 0) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except Exception as error:  # Ray raises whatever it likes, the plain class too
         where = f"no Ray cluster answers at {address} (HOST:PORT)" if address else "Ray could not start on this machine"
         raise Refused(f"{where}: {_why(error)}.") from error
+    if callable(heard):  # Ray has taken it, and would exit without a save
+        signal.signal(signal.SIGTERM, heard)
 
 
 def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
-    """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until done, through up to `max_restarts` failures.
+    """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until done, through up to `max_restarts` failures in
+    a row: a checkpoint between two of them begins the count anew.
 
     Hosts that come are taken in: the group saves and ends, and a larger one goes on. After `asked()` no other is started.
     """
     join(address, recipe.cluster.workers * recipe.cluster.cpus_per_worker)
     folder, cluster, restarts = Path(recipe.run), recipe.cluster, 0
+    saves = _saves(folder)
     workers = capacity.awaited(cluster, cluster.wait_at_start, partial(_tell, folder, "waiting"), asked)
     for number in itertools.count():
         watch = _Watch(recipe, workers)
@@ -76,6 +82,8 @@ def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Call
             continue
         if isinstance(failure.error, Refused):
             raise failure.error
+        if (now := _saves(folder)) > saves:
+            restarts, saves = 0, now
         end = watch.hung or End(failure.rank, _end(recipe, failure))
         _tell(folder, "failed", rank=end.rank, error=end.why, workers=workers)
         verdict = page(recipe, workers, end, restarts, _tail)
@@ -102,13 +110,15 @@ class _Watch:
         self._growth, self._watchdog = capacity.Growth(recipe.cluster, workers), Watchdog(recipe)
 
     def look(self) -> None:
-        if not self._placed and len(heartbeat.read(self.folder)) == self.workers:
+        beats = heartbeat.read(self.folder)
+        if not self._placed and len(beats) == self.workers:
             self._placed = True
             _tell(self.folder, "placed", workers=self.workers)
         if (now := time.monotonic()) < self._next:
             return
         self._next = now + EVERY
-        if self._placed and not self.regroup.exists() and (fit := self._growth.wanted()) is not None:
+        mine = Counter(beat.node for beat in beats.values())
+        if self._placed and not self.regroup.exists() and (fit := self._growth.wanted(mine)) is not None:
             _tell(self.folder, "resizing", workers=self.workers, fit=fit)
             self.regroup.touch()
         if (beat := self._watchdog.hanging()) is not None:
@@ -151,6 +161,11 @@ def _stopped(folder: Path) -> bool:
     """Whether the last group was asked to save and end before its last step."""
     ends = [event["event"] for event in read_lines(folder / "events.jsonl") if event["event"] in ("stopped", "finished")]
     return ends[-1:] == ["stopped"]
+
+
+def _saves(folder: Path) -> int:
+    """How many checkpoints the run has committed so far."""
+    return sum(event["event"] == "save_committed" for event in read_lines(folder / "events.jsonl"))
 
 
 def _tell(folder: Path, event: str, **facts: Any) -> None:

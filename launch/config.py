@@ -6,6 +6,7 @@ for each mistake. Paths in values are relative to where the command runs, `exten
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +32,7 @@ class Cluster(Settings):
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads_per_worker: int = Field(default=0, ge=0)  # 0: the machine's cores shared among its workers
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: int = Field(default=3, ge=0)  # after failures in a row, with no checkpoint saved between them
 
     @property
     def least(self) -> int:
@@ -64,6 +65,11 @@ class FinetuneRecipe(Finetune):
 AnyRecipe = Recipe | FinetuneRecipe
 R = TypeVar("R", Recipe, FinetuneRecipe)
 S = TypeVar("S", bound=Settings)
+
+
+def again(recipe: AnyRecipe) -> str:
+    """The command that continues a run."""
+    return shlex.join(["trifold", recipe.command, f"{recipe.run}/config.yaml"])
 
 
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
@@ -164,7 +170,7 @@ def _found(path: Path) -> Path:
     for candidate in (path, CLONE / path):
         if candidate.is_file():
             return candidate
-    raise Refused(f"there is no recipe {path}, neither from {Path.cwd()} nor from {CLONE}.")
+    raise Refused(f"there is no recipe {path}, looked for from {' and from '.join(dict.fromkeys(map(str, (Path.cwd(), CLONE))))}.")
 
 
 def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:

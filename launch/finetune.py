@@ -17,7 +17,7 @@ from finetune import answer, run
 from finetune.evaluate import Opened, report
 from finetune.run import TASKS
 from launch.changes import settle
-from launch.config import FinetuneRecipe, dials
+from launch.config import FinetuneRecipe, again, dials
 from launch.pretrain import stopping
 from launch.progress import Watch
 from launch.trackers import told
@@ -44,7 +44,7 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
 
                 cluster.run(recipe, run.train, address, stop.asked)
     if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
-        console.print(f"Continue with: trifold finetune {folder}/config.yaml", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
     show(read_json(folder / "scores.json"), console)
 

@@ -90,11 +90,11 @@ class Jobs:
         try:
             asyncio.run(_shown(self._client.tail_job_logs(job.submission_id), console))
         except KeyboardInterrupt:
-            ways = (f"trifold {way} --address {self.address}" for way in (f"logs {name} -f", f"stop {name}"))
+            ways = self._command("logs", name, "-f"), self._command("stop", name)
             return console.print("{} goes on without you. Back to it: {}    End it: {}".format(name, *ways), **_PLAIN)
         status = self._client.get_job_status(job.submission_id)
         if status != JobStatus.SUCCEEDED:
-            raise Refused(f"{name} {ENDED.get(status, status)}. Continue with: trifold resume {name} --address {self.address}")
+            raise Refused(f"{name} {ENDED.get(status, status)}. Continue with: {self._command('resume', name)}")
 
     def logs(self, name: str, console: Console) -> None:
         """What a run's newest job has said so far."""
@@ -124,7 +124,8 @@ class Jobs:
             if time.monotonic() > deadline:
                 self._client.stop_job(job.submission_id)
                 raise Refused(
-                    f"{name} did not save within {wait:g} s, and its job was ended. What it saved before stays: trifold status {name}"
+                    f"{name} did not save within {wait:g} s, and its job was ended. What it saved before stays:"
+                    f" {self._command('status', name)}"
                 )
             ask.touch()  # again: a run that is only beginning clears away old requests
             time.sleep(0.5)
@@ -187,10 +188,14 @@ class Jobs:
             raise Refused(f"the run folder {folder} is not to be seen from here: ask from where the cluster's storage is mounted.")
         return folder
 
+    def _command(self, *words: str) -> str:
+        """What to type for another look at this cluster."""
+        return shlex.join(["trifold", *words, "--address", self.address])
+
     def _already(self, run: Path, status: Any) -> NoReturn:
         raise Refused(
-            f"{run} is being trained already ({status.value.lower()}): follow it with trifold logs {run.name} -f, or end it with"
-            f" trifold stop {run.name}."
+            f"{run} is being trained already ({status.value.lower()}): follow it with {self._command('logs', run.name, '-f')}, or end it"
+            f" with {self._command('stop', run.name)}"
         )
 
 

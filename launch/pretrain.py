@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.changes import settle
-from launch.config import Recipe
+from launch.config import Recipe, again
 from launch.plan import beside
 from launch.progress import Watch
 from launch.trackers import told
@@ -56,7 +56,7 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
 
                 cluster.run(recipe, run.train, address, stop.asked)
     if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
-        console.print(f"Continue with: trifold pretrain {folder}/config.yaml", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
     console.print(scores(recipe))
     if (table := beside(recipe)) is not None:

@@ -34,7 +34,7 @@ EVENTS = {
     "failed": "rank {rank} failed: {error}",
     "restarting": "starting {workers} workers again (restart {attempt})",
     "waiting": "{fit} workers fit, {least} are needed: waiting up to {seconds} s for hosts",
-    "resizing": "{fit} workers fit now: the {workers} save, and more go on",
+    "resizing": "{fit} workers fit now: the {workers} save, and {fit} go on",
     "regrouping": "going on with {workers} workers",
     "hanging": "rank {rank} on {host} hangs at {phase} in step {step}: this attempt is ended",
     "terminated": "rank {rank} is told to end (SIGTERM): saving",

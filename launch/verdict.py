@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import AnyRecipe
+from launch.config import AnyRecipe, again
 from modeling.config import Refused
 from pretrain import heartbeat, storage
 from pretrain.heartbeat import Beat
@@ -40,7 +40,7 @@ class Watchdog:
     def hanging(self) -> Beat | None:
         """The rank that holds up the others, where nobody has come forward for too long."""
         beats = heartbeat.read(self.run)
-        if (seen := sum(beat.beats for beat in beats.values())) != self._seen:
+        if (seen := sum(beat.beats + beat.written for beat in beats.values())) != self._seen:
             self._seen, self._since = seen, time.monotonic()
         if not beats or time.monotonic() - self._since < self.timeout + LATE:
             return None
@@ -66,7 +66,7 @@ def page(recipe: AnyRecipe, workers: int, end: End, restarts: int, tail: Callabl
         if last := tail(beat):
             lines += ["  It said last:", *(f"    {line[:300]}" for line in last[-LINES:])]
         lines += [f"  rank {rank} on {other.host}: {_place(other)}" for rank, other in sorted(beats.items())[:RANKS] if rank != end.rank]
-    return "\n".join([*lines, _saved(recipe) + f" Continue with: trifold {recipe.command} {recipe.run}/config.yaml"])
+    return "\n".join([*lines, _saved(recipe) + f" Continue with: {again(recipe)}"])
 
 
 def last_lines(log: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Where a rank is, in files that outlive it, for whoever has to say why a run ended.
 
     RUN/workers/rank-00001.json    who it is (rank, host, pid, log) and where (step, rows, micro, phase), with a count of its phases: all
-                                   ranks go through the same ones, so whose count is lowest is behind
+                                   ranks go through the same ones, so whose count is lowest is behind; and of what its saves have written
     RUN/workers/rank-00001.stack   the Python stacks of its threads, when it came no further for `patience` seconds
 
 In: `at(...)` wherever the work of a rank changes. A process is one rank, so its heartbeat belongs to the process; before `begin` (tests, a
@@ -40,6 +40,7 @@ class Beat:
     rows: list[int] | None = None  # of that step, first and last
     micro: int | None = None  # which one, of this rank's
     phase: str = "starting"
+    written: int = 0  # pieces of checkpoints so far, by the thread that saves: who waits for a save that comes forward does not hang
 
 
 class Heartbeat:
@@ -48,7 +49,8 @@ class Heartbeat:
     def __init__(self, run: Path, rank: int, host: str, node: str, log: str, patience: float) -> None:
         self._facts = {"rank": rank, "host": host, "node": node, "pid": os.getpid(), "log": log[: SIZE // 2]}
         self._facts["thread"] = f"0x{threading.get_ident():016x}"
-        self._where: dict[str, Any] = {"beats": 0, "step": 0, "rows": None, "micro": None, "phase": "starting"}
+        self._where: dict[str, Any] = {"beats": 0, "step": 0, "rows": None, "micro": None, "phase": "starting", "written": 0}
+        self._lock = threading.Lock()  # between the thread that trains and the one that saves
         self._patience = patience
         self.lease: Lease | None = None
         (run / "workers").mkdir(parents=True, exist_ok=True)
@@ -58,14 +60,21 @@ class Heartbeat:
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def at(self, phase: str, **where: Any) -> None:
-        self._where |= {"micro": None, **where, "phase": phase, "beats": self._where["beats"] + 1}
-        os.pwrite(self._file, json.dumps(self._facts | self._where).ljust(SIZE).encode(), 0)
+        self._tell({"micro": None, **where, "phase": phase}, "beats")
+
+    def wrote(self) -> None:
+        self._tell({}, "written")
+
+    def _tell(self, where: dict[str, Any], counted: str) -> None:
+        with self._lock:
+            self._where |= {**where, counted: self._where[counted] + 1}
+            os.pwrite(self._file, json.dumps(self._facts | self._where).ljust(SIZE).encode(), 0)
 
     def _watch(self) -> None:
         seen, ticks = 0, itertools.count()
         while True:
-            if self._where["beats"] != seen:  # C's own timer, which also runs where a call holds Python's lock for ever
-                seen = self._where["beats"]
+            if (now := self._where["beats"] + self._where["written"]) != seen:
+                seen = now  # C's own timer also runs where a call holds Python's lock for ever
                 faulthandler.dump_traceback_later(self._patience, file=self._stack)
             time.sleep(1)
             if self.lease is not None and next(ticks) % (1 if isinstance(self.lease.run, Path) else 15) == 0:  # there a look is a request
@@ -95,6 +104,12 @@ def at(phase: str, **where: Any) -> None:
     """This rank begins a phase: `step` and `rows` hold until they are given anew, `micro` for this phase."""
     if _mine is not None:
         _mine.at(phase, **where)
+
+
+def wrote() -> None:
+    """A piece of this rank's part of a checkpoint is written."""
+    if _mine is not None:
+        _mine.wrote()
 
 
 def end_when_superseded(lease: Lease) -> None:

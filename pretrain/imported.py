@@ -4,6 +4,7 @@ Nothing is written. Cost: the weights are read once, as training from the folder
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _tokenizer(folder: Path) -> Iterator[tuple[str, str]]:
         return
     kind = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"]
     yield "tokenizer", f"{kind}, {tokenizer.vocab_size} pieces"
-    yield "trained on", f"yes: trifold pretrain CONFIG model.from={folder}"
+    yield "trained on", f"yes: trifold pretrain CONFIG {shlex.quote(f'model.from={folder}')}"
 
 
 def _publishable(found: Found, special: Mapping[str, int]) -> str:

@@ -33,7 +33,7 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
         from modeling.config import Refused
         from pretrain import heartbeat
         from pretrain.metrics import append_line
-        from pretrain.train import StopRequest
+        from pretrain.stop import StopRequest
 
         if place.init_method:
             dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
@@ -159,7 +159,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack_and_ended(ray_clust
 
 def test_a_host_that_comes_is_taken_in_and_one_that_goes_is_left_both_after_a_save(ray_cluster, tmp_path, monkeypatch):
     room = [1]
-    monkeypatch.setattr(capacity, "room", lambda cluster: room[0])
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(room[0], room[0]))
     monkeypatch.setattr(capacity, "SETTLED", 0.0)
 
     def events(kind: str) -> list[dict[str, object]]:
@@ -180,6 +180,31 @@ def test_a_host_that_comes_is_taken_in_and_one_that_goes_is_left_both_after_a_sa
     assert not events("failed") and read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 60
 
 
+def test_a_run_begins_beside_another_with_what_is_free_and_takes_the_rest_in_when_that_ends(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(capacity, "SETTLED", 0.5)
+    cluster.join()
+    import ray
+
+    @ray.remote
+    class Other:
+        """Another run's worker."""
+
+    other = Other.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
+    ray.get(other.__ray_ready__.remote())
+    with pytest.raises(Refused, match=r"2 workers need 2 CPUs \(\d there, 1 of them free\): 1 fit"):
+        cluster.run(recipe(tmp_path), stand_in())
+
+    def end_it() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        ray.kill(other)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    cluster.run(recipe(tmp_path, min_workers=1, steps=100), stand_in())
+    assert [event["world"] for event in read_lines(tmp_path / "events.jsonl") if event["event"] == "started"] == [1, 2]
+    assert "failed" not in kinds(tmp_path)
+
+
 def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_cluster, tmp_path):
     with pytest.raises(Refused, match=r"^the disk is full: 0 bytes left$"):
         cluster.run(recipe(tmp_path), stand_in(refuse_at=3))
@@ -187,6 +212,10 @@ def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_clus
 
 
 def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
+    import ray
+
+    ray.shutdown()  # so that it starts inside, where it takes SIGTERM for itself
+
     def terminate() -> None:
         while not read_lines(tmp_path / "metrics.jsonl"):
             time.sleep(0.02)
@@ -203,16 +232,34 @@ def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
 
 def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp_path):
     cluster.join()
-    with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there\): \d+ fit.*cluster.wait_at_start=600"):
+    with pytest.raises(Refused, match=r"900 workers need 900 CPUs \(\d+ there, \d+ of them free\): \d+ fit.*cluster.wait_at_start=600"):
         cluster.run(recipe(tmp_path, workers=900), stand_in())
+
+
+def test_a_run_that_saves_between_its_failures_outlives_more_of_them_than_max_restarts(tmp_path, monkeypatch):
+    lost = Failure(0, RuntimeError("lost"), died=False)
+    saves = iter([False, True, True, False, False])
+    monkeypatch.setattr(cluster, "join", lambda *_: None)
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(2, 2))
+
+    def ends(*_: object) -> Failure:
+        if next(saves):
+            append_line(tmp_path / "events.jsonl", {"event": "save_committed"})
+        return lost
+
+    monkeypatch.setattr(cluster, "attempt", ends)
+    with pytest.raises(Refused, match=r"1 restarts of 1 were used: RuntimeError: lost"):
+        cluster.run(recipe(tmp_path, max_restarts=1), stand_in())
+    assert kinds(tmp_path).count("failed") == 4 and next(saves) is False
 
 
 @pytest.mark.parametrize(("limit", "told"), [(30.0, ["failed", "waiting", "restarting"]), (0.6, ["failed", "waiting"])])
 def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path, monkeypatch, limit, told):
     ends, rooms = iter([Failure(0, RuntimeError("lost"), died=False), None]), iter([2, 1, 1, 1, 2])
     monkeypatch.setattr(cluster, "join", lambda *_: None)  # no Ray and no training: what the driver makes of hosts and ends
-    monkeypatch.setattr(capacity, "room", lambda cluster: next(rooms))
-    monkeypatch.setattr(capacity.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(fit := next(rooms), fit))
+    for which in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(capacity.ray, which, lambda: {"CPU": 1.0})
     monkeypatch.setattr(cluster, "attempt", lambda *_: next(ends))
     if limit > 1:
         cluster.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
