@@ -125,7 +125,7 @@ def _all_reduce(found: Examined, actors: list[Any], alive: list[dict[str, Any]])
     devices = [0 if i < len(places) else 1 for i in range(len(ranks))] if gpus else [None] * len(ranks)
     found.ranks, found.backend = len(ranks), "nccl" if gpus else "gloo"
     first = found.nodes[places[0]]["address"]
-    meet = (first, ray.get(ranks[0].port.remote(first)))
+    meet = (first, ray.get(ranks[0].listen.remote(first)))
     told = _asked([actor.all_reduce.remote(rank, len(ranks), meet, devices[rank]) for rank, actor in enumerate(ranks)])
     if failures := [str(answer) for answer in told if isinstance(answer, _Silent)]:
         found.failed = failures[0]

@@ -81,11 +81,6 @@ class Node:
         self.listener = socket.create_server((address, 0), backlog=4096)
         return self.listener.getsockname()[1]
 
-    def port(self, address: str) -> int:
-        """A port of that address that is free now."""
-        with socket.create_server((address, 0)) as listener:
-            return listener.getsockname()[1]
-
     def reach(self, peers: list[tuple[str, int]]) -> list[str]:
         """For each (address, port): why it cannot be reached, or ""."""
 
@@ -130,15 +125,20 @@ class Node:
                 path.unlink(missing_ok=True)
 
     def all_reduce(self, rank: int, world: int, meet: tuple[str, int], device: int | None) -> list[float]:
-        """Seconds of an all-reduce of each of SIZES among `world` processes that meet at rank 0; over NCCL where there is a `device`."""
+        """Seconds of an all-reduce of each of SIZES among `world` processes; over NCCL where there is a `device`.
+
+        They meet where rank 0 listens, on that address alone: torch's own server would listen on all networks of its machine.
+        """
         if device is not None:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from who reserves none
         import torch
         import torch.distributed as dist
 
         where = "cpu" if device is None else f"cuda:{device}"
-        how = f"tcp://{meet[0]}:{meet[1]}"
-        dist.init_process_group("gloo" if device is None else "nccl", how, timedelta(seconds=30), rank=rank, world_size=world)
+        listening = self.listener.detach() if rank == 0 else None
+        store = dist.TCPStore(*meet, world, rank == 0, timedelta(seconds=30), master_listen_fd=listening)
+        how = "gloo" if device is None else "nccl"
+        dist.init_process_group(how, store=store, timeout=timedelta(seconds=30), rank=rank, world_size=world)
         try:
             return [_timed(torch.ones(size // 4, device=where)) for size in SIZES]
         finally:
