@@ -21,6 +21,8 @@ MACHINE = (  # a full disk, a folder that may not be written or is a file: not a
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
 )  # fmt: skip
 
+Published = Annotated[Path, typer.Argument(help="a published folder")]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -114,7 +116,7 @@ def pretrain(
 
 @app.command()
 def publish(
-    run: Path,
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
     out: Annotated[Path, typer.Option(help="the folder to make")],
     weights: Annotated[Literal["ema", "trained"] | None, typer.Option(help="averaged (the default where there are any) or trained")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA adapters alone, in PEFT's format")] = False,
@@ -138,7 +140,7 @@ def publish(
 
 
 @app.command()
-def verify(folder: Path) -> None:
+def verify(folder: Published) -> None:
     """Check a published folder against the stock class: one page, exit 1 on any miss."""
     from pretrain.verify import verify
 
@@ -151,7 +153,7 @@ def verify(folder: Path) -> None:
 
 
 @app.command("import")
-def import_(folder: Path) -> None:
+def import_(folder: Annotated[Path, typer.Argument(help="a folder with config.json and *.safetensors")]) -> None:
     """Show what Trifold reads of a folder that stock classes load: architecture, tokenizer, what is dropped, what can be done with it."""
     from pretrain.imported import describe
 
@@ -175,7 +177,7 @@ def finetune(
 
 @app.command()
 def evaluate(
-    folder: Path,
+    folder: Published,
     task: Annotated[str, typer.Option(help="a fine-tuning recipe: its task's dev examples are answered")],
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="a file for the predictions, as JSON lines")] = None,
@@ -188,7 +190,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    folder: Path,
+    folder: Published,
     text: Annotated[str | None, typer.Argument(help="a text, or question<TAB>context; without it, lines of --file or stdin")] = None,
     file: Annotated[Path | None, typer.Option(help="a file with a text on each line")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON lines: entities with their spans, answers with their scores")] = False,

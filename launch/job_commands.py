@@ -12,7 +12,8 @@ app = typer.Typer()
 
 Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
 Changes = Annotated[list[str] | None, typer.Argument(help="changes to it, such as optimizer.lr=1e-3", metavar="[KEY=VALUE]...")]
-RunName = Annotated[str | None, typer.Argument(help="a run's name: that of its folder", metavar="[RUN]")]
+RunName = Annotated[str, typer.Argument(help="a run's name: that of its folder", metavar="RUN")]
+AnyRun = Annotated[str | None, typer.Argument(help="a run's name: that of its folder; without it all runs", metavar="[RUN]")]
 Address = Annotated[str, typer.Option(help="the cluster's job server", envvar="RAY_API_SERVER_ADDRESS")]
 JOBS = "http://127.0.0.1:8265"
 Code = Annotated[bool, typer.Option("--code", help="ship this working tree, instead of using the Trifold installed there")]
@@ -33,7 +34,7 @@ def submit(
 
 
 @app.command()
-def status(run: RunName = None, address: Address = JOBS) -> None:
+def status(run: AnyRun = None, address: Address = JOBS) -> None:
     """How the runs of a cluster stand, or one of them."""
     from launch.jobs import Jobs
 
@@ -42,7 +43,7 @@ def status(run: RunName = None, address: Address = JOBS) -> None:
 
 @app.command()
 def logs(
-    run: str,
+    run: RunName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="stay with it until it ends or Ctrl-C")] = False,
     address: Address = JOBS,
 ) -> None:
@@ -55,7 +56,7 @@ def logs(
 
 @app.command()
 def stop(
-    run: str,
+    run: RunName,
     wait: Annotated[float, typer.Option(help="seconds until its job is ended without a save")] = 600,
     address: Address = JOBS,
 ) -> None:
@@ -67,7 +68,7 @@ def stop(
 
 @app.command()
 def resume(
-    run: str,
+    run: RunName,
     address: Address = JOBS,
     code: Code = False,
 ) -> None:

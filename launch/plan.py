@@ -55,7 +55,7 @@ def plan(recipe: Recipe, where: Where, console: Console) -> dict[str, Any]:
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     table = Table(title=f"{recipe.run} on {where.ranks} {where.device} rank(s)", show_header=False)
     for name, value in found.items():
-        table.add_row(name.replace("_", " "), shown(name, value))
+        table.add_row(_said(name), shown(name, value))
     console.print(table)
     if found["memory_peak_bytes"] > where.memory:
         console.print(
@@ -118,7 +118,7 @@ def beside(recipe: Recipe) -> Table | None:
     for name in ("", "planned", "measured", "off by"):
         table.add_column(name, justify="right" if name else "left")
     for name, value in found.items():
-        table.add_row(name.replace("_", " "), shown(name, said[name]), shown(name, value), f"{100 * (said[name] / value - 1):+.0f} %")
+        table.add_row(_said(name), shown(name, said[name]), shown(name, value), f"{100 * (said[name] / value - 1):+.0f} %")
     return table
 
 
@@ -133,6 +133,11 @@ def measured(folder: Path) -> dict[str, float]:
         "checkpoint_seconds": [e["seconds"] for e in events if e["event"] == "save_committed"],
     }
     return {name: median(values) for name, values in found.items() if values and max(values) > 0}
+
+
+def _said(name: str) -> str:
+    """A name as a table says it; bytes have their unit in the value."""
+    return name.removesuffix("_bytes").replace("memory_", "memory: ").replace("_", " ")
 
 
 def shown(name: str, value: Any) -> str:

@@ -176,4 +176,4 @@ def _data(run: Path, recipe: dict[str, Any]) -> str:
 
 
 def _list(facts: dict[str, Any]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return "\n".join(f"- {name}: {f'{value:.4f}' if isinstance(value, float) else value}" for name, value in facts.items())
