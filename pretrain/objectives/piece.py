@@ -124,12 +124,12 @@ class Marks:
                 document[low:high],
                 self.after[max(low - len(document), 0) : max(high - len(document), 0)],
             )
-        start, stop = np.array([piece.start for piece in pieces]), np.array([piece.stop for piece in pieces])
-        text_end = np.array([len(piece.document) for piece in pieces]) + shift
-        end = (stop - start + len(lead)).cumsum()
-        offset = end - stop
-        first, last = np.minimum(np.maximum(shift, start), stop), np.minimum(np.maximum(text_end, start), stop)
-        return Joined(np.concatenate(chunks, dtype=np.int64), offset + start - len(lead), offset + first, offset + last, end)
+        starts, stops = np.array([piece.start for piece in pieces]), np.array([piece.stop for piece in pieces])
+        text_ends = np.array([len(piece.document) for piece in pieces]) + shift
+        ends = (stops - starts + len(lead)).cumsum()
+        first, last = (np.minimum(np.maximum(edges, starts), stops) for edges in (shift, text_ends))
+        moved = ends - stops  # from places in the document to places here
+        return Joined(np.concatenate(chunks, dtype=np.int64), moved + starts - len(lead), moved + first, moved + last, ends)
 
     def text(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """How many of the positions of pieces (N,) are no marks."""
