@@ -18,7 +18,8 @@ from finetune.run import open_rows as task_rows
 from finetune.run import open_tasks
 from finetune.scores import Sacre, intervals
 from launch import report
-from launch.config import AnyRecipe, FinetuneRecipe, Recipe, flatten
+from launch.changes import differences
+from launch.config import AnyRecipe, FinetuneRecipe, Recipe, flatten, resolve
 from launch.finetune import finetune
 from launch.pretrain import pretrain
 from launch.probes import Map, ends, maps, opened, reach, speed
@@ -33,6 +34,7 @@ from pretrain.tokenizer import Tokenizer
 
 LARGEST = 1.1  # times as many parameters as the smallest
 OWN = ("run", "model.", "task.crf", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.")  # in what compared recipes may differ
+ELSEWHERE = ("run", "cluster.", "engine.", "checkpoints.", "trackers")  # by what no result of a finished run changes
 BINS = 6  # of sentence length: each a sixth of the sentences
 
 
@@ -77,8 +79,9 @@ class Run:
 
 def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Console) -> Path:
     """Train what is not trained yet, measure, and write the report. Raises Refused where the recipes are not comparable."""
+    report.ready(out)  # this, and what follows, is refused before anything is trained
     if word:
-        ends(sentence or "", word)  # refused before anything is trained
+        ends(sentence or "", word)
     comparable(recipes)
     for recipe in recipes:
         if not _finished(recipe):
@@ -93,11 +96,15 @@ def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word:
 
 def comparable(recipes: Sequence[AnyRecipe]) -> None:
     """Refuse models of one group that differ by more than a tenth in parameters, and recipes that differ in what is learned from."""
+    if not recipes:
+        raise Refused("there is no recipe to compare: name some, such as configs/compare/world-*.yaml.")
     for a, b in combinations(recipes, 2):
-        if a.run == b.run:
+        if Path(a.run).resolve() == Path(b.run).resolve():
             raise Refused(f"two recipes have the run folder {a.run}: give each its own `run`.")
         if _group(a) != _group(b):
             continue
+        if Path(a.run).name == Path(b.run).name:
+            raise Refused(f"{a.run} and {b.run} end in the same name, which the report knows them by: rename one.")
         small, large = sorted(((num_parameters(_shape(r)), r.run) for r in (a, b)), key=lambda pair: pair[0])
         if large[0] > LARGEST * small[0]:
             raise Refused(
@@ -121,6 +128,13 @@ def _shape(recipe: AnyRecipe) -> ModelConfig:
 
 
 def _finished(recipe: AnyRecipe) -> bool:
+    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or scores the model anew."""
+    file = Path(recipe.run) / "config.yaml"
+    if not file.exists() or any(
+        not change.key.startswith(ELSEWHERE)
+        for change in differences(resolve(file, kind=type(recipe)), recipe, recipe.steps)  # type: ignore[type-var]
+    ):
+        return False
     events = [line["event"] for line in read_lines(Path(recipe.run) / "events.jsonl")]
     steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
     if isinstance(recipe, FinetuneRecipe):

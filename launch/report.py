@@ -23,10 +23,17 @@ _LOOK = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 _STYLE = "body{font:16px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;font-size:.85em}td{white-space:nowrap}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"  # noqa: E501
 
 
+def ready(out: Path) -> None:
+    """Raises Refused or OSError where a report could not be drawn, or not be written to the folder `out`."""
+    _matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".writable").touch()
+    (out / ".writable").unlink()
+
+
 def write(out: Path, runs: Sequence["Run"]) -> Path:
     """The report in the folder `out`. Returns the path of report.html."""
     plt = _matplotlib()
-    out.mkdir(parents=True, exist_ok=True)
     parts = []
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]

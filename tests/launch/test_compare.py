@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from launch import probes
 from launch.cli import app
-from launch.compare import Point, comparable, compare, curve
+from launch.compare import Point, _finished, comparable, compare, curve
 from launch.config import FinetuneRecipe, resolve_any
 from launch.probes import maps, reach
 from modeling.batch import Batch
 from modeling.config import Refused
 from modeling.transformer import build
+from pretrain import published
 from pretrain.layout import Row
 from pretrain.metrics import append_line, read_lines
 from tests.finetune.small_tasks import vocabulary, write_pairs
@@ -96,12 +97,48 @@ def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: 
         compare([a, a], tmp_path, None, None, console)
 
 
+def test_a_finished_run_of_another_recipe_is_refused_or_scored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "POSITIONS", 64)
+    console, out, events = Console(quiet=True), tmp_path / "out", tmp_path / "gru" / "events.jsonl"
+    compare(recipes(tmp_path, ["gru"]), out, None, None, console)
+    with pytest.raises(Refused, match=r"optimizer\.lr: 0\.001 there, 0\.5 here"):
+        compare(recipes(tmp_path, ["gru"], optimizer={"lr": 0.5}), out, None, None, console)
+    assert all(_finished(recipe) for recipe in recipes(tmp_path, ["gru"], engine={"recompute": True}))
+    compare(recipes(tmp_path, ["gru"], generation={"max_new": 1}), out, None, None, console)
+    assert [line["event"] for line in read_lines(events)].count("scored") == 2
+    assert all(len(line["prediction"]) < 12 for line in read_lines(tmp_path / "gru" / "predictions.jsonl"))
+
+
+def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    console, (a, b) = Console(quiet=True), recipes(tmp_path, ["gru", "gru-attention"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        compare([a, b], tmp_path / "file", None, None, console)
+    alike = [r.model_copy(update={"run": str(tmp_path / part / "same")}) for r, part in ((a, "p"), (b, "q"))]
+    with pytest.raises(Refused, match=r"p/same and .*q/same end in the same name"):
+        compare(alike, tmp_path / "out", None, None, console)
+    with pytest.raises(Refused, match="two recipes have the run folder"):
+        compare([a, a.model_copy(update={"run": f"{tmp_path}/x/../gru"})], tmp_path / "out", None, None, console)
+    with pytest.raises(Refused, match="there is no recipe"):
+        compare([], tmp_path / "out", None, None, console)
+    assert not {"gru", "gru-attention", "p", "q"} & {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("names", ["world-*.yaml", "multi30k-*.yaml", "wnut17-*.yaml", "broad-twitter-*.yaml"])
-def test_the_shipped_recipes_are_comparable(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_recipes_are_comparable(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIFOLD_DATA", "data")
+    monkeypatch.chdir(tmp_path)
     files = sorted((CONFIGS_FOLDER / "compare").glob(names))
     assert len(files) > 2
-    comparable([resolve_any(file) for file in files])
+    found: list[Any] = [resolve_any(file) for file in files]
+    for file, recipe in zip(files, found, strict=True):
+        if isinstance(recipe, FinetuneRecipe) and recipe.model.folder is not None:  # of the tweets' recipe of that name, published
+            shape = resolve_any(file.with_name(file.name.replace("wnut17", "broad-twitter"))).model.config  # type: ignore[union-attr]
+            folder, words = Path(recipe.model.folder), vocabulary(tmp_path)
+            folder.mkdir(parents=True)
+            published.write(folder, shape, build(shape, 1).state_dict(), words)
+            published.seal(folder, shape, words, "no data", {})
+    comparable(found)
 
 
 def test_the_world_that_is_written_is_what_its_recipes_learn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
