@@ -65,7 +65,8 @@ def assemble(rows: Sequence[Sequence[Segment]], room: Room, pad: int) -> list[Ro
 def lay_out(groups: Sequence[Group], counts: Sequence[int], room: Room, pad: int, mixed: bool = False) -> list[Row]:
     """Rows of the next `counts` segments each, side by side and numbered from 1; the rest is padding (segment 0, target IGNORE, picked -1).
     `mixed`: of several parts, and the rows say which."""
-    row_of, firsts = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts, dtype=np.int64) - counts
+    many = np.array(counts, np.int64)  # also of no rows at all
+    row_of, firsts = np.repeat(np.arange(len(counts)), many), many.cumsum() - many
     number = np.arange(1, len(row_of) + 1) - firsts[row_of]
 
     def places(width: int, sizes: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -276,3 +276,7 @@ def test_rows_of_real_shards_spell_the_text(tmp_path):
             assert row.tokens[here][0] == vocabulary.bos and row.targets[here][-1] == vocabulary.eos
             spelled.append(vocabulary.decode(row.targets[here][:-1]))
     assert sorted(spelled) == sorted(texts)
+
+
+def test_a_rank_whose_share_of_a_round_is_no_row_gets_none():
+    assert assemble([], Room(8, 4, 4), pad=0) == []
