@@ -46,7 +46,9 @@ class Jobs:
             requests.head(address, timeout=5)  # Ray itself would wait for minutes
             self._client = JobSubmissionClient(address)
         except (requests.RequestException, ConnectionError) as error:
-            raise Refused(f"no Ray cluster takes jobs at {address} (http://HEAD:8265): {_cause(error)}.") from error
+            raise Refused(
+                f"no Ray cluster takes jobs at {address}: {_cause(error)}. Give its head's job server, such as http://10.0.0.1:8265."
+            ) from error
         except ray.exceptions.AuthenticationError as error:
             raise Refused(
                 f"{address} does not accept this token: put the cluster's into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH."
@@ -232,5 +234,5 @@ async def _shown(chunks: AsyncIterator[str], console: Console) -> None:
 
 def _cause(error: BaseException) -> str:
     """The operating system's word for why, out of three libraries' wrappings."""
-    text = str(error)
+    text = "that is no http:// address" if isinstance(error, requests.exceptions.InvalidSchema | ValueError) else str(error)
     return next((why for why in ("Connection refused", "No route to host", "Name or service not known", "timed out") if why in text), text)
