@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pretrain.lease import COMMIT, Lease, Superseded, committed, folder_of, fold
 from pretrain.retention import kept, retain
 from pretrain.saving import Checkpointer, commit, write_rank
 from pretrain.slices import Slice
+from pretrain.storage import Location
 from pretrain.tensors import DTYPES
 from tests.pretrain.failpoints import killed, note, notes, started, until_paused
 
@@ -76,22 +78,22 @@ def save(lease: Lease, step: int, keep: Checkpoints = KEEP_TWO, on_event: Any = 
     checkpointer.wait()
 
 
-def attempt(run: Path, step: int) -> None:
+def attempt(run: Location, step: int, told: Path) -> None:
     """A whole attempt in a process of its own: claim, read the newest, save, delete the one before."""
 
     def on_event(kind: str, **facts: Any) -> None:
-        note(run / f"events-{step}", kind, facts)
+        note(told, kind, facts)
 
     lease = take_generation(run)
     newest_verified(run, on_event)
     save(lease, step, KEEP_ONE, on_event)
 
 
-def save_in(lease: Lease, step: int) -> None:
+def save_in(lease: Lease, step: int, told: Path) -> None:
     """`save` in a process of its own."""
 
     def on_event(kind: str, **facts: Any) -> None:
-        note(lease.run / f"events-{step}", kind, facts)
+        note(told, kind, facts)
 
     try:
         save(lease, step, KEEP_ONE, on_event)
@@ -99,7 +101,7 @@ def save_in(lease: Lease, step: int) -> None:
         on_event("superseded", reason=str(error))
 
 
-def step_found(run: Path) -> int:
+def step_found(run: Location) -> int:
     """The step of the newest verified checkpoint, whose content is compared number for number."""
     found = newest_verified(run, Events())
     assert found is not None
@@ -146,21 +148,39 @@ def test_a_checkpoint_says_where_it_came_from(run: Path) -> None:
     assert record["state"]["config"] == {"engine": {"zero_stage": 1}} and record["host"] and record["time"]
 
 
+def left_whole(run: Location, told: Path) -> None:
+    """After an attempt at step 20 that was killed: a verified checkpoint, and nothing that the next save does not sweep away."""
+    lease, kinds = take_generation(run), {event["kind"] for event in notes(told)}
+    assert "save_failed" not in kinds
+    assert step_found(run) == 20 if "save_committed" in kinds else step_found(run) in (10, 20)
+    for folder in committed(run):
+        verify(folder)  # what counts is whole, also while it is being deleted
+    save(lease, 30, KEEP_ONE)
+    assert step_found(run) == 30
+    assert folders(run) == [folder_of(run, 30, lease.generation)]
+
+
+def cut_off(run: Location, process: BaseProcess, pause: Path, told: Path) -> bool:
+    """While a save of step 20 stands at its failpoint the next generation begins, and nothing changes afterwards; whether its marker was
+    written, too late."""
+    take_generation(run)
+    step, counting = step_found(run), committed(run)
+    pause.unlink()
+    process.join(60)
+    assert process.exitcode == 0
+    assert step_found(run) == step
+    assert set(committed(run)) <= set(counting)
+    assert "superseded" in {event["kind"] for event in notes(told)} or step == 20
+    return step == 10 and (folder_of(run, 20, 1) / COMMIT).exists()
+
+
 @EVERY
 def test_a_process_killed_at_any_file_operation_leaves_a_verified_checkpoint(tmp_path: Path, stride: int) -> None:
     for at in itertools.count(0, stride):
-        run = begun(tmp_path / str(at))
+        run, told = begun(tmp_path / str(at)), tmp_path / f"{at}.told"
         write_rank(folder_of(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2))  # an earlier save that was cut off
-        died = killed(attempt, run, 20, at=at)
-        lease = take_generation(run)
-        told = {event["kind"] for event in notes(run / "events-20")}
-        assert "save_failed" not in told
-        assert step_found(run) == 20 if "save_committed" in told else step_found(run) in (10, 20)
-        for folder in committed(run):
-            verify(folder)  # what counts is whole, also while it is being deleted
-        save(lease, 30, KEEP_ONE)
-        assert step_found(run) == 30
-        assert folders(run) == [folder_of(run, 30, lease.generation)]  # whatever lay about was swept or deleted
+        died = killed(attempt, run, 20, told, at=at)
+        left_whole(run, told)
         if not died:
             break
     assert at >= 60, at
@@ -171,20 +191,11 @@ def test_a_process_killed_at_any_file_operation_leaves_a_verified_checkpoint(tmp
 def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(tmp_path: Path, stride: int) -> None:
     late = 0
     for at in itertools.count(0, stride):
-        run, pause = begun(tmp_path / str(at)), tmp_path / f"{at}.pause"
-        process = started(save_in, Lease(run, 1), 20, at=at, pause=pause)
+        run, pause, told = begun(tmp_path / str(at)), tmp_path / f"{at}.pause", tmp_path / f"{at}.told"
+        process = started(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
         if not until_paused(process, pause):
             break
-        take_generation(run)
-        step, counting = step_found(run), committed(run)
-        pause.unlink()
-        process.join(60)
-        assert process.exitcode == 0
-        assert step_found(run) == step
-        assert set(committed(run)) <= set(counting)
-        late += step == 10 and (folder_of(run, 20, 1) / COMMIT).exists()
-        told = {event["kind"] for event in notes(run / "events-20")}
-        assert "superseded" in told or step == 20
+        late += cut_off(run, process, pause, told)
     assert at >= 40 and late >= 1, (at, late)  # the marker did come too late several times, and never counted
 
 

@@ -8,20 +8,30 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from modeling.config import Refused
 from pretrain import objects, storage
-from pretrain.checkpoint import newest_verified, verify
-from pretrain.lease import COMMIT, Lease, Superseded, committed, folder_of, folders, take_generation
+from pretrain.checkpoint import newest_verified
+from pretrain.lease import COMMIT, Lease, Superseded, committed, folder_of, take_generation
 from pretrain.objects import Denied, Remote, Unreachable
 from pretrain.saving import Checkpointer, write_rank
 from pretrain.slices import Slice
-from tests.pretrain.failpoints import killed, note, notes, started, until_paused
-from tests.pretrain.test_checkpoint import KEEP_ONE, Events, save, slices_of, state_of, step_found
+from tests.pretrain.failpoints import killed, started, until_paused
+from tests.pretrain.test_checkpoint import (
+    KEEP_ONE,
+    Events,
+    attempt,
+    cut_off,
+    left_whole,
+    save,
+    save_in,
+    slices_of,
+    state_of,
+    step_found,
+)
 from tests.s3 import Server, served
 
 EVERY = pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.proof)])
@@ -54,29 +64,6 @@ def begun(server: Server) -> Remote:
     return run
 
 
-def attempt(run: Remote, step: int, told: Path) -> None:
-    """A whole attempt in a process of its own: claim, read the newest, save, delete the one before."""
-
-    def on_event(kind: str, **facts: Any) -> None:
-        note(told, kind, facts)
-
-    lease = take_generation(run)
-    newest_verified(run, on_event)
-    save(lease, step, KEEP_ONE, on_event)
-
-
-def save_in(lease: Lease, step: int, told: Path) -> None:
-    """`save` in a process of its own."""
-
-    def on_event(kind: str, **facts: Any) -> None:
-        note(told, kind, facts)
-
-    try:
-        save(lease, step, KEEP_ONE, on_event)
-    except Superseded as error:
-        on_event("superseded", reason=str(error))
-
-
 def save_large(lease: Lease, step: int) -> None:
     """Twenty million bytes by one rank: more than one part."""
     checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, lambda kind, **facts: None)
@@ -96,15 +83,7 @@ def test_a_process_killed_at_any_operation_leaves_a_verified_checkpoint(server: 
         run, told = begun(server), tmp_path / str(at)
         write_rank(folder_of(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2))  # an earlier save that was cut off
         died = killed(attempt, run, 20, told, at=at)
-        lease = take_generation(run)
-        kinds = {event["kind"] for event in notes(told)}
-        assert "save_failed" not in kinds
-        assert step_found(run) == 20 if "save_committed" in kinds else step_found(run) in (10, 20)
-        for folder in committed(run):
-            verify(folder)
-        save(lease, 30, KEEP_ONE)
-        assert step_found(run) == 30
-        assert folders(run) == [folder_of(run, 30, lease.generation)]
+        left_whole(run, told)
         if not died:
             break
     assert at >= 25, at
@@ -119,15 +98,7 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
         process = started(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
         if not until_paused(process, pause):
             break
-        take_generation(run)
-        step, counting = step_found(run), committed(run)
-        pause.unlink()
-        process.join(60)
-        assert process.exitcode == 0
-        assert step_found(run) == step
-        assert set(committed(run)) <= set(counting)
-        late += step == 10 and (folder_of(run, 20, 1) / COMMIT).exists()
-        assert "superseded" in {event["kind"] for event in notes(told)} or step == 20
+        late += cut_off(run, process, pause, told)
     assert at >= 17 and late >= 1, (at, late)
     print(f"cut off at {at} operations, {late} markers came too late")
 
