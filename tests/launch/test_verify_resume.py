@@ -77,7 +77,7 @@ def verify(config: str, kills: int) -> str:
     try:
         verify_resume.verify_resume(config, [], kills, 0, console)
     except Refused as refusal:
-        console.print(f"REFUSED: {refusal}", soft_wrap=True)
+        console.print(f"REFUSED: {refusal}", markup=False, soft_wrap=True)
     said = console.export_text()
     print(said)
     return said
