@@ -1,4 +1,6 @@
-"""A step waits for the device a fixed number of times, however many micro batches it has."""
+"""A step's counts that no machine changes: how often it waits for the device, how many operations it runs, how often it allocates."""
+
+import torch
 
 from launch.bench.rows import micros
 from launch.config import resolve
@@ -8,22 +10,27 @@ from tests.modeling.test_guards import Calls
 from tests.processes import run_processes
 
 WAITS = {"fp32": 4, "bf16": 3}  # recorded: what reads a number off the device in one step, DeepSpeed's reads included
+OPERATIONS = {"fp32": 1825, "bf16": 1579}  # of one step of one micro batch, DeepSpeed's and the optimizer's included
+ALLOCATIONS = {"fp32": 837, "bf16": 915}  # of memory, in the same
 
 
-def _waits(place: Place) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+def _counts(place: Place) -> dict[str, list[tuple[int, int, int]]]:
+    found: dict[str, list[tuple[int, int, int]]] = {}
     for precision in WAITS:
         recipe = resolve("configs/demo/decoder.yaml", ["micro_rows=1", "step_rows=4", f"engine.precision={precision}"])
         engine = Engine(build(recipe.model, 0), recipe, place)
         batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 4, "cpu")]
         for number in (1, 1, 4):  # the first makes what later ones keep
-            with Calls() as calls:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile, Calls() as calls:
                 engine.train_step(batches[:number], list(range(number)), 100, 1.0)
-            found.setdefault(precision, []).append(calls.of["_local_scalar_dense"])
+            assert profile.profiler is not None and profile.profiler.kineto_results is not None
+            allocations = sum(e.name() == "[memory]" and e.nbytes() > 0 for e in profile.profiler.kineto_results.events())
+            found.setdefault(precision, []).append((calls.of["_local_scalar_dense"], calls.of.total(), allocations))
     return found
 
 
-def test_a_step_waits_as_often_as_was_recorded_whatever_its_micro_batches() -> None:
-    for precision, (_, one, four) in run_processes(1, _waits)[0].items():
+def test_a_step_waits_computes_and_allocates_as_often_as_was_recorded() -> None:
+    for precision, (_, one, four) in run_processes(1, _counts)[0].items():
         print(precision, one, four)
-        assert one == four <= WAITS[precision]
+        assert one[0] == four[0] <= WAITS[precision], "more micro batches, more waits"
+        assert one[1] <= OPERATIONS[precision] and one[2] <= ALLOCATIONS[precision]
