@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from launch.bench.contenders import timed_step
 from launch.bench.report import Row, machine, show
+from launch.bench.train import field
 from launch.config import Recipe
 from modeling.config import Refused
-from modeling.transformer import build
 from pretrain.checkpoint import State, newest_verified, open_checkpoint
 from pretrain.engine import Engine, Place
 from pretrain.lease import Lease, take_generation
 from pretrain.saving import Checkpointer
-from pretrain.start import begin
 
 SAVES = 5
 
@@ -35,8 +35,12 @@ class Costs(NamedTuple):
 
 def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: Path | None) -> None:
     """Measure in a new folder below `folder`, which is removed, and show."""
-    engine = Engine(build(begin(recipe.model, Path(recipe.run))[0], recipe.seed), recipe, place)
-    found = measure(engine, recipe, folder)
+    [racer] = field(recipe, place, 0, ())
+    racer.model, racer.step = racer.make()
+    for i in range(2):
+        timed_step(racer, place, i)
+    assert racer.engine is not None
+    found = measure(racer.engine, recipe, folder)
     named = {
         "training waits (copy and call)": found.waits,
         "written and committed, in the background": found.written,
@@ -47,6 +51,9 @@ def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: 
     rows: list[Row] = [
         {"": name, "MB/s": found.size / seconds / 1e6, "seconds": seconds, "MB": found.size / 1e6} for name, seconds in named.items()
     ]
+    every, step = recipe.checkpoints.every, racer.seconds[-1]
+    share = found.waits / (every * step + found.waits)
+    rows.insert(1, {"": f"of training, saved every {every} steps of {step:.2g} s", "share %": 100 * share})
     show(console, f"{recipe.run}: one rank's checkpoint\n{machine(place.device, place.threads)}", rows, out)
 
 
