@@ -21,6 +21,7 @@ from finetune.tagged import iob2
 from finetune.task import placed
 from modeling.batch import IGNORE, Batch
 from modeling.config import Generation, Refused
+from pretrain.corpus import whole
 
 _WORD = re.compile(r"[@#$]?\w(?:\S*\w)?|[^\w\s]+")  # what CoNLL files have as words: it's, @ada, t.co/x whole, the stop after Lima apart
 TOGETHER = 16  # texts that are answered at a time
@@ -29,7 +30,7 @@ TOGETHER = 16  # texts that are answered at a time
 def answers(opened: Opened, texts: Iterable[str], how: Generation) -> Iterator[dict[str, Any]]:
     """An answer for each text, in order."""
     work = _way(opened)
-    remaining = iter(texts)
+    remaining = (whole(text, f"text {number}", "it") for number, text in enumerate(texts, 1))
     while batch := list(islice(remaining, TOGETHER)):
         yield from work(opened, batch, how)
 

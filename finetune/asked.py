@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune.records import existing, hub_rows, read_json
 from modeling.config import Refused
+from pretrain.corpus import whole
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ def read_squad(place: str) -> Iterator[Question]:
     found = False
     for where, asked, context, answers in _hub_questions(place) if place.startswith("hub:") else _file_questions(existing(place)):
         texts = (asked.get("question"), context, *(text for _, text in answers))
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(start, int) for start, _ in answers):
-            raise Refused(f"{where}: its question, context and answers must be text, and each answer_start a whole number.")
+        if not all(isinstance(text, str) for text in texts) or not all(type(start) is int and start >= 0 for start, _ in answers):
+            raise Refused(f"{where}: its question, context and answers must be text, and each answer_start a whole number from 0 on.")
+        whole("".join(map(str, texts)), where, "its question, context and answers")
         for start, text in answers:
             if not text.strip():
                 raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
@@ -53,7 +55,7 @@ def _file_questions(path: Path) -> Iterator[_Asked]:
             for asked in paragraph["qas"]:
                 answers = [] if asked.get("is_impossible") else [(a["answer_start"], a["text"]) for a in asked["answers"]]
                 yield f"{path}, question {asked['id']}", asked, paragraph["context"], answers
-    except (KeyError, TypeError) as missing:
+    except (KeyError, TypeError, AttributeError) as missing:
         raise Refused(f"{path} is no SQuAD file with data, paragraphs, qas and answers: {type(missing).__name__} {missing}.") from None
 
 

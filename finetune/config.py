@@ -2,10 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from modeling.config import Generation, Lora, Settings
 from pretrain.config import Start, Tokenizer, Training
+
+
+def _asking(prompt: str | None) -> str | None:
+    if prompt is not None and "{source}" not in prompt:
+        raise ValueError(f"{prompt!r} has no {{source}} in it, where each text is to stand")
+    return prompt
+
+
+Prompt = Annotated[str | None, AfterValidator(_asking)]
 
 
 class Columns(Settings):
@@ -22,7 +31,7 @@ class Translation(Settings):
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
     columns: Columns = Columns()
-    prompt: str | None = None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
+    prompt: Prompt = None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
     truncate: bool = False  # cut what does not fit instead of refusing it
     weight: float = Field(default=1.0, gt=0)
 
@@ -34,7 +43,7 @@ class Summarization(Settings):
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
     columns: Columns = Columns(source="document", target="summary")
-    prompt: str | None = None
+    prompt: Prompt = None
     truncate: bool = True
     weight: float = Field(default=1.0, gt=0)
 
@@ -47,7 +56,7 @@ class Ner(Settings):
     dev: tuple[str, ...] = Field(min_length=1)
     crf: bool = False  # score a sentence's labels as one sequence; for recurrent models
     written: bool = False  # a decoder or an encoder-decoder writes the entities instead of labelling words
-    prompt: str | None = None
+    prompt: Prompt = None
     weight: float = Field(default=1.0, gt=0)
 
 
@@ -61,7 +70,7 @@ class Qa(Settings):
     longest: int = Field(default=30, gt=0)  # tokens of an answer
     cloze: int = Field(default=0, ge=0)  # questions made of the training contexts, learned along with the asked ones
     prompted: bool = False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
-    prompt: str | None = None
+    prompt: Prompt = None
     weight: float = Field(default=1.0, gt=0)
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from finetune.scores import intervals
 from finetune.task import Task
 from modeling.batch import Batch
-from modeling.config import Generation, ModelConfig
+from modeling.config import Generation
 from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain import published
-from pretrain.tokenizer import Tokenizer
 
 
 class Opened:
@@ -28,7 +27,7 @@ class Opened:
 
     def __init__(self, folder: Path) -> None:
         self.config, state = published.load(folder)
-        self.tokenizer = Tokenizer.open(folder)
+        self.tokenizer = published.tokenizer(folder)
         self.task: dict[str, Any] = published.read_record(folder).get("task") or {}  # its kind, and the prompt it was taught with
         self.model = Transformer(self.config).eval()
         self.model.load_state_dict(state)
@@ -64,8 +63,3 @@ def report(task: Task, predictions: Sequence[Any]) -> dict[str, Any]:
         "signatures": task.signatures(),
         "trivial": {"system": name, "scores": scored(task, guesses, task.dev)},
     }
-
-
-def shaped_like(task: Task, config: ModelConfig) -> bool:
-    """Whether a published model has this task's head and names."""
-    return task.shaped(config) == config

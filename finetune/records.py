@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.config import Refused
-from pretrain.corpus import lines
+from pretrain.corpus import lines, whole
 
 Record = tuple[str, dict[str, Any]]  # "FILE, line N", and its columns
 
@@ -39,7 +39,7 @@ def read_pairs(places: Sequence[str], source: str, target: str) -> list[Pair]:
             for column, text in ((source, said), *((target, wording) for wording in wordings)):
                 if not isinstance(text, str):
                     raise Refused(f"{where}: the column {column!r} holds a {type(text).__name__}, not text.")
-                if not text.strip():
+                if not whole(text, where, f"the column {column!r}").strip():
                     raise Refused(f"{where}: {column} is empty; remove the example, or give it a text.")
             pairs.append(Pair(where, said, wordings))
     return pairs

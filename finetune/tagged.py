@@ -24,8 +24,13 @@ class Sentence:
 
 
 def read_tagged(place: str) -> Iterator[Sentence]:
-    """The sentences of a CoNLL file, or of a hub set with the columns tokens and ner_tags. Raises Refused for a bad line or row."""
-    return _hub_sentences(place) if place.startswith("hub:") else read_conll(place)
+    """The sentences of a CoNLL file, or of a hub set with the columns tokens and ner_tags. Raises Refused for a bad line, and none."""
+    found = False
+    for sentence in _hub_sentences(place) if place.startswith("hub:") else read_conll(place):
+        found = True
+        yield sentence
+    if not found:
+        raise Refused(f"{place} holds no sentence.")
 
 
 def read_conll(place: str) -> Iterator[Sentence]:

@@ -191,5 +191,6 @@ def placed(tokenizer: Tokenizer, family: Family, text: str, begins: Sequence[int
     ids, spans = tokenizer.offsets(text)
     ends = np.array([end for _, end in spans], np.int64)
     before, after = tokenizer.around(family)
+    tokens = np.array([*before, *ids, *after], np.int64)
     places = np.minimum(np.searchsorted(ends, np.array(begins, np.int64), side="right"), max(len(ids) - 1, 0)) + len(before)
-    return np.array([*before, *ids, *after], np.int64), places.tolist()
+    return tokens, np.minimum(places, len(tokens) - 1).tolist()  # of a text without a piece: its mark

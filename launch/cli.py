@@ -197,10 +197,16 @@ def generate(
     how: Annotated[list[str] | None, typer.Option(help="how text is written, such as beams=4, sample=true, top_p=0.9, max_new=200")] = None,
 ) -> None:
     """Let a published model answer: text, entities or a span, as its task has it."""
+    from finetune.records import existing, text_lines
     from launch.finetune import generate
 
-    lines = [text] if text is not None else (line.rstrip("\n") for line in (open(file, encoding="utf-8") if file else sys.stdin))  # noqa: SIM115
-    for said in generate(folder, iter(lines), how or [], json):
+    if text is not None:
+        texts = iter([text])
+    elif file is not None:
+        texts = (line for _, line in text_lines(existing(str(file))))
+    else:
+        texts = (line.decode(errors="surrogateescape").rstrip("\r\n") for line in sys.stdin.buffer)
+    for said in generate(folder, texts, how or [], json):
         typer.echo(said)
 
 

@@ -32,7 +32,7 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
     """Train a recipe to its end and score its best checkpoint, or until SIGTERM or Ctrl-C: then the run is saved."""
     folder = Path(recipe.run)
     for change in settle(recipe):
-        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", highlight=False)
+        console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", markup=False, highlight=False, soft_wrap=True)
     with Watch(folder, recipe.steps, console) as watch, told(recipe, console):
         run.prepare(recipe, watch.prepared)
         with stopping(folder) as stop:
@@ -51,6 +51,9 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
 
 def evaluate(folder: Path, recipe: FinetuneRecipe, out: Path | None, console: Console) -> None:
     """Score a published folder on a task's dev examples. `out`: a file for its predictions."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()  # where it cannot be written, that is said before the work
     opened = Opened(folder)
     task = TASKS[recipe.task.kind](recipe.task, opened.tokenizer, opened.config.family, recipe.row_length)
     if task.shaped(opened.config) != opened.config:

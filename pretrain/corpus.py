@@ -175,11 +175,17 @@ def _questions(path: Location) -> Iterator[str]:
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str | None):
         raise Refused(f"{where}: the column {column!r} holds a {type(value).__name__}, not text; set text_column")
-    text = value or ""
+    return whole(value or "", where, f"the column {column!r}")
+
+
+def whole(text: str, where: str, what: str) -> str:
+    """The text. Raises Refused where UTF-8 cannot say it: JSON may hold half of a surrogate pair, and as such Python reads stray bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused(f"{where}: character {error.start} of the column {column!r} is half of a surrogate pair, which is no text") from None
+        raise Refused(
+            f"{where}: character {error.start} of {what} is half of a surrogate pair, or a byte that is not UTF-8, which is no text"
+        ) from None
     return text
 
 

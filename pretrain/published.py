@@ -75,6 +75,18 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
+def tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer. Raises Refused where it is not the one that its model was trained with."""
+    found = Tokenizer.open(folder)
+    if record := read_record(folder):
+        trained = record["fingerprints"].get("tokenizer")
+        if trained != found.fingerprint:
+            raise Refused(
+                f"{folder}: its tokenizer's fingerprint is {found.fingerprint}, its model was trained with {trained}: restore the folder."
+            )
+    return found
+
+
 def generation(folder: Path) -> Generation:
     """How a folder's model writes text, if nobody says otherwise."""
     return decoding(read_json(folder / "config.json"), read_json(folder / GENERATION) if (folder / GENERATION).exists() else {})

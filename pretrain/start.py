@@ -29,11 +29,7 @@ def begin(model: ModelConfig | Start, run: Path) -> tuple[ModelConfig, dict[str,
         return model.config.model_copy(update=dropout), None
     folder = Path(model.folder)
     shape, state = published.load(folder)
-    found = Tokenizer.open(folder).fingerprint
-    if record := published.read_record(folder):
-        trained = record["fingerprints"]["tokenizer"]
-        if trained != found:
-            raise Refused(f"{folder}: its tokenizer's fingerprint is {found}, its model was trained with {trained}: restore the folder.")
+    found = published.tokenizer(folder).fingerprint
     own = run / "tokenizer"
     if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
         raise Refused(f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder.")

@@ -48,6 +48,22 @@ def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path
     assert len(lines) == 2 and all(set(line) == {"text"} for line in lines)
     with pytest.raises(Refused, match="did you mean `beams`"):
         CliRunner().invoke(app, ["generate", str(folder), "x", "--how", "beam=3"], catch_exceptions=False)
+    with pytest.raises(Refused, match=r"there is no file .*nowhere"):
+        CliRunner().invoke(app, ["generate", str(folder), "--file", str(tmp_path / "nowhere")], catch_exceptions=False)
+    (tmp_path / "texts").write_bytes(b"Ada\ncaf\xe9\n")
+    with pytest.raises(Refused, match="texts is not UTF-8: byte 7 is 0xe9"):
+        CliRunner().invoke(app, ["generate", str(folder), "--file", str(tmp_path / "texts")], catch_exceptions=False)
+    with pytest.raises(Refused, match="text 2: character 3 of it is half of a surrogate pair, or a byte that is not UTF-8"):
+        CliRunner().invoke(app, ["generate", str(folder)], input=b"Ada\ncaf\xe9\n", catch_exceptions=False)
+
+
+def test_another_tokenizer_of_as_many_pieces_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "decoder")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"][-1][0], spec["model"]["vocab"][-2][0] = spec["model"]["vocab"][-2][0], spec["model"]["vocab"][-1][0]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with"):
+        Opened(folder)
 
 
 def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_path: Path) -> None:

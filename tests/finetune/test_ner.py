@@ -11,7 +11,7 @@ from finetune import config
 from finetune.ner import Ner, Written, read_back
 from finetune.tagged import iob2, read_conll, read_tagged
 from modeling.batch import IGNORE, Batch
-from modeling.config import Refused
+from modeling.config import Family, Refused
 from pretrain.objectives import Segment
 from tests.published import tokenizer
 
@@ -53,6 +53,18 @@ def test_files_of_two_and_four_columns_read_alike(tmp_path: Path) -> None:
 def test_bad_lines_are_refused_by_file_and_line(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=said):
         list(read_conll(conll(tmp_path / "bad", text)))
+
+
+def test_a_file_without_a_sentence_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="none holds no sentence"):
+        list(read_tagged(conll(tmp_path / "none", "-DOCSTART- O\n\n\n")))
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_a_sentence_of_empty_words_is_tagged_outside(family: Family, tmp_path: Path) -> None:
+    place = conll(tmp_path / "empty", "Ada\tB-PER\n\n\tO\n\n\tO\n\tO\n")
+    ner = Ner(config.Ner(train=(place,), dev=(place,)), tokenizer(), family, 32)
+    assert all((segment.targets != IGNORE).any() for segment in ner.segments(ner.train))
 
 
 def test_a_type_that_training_never_saw_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,13 @@ def test_windows_cover_the_context_and_share_the_stride(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_at_its_offset_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"a\.json, question 0: its answer 'Bob' is not at character 3 of the context, where ' an' stands"):
         list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(3, "Bob")]))))
+    with pytest.raises(Refused, match=r"question 0: .* each answer_start a whole number from 0 on"):
+        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(-6, CONTEXT[-6:-3])]))))
+    with pytest.raises(Refused, match=r"question 0: character 3 .* half of a surrogate pair"):
+        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who\ud83d?", []))))
+    (tmp_path / "b.json").write_text('{"data": [{"paragraphs": [{"context": "c", "qas": ["who?"]}]}]}')
+    with pytest.raises(Refused, match="is no SQuAD file"):
+        list(read_squad(str(tmp_path / "b.json")))
     (tmp_path / "b.json").write_text("[1]")
     with pytest.raises(Refused, match="is no SQuAD file"):
         list(read_squad(str(tmp_path / "b.json")))

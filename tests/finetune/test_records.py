@@ -40,6 +40,12 @@ def test_the_same_pairs_from_every_format(tmp_path: Path) -> None:
         ({"p.jsonl": '{"source": "1", "target": "2"}\n{"sou'}, "p.jsonl", "line 2, is not JSON"),
         ({"p.jsonl": '{"source": "1", "target": 2}\n'}, "p.jsonl", "line 1: the column 'target' holds a int"),
         ({"p.tsv": "source\ttarget\n1\t2\t3\n"}, "p.tsv", "line 2, has 3 columns, and the first line names 2"),
+        (
+            {"p.jsonl": '{"source": "1\\ud83d", "target": "2"}\n'},
+            "p.jsonl",
+            "line 1: character 1 of the column 'source' is half of a surrogate",
+        ),
+        ({"p.jsonl": '{"source": "1", "target": ["2", "\\udc00"]}\n'}, "p.jsonl", "line 1: character 0 of the column 'target' is half"),
         ({"p.jsonl": "\n"}, "p.jsonl", "holds no example"),
         ({"p.txt": "1\n"}, "p.txt", "ends in .txt; pairs are read from"),
         ({}, "p.jsonl", "there is no file"),
