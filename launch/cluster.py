@@ -45,7 +45,7 @@ def join(address: str | None = None, cpus: float = 0) -> None:
     try:
         if address is not None:
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+            _look(host, int(port))
             ray.init(address=address, ignore_reinit_error=True, **quiet)
         elif not ray.is_initialized():
             ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch for "loopback only", which Linux has on
@@ -57,6 +57,15 @@ def join(address: str | None = None, cpus: float = 0) -> None:
         raise Refused(f"{where}: {_why(error)}.") from error
     if callable(heard):  # Ray has taken it, and would exit without a save
         signal.signal(signal.SIGTERM, heard)
+
+
+def _look(host: str, port: int) -> None:
+    """Whether a head may be there, of which Ray itself would make sure for minutes."""
+    with socket.create_connection((host, port), timeout=5) as there, suppress(TimeoutError):
+        there.settimeout(1)
+        there.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        if there.recv(5) == b"HTTP/":
+            raise ValueError("that is a web server, such as the one for jobs (trifold submit); a head listens at port 6379 unless told")
 
 
 def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
@@ -184,4 +193,4 @@ def _why(error: BaseException) -> str:
         return f"it runs Ray {there}, and here are Ray {here}: install the same releases on both sides"
     if text.startswith("Failed to connect to Ray cluster"):  # though the port was open
         return "what listens there is no Ray head, or does not accept this token (~/.ray/auth_token, or the file in RAY_AUTH_TOKEN_PATH)"
-    return _first_line(error)
+    return getattr(error, "strerror", None) or _first_line(error).partition(". ")[0].removesuffix(".")

@@ -18,7 +18,7 @@ from finetune.evaluate import Opened, report
 from finetune.run import TASKS
 from launch.changes import settle
 from launch.config import FinetuneRecipe, again, dials
-from launch.pretrain import stopping
+from launch.pretrain import reach, stopping
 from launch.progress import Watch
 from launch.trackers import told
 from modeling.config import Refused
@@ -31,6 +31,7 @@ from pretrain.published import read_json
 def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end and score its best checkpoint, or until SIGTERM or Ctrl-C: then the run is saved."""
     folder = Path(recipe.run)
+    reach(recipe, address)
     for change in settle(recipe):
         console.print(f"{change.key}: {change.old!r} so far, {change.new!r} from here", markup=False, highlight=False, soft_wrap=True)
     with Watch(folder, recipe.steps, console) as watch, told(recipe, console):

@@ -235,4 +235,5 @@ async def _shown(chunks: AsyncIterator[str], console: Console) -> None:
 def _cause(error: BaseException) -> str:
     """The operating system's word for why, out of three libraries' wrappings."""
     text = "that is no http:// address" if isinstance(error, requests.exceptions.InvalidSchema | ValueError) else str(error)
-    return next((why for why in ("Connection refused", "No route to host", "Name or service not known", "timed out") if why in text), text)
+    known = ("Connection refused", "No route to host", "Name or service not known", "timed out")
+    return "what listens there does not speak HTTP" if "BadStatusLine" in text else next((why for why in known if why in text), text)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.changes import settle
-from launch.config import Recipe, again
+from launch.config import AnyRecipe, Recipe, again
 from launch.plan import beside
 from launch.progress import Watch
 from launch.trackers import told
@@ -46,6 +46,7 @@ def prepare(recipe: Recipe, console: Console, address: str | None = None) -> Non
 def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits with 128 + the signal."""
     folder = Path(recipe.run)
+    reach(recipe, address)
     with _settled(recipe, console) as watch, told(recipe, console):
         run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
         with stopping(folder) as stop:
@@ -61,6 +62,14 @@ def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> No
     console.print(scores(recipe))
     if (table := beside(recipe)) is not None:
         console.print(table)
+
+
+def reach(recipe: AnyRecipe, address: str | None) -> None:
+    """Join the cluster that is asked for, before anything is made for it. Raises Refused where nobody answers."""
+    if address is not None and recipe.cluster.workers > 0:
+        from launch import cluster
+
+        cluster.join(address)
 
 
 def scores(recipe: Recipe) -> Table:

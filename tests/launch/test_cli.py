@@ -59,6 +59,7 @@ def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_for
     [
         (["pretrain", "tiny.yaml", "optimizer.lrr=1"], "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         (["pretrain", "none.yaml"], "there is no recipe none.yaml"),
+        (["pretrain", "tiny.yaml", "--address", "127.0.0.1:1", "cluster.workers=1"], "no Ray cluster answers at 127.0.0.1:1"),
         (["pretrain", "tiny.yaml", "data.sources.0.path=nowhere.txt"], "nowhere.txt"),
         (["pretrain", "tiny.yaml", "run=tiny.yaml"], "File exists (tiny.yaml)"),
         (["publish", "nowhere", "--out", "out"], "nowhere"),

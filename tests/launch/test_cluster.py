@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,14 @@ def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path,
 def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
     with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
         cluster.join(address)
+
+
+def test_a_job_server_given_for_a_head_is_told_apart_at_once():
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(Refused, match=r"that is a web server, such as the one for jobs \(trifold submit\); a head listens at port 6379"):
+        cluster.join(f"127.0.0.1:{server.server_port}")
+    server.shutdown()
 
 
 def test_a_head_of_another_release_or_without_our_token_is_told_in_one_sentence(monkeypatch):
