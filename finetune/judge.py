@@ -37,12 +37,12 @@ class Judge:
         """Scores of the chosen dev examples. Raises Refused where the score to choose by is none of them."""
         share = -(-self.heldout.num_rows * len(self.chosen) // len(self.task.dev))
         losses, predictions = self._asked(self.chosen, share)
-        scores = losses | scored(self.task, predictions, self.chosen)
-        if self.best not in scores:
+        scores = scored(self.task, predictions, self.chosen)
+        if self.best not in scores:  # of a loss the highest would be the worst
             raise Refused(f"`best` is {self.best!r}; the scores of this task are {', '.join(scores)}.")
         self.history.append((step, scores[self.best]))
         self._write(self.chosen, predictions)
-        return scores
+        return losses | scores
 
     def enough(self) -> bool:
         """Whether the score has not become better for `patience` evaluations in a row."""

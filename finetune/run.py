@@ -59,6 +59,10 @@ def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
     progress("reading examples", 0)
     vocabulary = make_tokenizer(config)
     model, _ = start(config)
+    if vocabulary.vocab_size > model.vocab_size:
+        raise Refused(
+            f"{config.run}/tokenizer has {vocabulary.vocab_size} pieces, and model.config.vocab_size is {model.vocab_size}: raise it."
+        )
     tasks = open_tasks(config, vocabulary, model.family)
     open_rows(config, tasks, vocabulary)
     tasks[0].shaped(model)
@@ -145,8 +149,8 @@ def train(config: Finetune, place: Place) -> None:
 def start(config: Finetune) -> tuple[ModelConfig, dict[str, Tensor] | None]:
     """The model that training starts from, still with its old head, and its weights; None for new ones. Raises Refused (start.py)."""
     shape, state = begin(config.model, Path(config.run))
-    if config.model.folder is not None and config.row_length > shape.max_positions:
-        longest = f"the longest text that {config.model.folder} knows ({shape.max_positions} tokens)"
+    if config.row_length > shape.max_positions:
+        longest = f"the longest text that {config.model.folder or 'model.config'} knows ({shape.max_positions} tokens)"
         raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
     return shape, state
 
@@ -192,6 +196,8 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
         frozen = [parameter.requires_grad_(False) for name, parameter in made.named_parameters() if fnmatchcase(name, pattern)]
         if not frozen:
             raise Refused(f"freeze: no parameter is named like {pattern!r}; there are {', '.join(list(made.state_dict())[:5])}, ...")
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise Refused(f"freeze: {', '.join(config.freeze)} leave nothing to train.")
     return made
 
 

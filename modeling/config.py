@@ -26,7 +26,10 @@ class Settings(BaseModel):
 
 
 # What blocks of attention have and recurrent layers have not.
-_OF_BLOCKS = ("gated", "norm_places", "first_attention_norm", "embed_norm", "final_norm", "position", "local_window", "mimetic")
+_OF_BLOCKS = (
+    "gated", "norm_places", "first_attention_norm", "embed_norm", "final_norm", "position", "position_offset", "token_types", "rope_theta",
+    "local_window", "global_every", "local_rope_theta", "attention_scale", "mimetic",
+)  # fmt: skip
 
 
 class ModelConfig(Settings):
@@ -84,7 +87,7 @@ class ModelConfig(Settings):
         if idle := [dial for dial in _OF_BLOCKS if not attends and getattr(self, dial) != fields[dial].default]:
             raise ValueError(f"a model of cell {self.cell} has no {', '.join(idle)}: leave them out")
         if self.alignment != "none" and (attends or self.family != "encoder-decoder"):
-            raise ValueError(f"alignment ({self.alignment}) is for recurrent encoder-decoders; this is an {self.family} of {self.cell}")
+            raise ValueError(f"alignment ({self.alignment}) is for recurrent encoder-decoders; this model is: {self.family}, {self.cell}")
         if self.crf and (attends or not self.labels):
             raise ValueError("crf is for the label heads of recurrent models: no stock class of the others has it")
         if not attends and self.family != "decoder" and self.dim % 2:

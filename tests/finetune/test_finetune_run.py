@@ -176,6 +176,22 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         prepare(recipe(tmp_path / "a", encoder, pairs), quiet)
     with pytest.raises(Refused, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
         prepare(recipe(tmp_path / "b", both, pairs, row_length=65), quiet)
+    for changes, said in (
+        ({"freeze": ["*"]}, r"freeze: \* leave nothing to train"),
+        ({"best": "heldout_loss"}, "`best` is 'heldout_loss'; the scores of this task are bleu, chrf"),
+    ):
+        with pytest.raises(Refused, match=said):
+            config = recipe(tmp_path / "f", both, pairs, **changes)
+            prepare(config, quiet)
+            train(config, Place(0, 1, 0, "cpu", None, 1))
+    words = {"path": str(tmp_path / "vocabulary")}
+    for changes, said in (
+        ({"vocab_size": 300}, "has 395 pieces, and model.config.vocab_size is 300"),
+        ({"max_positions": 63}, "that model.config"),
+    ):
+        new = {"config": published.load(both)[0].model_dump(mode="json") | changes}
+        with pytest.raises(Refused, match=said):
+            prepare(recipe(tmp_path / "n", both, pairs, model=new, tokenizer=words), quiet)
     with pytest.raises(Refused, match="freeze: no parameter is named like 'embedding"):
         config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
         prepare(config, quiet)

@@ -101,7 +101,8 @@ def test_each_mistake_is_refused_in_one_sentence(recipe, override, message):
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_prompt_without_a_place_for_the_text_is_refused():
+def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
+    monkeypatch.setenv("TRIFOLD_DATA", "data")
     with pytest.raises(Refused) as refusal:
         resolve("configs/finetune/multi30k.yaml", ["task.prompt=Translate"], FinetuneRecipe)
     assert "`task.prompt`: 'Translate' has no {source} in it, where each text is to stand." in str(refusal.value)

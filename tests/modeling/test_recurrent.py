@@ -205,7 +205,7 @@ def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
     for change, said in (
         ({"num_heads": 4}, "num_heads: attention layers need each above 0"),
         ({"cell": "attention", "alignment": "none"}, "num_heads, num_kv_heads, head_dim, mlp_dim: attention layers need"),
-        ({"position": "learned"}, "cell lstm has no position"),
+        ({"position": "learned", "rope_theta": 5.0}, "cell lstm has no position, rope_theta"),
         ({"family": "decoder"}, r"alignment \(additive\) is for recurrent encoder-decoders"),
         ({"crf": True}, "crf is for the label heads"),
         ({"dim": 31}, r"dim \(31\) must be even"),
