@@ -24,6 +24,7 @@ from pretrain.order import WINDOW, Order, turns
 from pretrain.packing import Block, Packed, block_starts, pack, table
 
 FORMAT = 1  # to be raised when the same data and seed begin to give other rows: old tables and checkpoints are then refused, not misread
+POSITIONS_AT_ONCE = 2**13  # of rows that are made together: 64 KB an array
 
 
 class Corpus(Protocol):
@@ -161,9 +162,11 @@ class Rows:
         return self.rows([i])[0]
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Several rows, for less than one by one: numpy's calls are made once for all."""
-        if not numbers:
-            return []
+        """Several rows, for less than one by one: numpy's calls are made once for all that stay in the cache together."""
+        at_once = max(1, POSITIONS_AT_ONCE // self.room.tokens)
+        return [row for i in range(0, len(numbers), at_once) for row in self._made(numbers[i : i + at_once])]
+
+    def _made(self, numbers: Sequence[int]) -> list[Row]:
         found = [self.streams[stream].pieces(index) for stream, index in map(self._place, numbers)]
         part_of, pieces, drawn = zip(*(piece for row in found for piece in row), strict=True)
         groups = self.objective.segments(np.array(part_of), pieces, drawn)
