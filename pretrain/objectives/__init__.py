@@ -1,11 +1,11 @@
-"""What is asked of a piece of text: in, a document's tokens and a generator of random numbers; out, a Segment, the piece's share of a row.
+"""What is asked of a piece of text: in, a document's tokens and a generator of random numbers; out, Segments, the pieces' shares of rows.
 
 An objective has parts, one or (a mixture) several, which answer the same questions: `room` (what a row holds), `sizes` (of pieces, in
-closed form, before any text is read) and `segment`. A document's marks are positions too: what stands before its text comes first.
+closed form, before any text is read), `drawn` and `segments`. A document's marks are positions too: what stands before its text comes first.
 
-Cost of a piece of 300 tokens on one slow core: causal 4 us, prefix 7, fim 11, masked 27 (whole words 42), spans 38, continuation 24,
-infilling 52; UL2's mixture 38. Rows of one objective waste 1 % and less; a mixture of an encoder-decoder's parts wastes what
-their shapes differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
+Chance speaks piece by piece (`drawn`), the rest is done for many pieces at once (`segments`). Rows of one objective waste 1 % and less; a
+mixture of an encoder-decoder's parts wastes what their shapes differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and
+30 % on longer ones.
 """
 
 from collections.abc import Sequence
