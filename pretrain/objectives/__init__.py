@@ -1,11 +1,11 @@
 """What is asked of a piece of text: in, a document's tokens and a generator of random numbers; out, Segments, the pieces' shares of rows.
 
 An objective has parts, one or (a mixture) several, which answer the same questions: `room` (what a row holds), `sizes` (of pieces, in
-closed form, before any text is read), `drawn` and `segments`. A document's marks are positions too: what stands before its text comes first.
+closed form, before any text is read), and then `drawn`, all that chance decides about a piece, and `segments`, made for many pieces at
+once. A document's marks are positions too: what stands before its text comes first.
 
-Chance speaks piece by piece (`drawn`), the rest is done for many pieces at once (`segments`). Rows of one objective waste 1 % and less; a
-mixture of an encoder-decoder's parts wastes what their shapes differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and
-30 % on longer ones.
+Rows of one objective waste 1 % and less; a mixture of an encoder-decoder's parts wastes what their shapes differ: UL2's seven 17 % on
+documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
 """
 
 from collections.abc import Sequence
