@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -252,9 +253,12 @@ def _deepspeed(place: Place) -> Any:
     os.environ["DS_ACCELERATOR"] = place.device
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # deepspeed.initialize takes it from nowhere else
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls what torch 2.13 renamed
+    mlflow = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s of CPU for nothing
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
         import deepspeed.ops
+    if mlflow is None:
+        del sys.modules["mlflow"]
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Otherwise init_distributed compiles a kernel (50 s) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
