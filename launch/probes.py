@@ -3,7 +3,6 @@
 In: a run folder, or the model in it. Out: plain numbers for pictures. All on the CPU, in fp32, in this process; a few seconds each.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from finetune.judge import best_step
 from modeling.batch import IGNORE, Batch
 from modeling.block import Attention
 from modeling.config import Generation, ModelConfig, Refused
@@ -21,7 +21,8 @@ from modeling.recurrent import Alignment
 from modeling.transformer import Transformer, build
 from pretrain.batches import Numbered
 from pretrain.layout import stack
-from pretrain.publish import source_of
+from pretrain.lease import home_of
+from pretrain.publish import model_of, source_of
 from pretrain.tokenizer import Tokenizer
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -39,11 +40,10 @@ class Map(NamedTuple):
 
 
 def opened(run: Path) -> Transformer:
-    """The model of a run's newest checkpoint."""
-    source = source_of(run, lambda event, **facts: None, None)
-    config = ModelConfig.model_validate_json(json.dumps(source.state.extra.get("model") or source.state.config["model"]))
+    """The model that was scored: of the best checkpoint, or of pretraining's newest one."""
+    config, state = model_of(source_of(run, lambda event, **facts: None, best_step(home_of(run))))
     model = Transformer(config).eval()
-    model.load_state_dict({name: source.full(name) for name in source.names})
+    model.load_state_dict(state)
     return model
 
 

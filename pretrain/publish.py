@@ -67,6 +67,16 @@ def source_of(run: Path, on_event: OnEvent, checkpoint: int | None) -> Checkpoin
     return _newest(run, on_event) if checkpoint is None else _of_step(run, checkpoint)
 
 
+def model_of(source: Checkpoint, weights: Weights | None = None) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """A checkpoint's model, its adapters merged in; `weights` as for `publish`."""
+    config = ModelConfig.model_validate_json(json.dumps(source.state.extra.get("model") or source.state.config["model"]))
+    ema = _weights(source, weights) == "ema"
+    averaged = {name for name in source.names if ema and "ema" in source.keys(name)}  # frozen ones have no average
+    state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
+    scale = source.state.extra.get("lora_scale")
+    return config, state if scale is None else merged(state, scale)
+
+
 def _newest(run: Path, on_event: OnEvent) -> Checkpoint:
     source = newest_verified(lease.home_of(run), on_event)
     if source is None:
@@ -99,11 +109,7 @@ def _write(
     run: Path, source: Checkpoint, weights: Weights, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Everything that a published folder holds. Returns the model it was made of."""
-    config = ModelConfig.model_validate_json(json.dumps(source.state.extra.get("model") or source.state.config["model"]))
-    averaged = {name for name in source.names if weights == "ema" and "ema" in source.keys(name)}  # frozen ones have no average
-    state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
-    if (scale := source.state.extra.get("lora_scale")) is not None:
-        state = merged(state, scale)
+    config, state = model_of(source, weights)
     tokenizer = Tokenizer.open(run / "tokenizer")
     told = source.state.config.get("generation")
     how = None if told is None else Generation.model_validate_json(json.dumps(told))

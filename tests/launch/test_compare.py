@@ -11,16 +11,18 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from finetune.run import open_rows, open_tasks
 from launch import probes
 from launch.cli import app
 from launch.compare import Point, _finished, comparable, compare, curve
 from launch.config import FinetuneRecipe, resolve_any
+from launch.finetune import finetune
 from launch.probes import maps, reach
-from modeling.batch import Batch
+from modeling.batch import IGNORE, Batch
 from modeling.config import Refused
 from modeling.transformer import build
 from pretrain import published
-from pretrain.layout import Row
+from pretrain.layout import Row, stack
 from pretrain.metrics import append_line, read_lines
 from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT
@@ -122,6 +124,21 @@ def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path:
     with pytest.raises(Refused, match="there is no recipe"):
         compare([], tmp_path / "out", None, None, console)
     assert not {"gru", "gru-attention", "p", "q"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_is_looked_into_is_what_was_scored(tmp_path: Path) -> None:
+    """The best step, averaged, with its adapters: not the newest weights."""
+    steps: dict[str, Any] = {"steps": 3, "evaluate_every": 1, "checkpoints": {"every": 1}}
+    [recipe] = recipes(tmp_path, ["transformer"], lora={"rank": 2}, ema=0.5, optimizer={"lr": 0.1}, **steps)
+    finetune(recipe, Console(quiet=True))
+    found = json.loads((tmp_path / "transformer" / "scores.json").read_text())
+    assert found["step"] == 1
+    model, words = probes.opened(tmp_path / "transformer"), vocabulary(tmp_path)
+    rows = open_rows(recipe, open_tasks(recipe, words, "encoder-decoder"), words)[1]
+    batch = stack([rows.row(i) for i in range(rows.num_rows)])
+    with torch.no_grad():
+        loss = model(batch) / (batch.targets != IGNORE).sum()
+    assert abs(loss.item() - found["heldout_loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("names", ["world-*.yaml", "multi30k-*.yaml", "wnut17-*.yaml", "broad-twitter-*.yaml"])
