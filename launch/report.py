@@ -148,9 +148,10 @@ def _maps(plt: Any, run: "Run") -> Any:
     )
     for axes, shown in zip(panels.flat, run.maps, strict=False):
         axes.imshow(shown.weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(shown.columns)), shown.columns, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(shown.rows)), shown.rows, fontsize=8)
-        axes.set_title(shown.title, fontsize=10)
+        as_it_is: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a piece may be "$$", which is no formula
+        axes.set_xticks(range(len(shown.columns)), shown.columns, rotation=90, **as_it_is)
+        axes.set_yticks(range(len(shown.rows)), shown.rows, **as_it_is)
+        axes.set_title(shown.title, fontsize=10, parse_math=False)
         axes.grid(False)
     for axes in panels.flat[len(run.maps) :]:
         axes.set_axis_off()

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from finetune.run import open_rows, open_tasks
 from launch import probes
 from launch.cli import app
-from launch.compare import Point, _finished, comparable, compare, curve
+from launch.compare import Point, Run, _finished, comparable, compare, curve
 from launch.config import FinetuneRecipe, resolve_any
 from launch.finetune import finetune
-from launch.probes import maps, reach
+from launch.probes import Map, maps, reach
+from launch.report import write
 from modeling.batch import IGNORE, Batch
 from modeling.config import Refused
 from modeling.transformer import build
@@ -139,6 +140,13 @@ def test_what_is_looked_into_is_what_was_scored(tmp_path: Path) -> None:
     with torch.no_grad():
         loss = model(batch) / (batch.targets != IGNORE).sum()
     assert abs(loss.item() - found["heldout_loss"]) < 1e-5
+
+
+def test_pieces_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    shown = Map("every head, from '$$'", ["$$", "a"], ["$^$", "a"], [[0.0, 1.0], [1.0, 0.0]])
+    run = Run("r", "translation", "gru", True, True, 1, 1, [], {}, [], [], {16: 1.0}, [shown])
+    write(tmp_path, [run])
+    assert (tmp_path / "translation-r-looks.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("names", ["world-*.yaml", "multi30k-*.yaml", "wnut17-*.yaml", "broad-twitter-*.yaml"])
