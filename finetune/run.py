@@ -58,11 +58,19 @@ def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
     """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming file and line."""
     progress("reading examples", 0)
     vocabulary = make_tokenizer(config)
-    model, _ = start(config)
+    model, _ = begin(config.model, Path(config.run))
     if vocabulary.vocab_size > model.vocab_size:
         raise Refused(
             f"{config.run}/tokenizer has {vocabulary.vocab_size} pieces, and model.config.vocab_size is {model.vocab_size}: raise it."
         )
+    check_examples(config, vocabulary, model)
+
+
+def check_examples(config: Finetune, vocabulary: Tokenizer, model: ModelConfig) -> None:
+    """Raises Refused, naming file and line, where such a model cannot learn the task from these examples."""
+    if config.row_length > model.max_positions:
+        longest = f"the longest text that {config.model.folder or 'model.config'} knows ({model.max_positions} tokens)"
+        raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
     tasks = open_tasks(config, vocabulary, model.family)
     open_rows(config, tasks, vocabulary)
     tasks[0].shaped(model)
@@ -72,7 +80,7 @@ def train(config: Finetune, place: Place) -> None:
     """One rank of a run, from wherever the run stands to its scores. Every rank calls it with the same recipe."""
     run = Path(config.run)
     vocabulary = Tokenizer.open(run / "tokenizer")
-    shape, state = start(config)
+    shape, state = begin(config.model, Path(config.run))
     tasks = open_tasks(config, vocabulary, shape.family)
     task, model = tasks[0], tasks[0].shaped(shape)
     rows, heldout = open_rows(config, tasks, vocabulary)
@@ -144,15 +152,6 @@ def train(config: Finetune, place: Place) -> None:
         )
         if progress.step == config.steps or judge.enough():
             judge.finish(recorder)
-
-
-def start(config: Finetune) -> tuple[ModelConfig, dict[str, Tensor] | None]:
-    """The model that training starts from, still with its old head, and its weights; None for new ones. Raises Refused (start.py)."""
-    shape, state = begin(config.model, Path(config.run))
-    if config.row_length > shape.max_positions:
-        longest = f"the longest text that {config.model.folder or 'model.config'} knows ({shape.max_positions} tokens)"
-        raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
-    return shape, state
 
 
 def make_tokenizer(config: Finetune) -> Tokenizer:

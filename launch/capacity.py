@@ -34,11 +34,14 @@ class Room(NamedTuple):
     whole: int  # if nobody else used these hosts
 
 
-def room(cluster: Cluster, mine: Counter[str] | None = None) -> Room:
-    """Room on the hosts that are there; `mine`: this run's workers by host, who have theirs."""
-    mine = mine or Counter()
+Lent = dict[str, dict[str, float]]  # by host: what this run uses there for want of more workers
+
+
+def room(cluster: Cluster, mine: Counter[str] | None = None, lent: Lent | None = None) -> Room:
+    """Room on the hosts that are there; `mine`: this run's workers by host, who have theirs; `lent`: what it would give up for others."""
+    mine, lent = mine or Counter(), lent or {}
     there, free = hosts(), ray._private.state.available_resources_per_node()  # private: what is public adds all hosts up
-    fits = (mine[node["NodeID"]] + _fits(cluster, free.get(node["NodeID"], {})) for node in there)
+    fits = (mine[node["NodeID"]] + _fits(cluster, *(of.get(node["NodeID"], {}) for of in (free, lent))) for node in there)
     return Room(min(cluster.workers, sum(fits)), min(cluster.workers, sum(_fits(cluster, node["Resources"]) for node in there)))
 
 
@@ -80,17 +83,17 @@ class Growth:
     def __init__(self, cluster: Cluster, workers: int) -> None:
         self.cluster, self.workers, self._fit, self._since = cluster, workers, workers, time.monotonic()
 
-    def wanted(self, mine: Counter[str]) -> int | None:
+    def wanted(self, mine: Counter[str], lent: Lent) -> int | None:
         """The other size: more, once it has been the same for a while, or fewer, where hosts are drained (of dead ones the group fails)."""
-        now, fit = time.monotonic(), room(self.cluster, mine).free
+        now, fit = time.monotonic(), room(self.cluster, mine, lent).free
         if fit != self._fit:
             self._fit, self._since = fit, now
         grown = fit > self.workers and now - self._since >= SETTLED
         return fit if grown or (fit < self.workers and drained()) else None
 
 
-def _fits(cluster: Cluster, there: dict[str, float]) -> int:
-    return min(int(there.get(kind, 0) / amount + 1e-6) for kind, amount in needs(cluster).items())
+def _fits(cluster: Cluster, *there: dict[str, float]) -> int:
+    return min(int(sum(part.get(kind, 0) for part in there) / amount + 1e-6) for kind, amount in needs(cluster).items())
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -72,6 +72,7 @@ SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     "spikes.*": _always,  # the rule for steps to come: what was decided so far is kept in the checkpoint
     "nonfinite_limit": _always,
     "cluster.*": _always,
+    "scoring*": _always,  # beside training
     "trackers*": _always,
     "ema": _always,  # an average beside the weights; turned on, it starts from where they are
     "stages*": _same_rows_so_far,  # none at all is the key `stages`

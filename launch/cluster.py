@@ -27,11 +27,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launch import capacity
 from launch.attempt import Failure, Train, attempt
 from launch.config import AnyRecipe
+from launch.scoring import Beside
 from launch.verdict import End, Watchdog, last_lines, page
 from modeling.config import Refused
 from pretrain import heartbeat
 from pretrain.heartbeat import Beat
-from pretrain.metrics import append_line, read_lines
+from pretrain.metrics import ended, read_lines, tell
 from pretrain.saving import FULL
 
 EVERY = 2.0  # seconds between looks at all ranks and hosts
@@ -68,33 +69,38 @@ def _look(host: str, port: int) -> None:
             raise ValueError("that is a web server, such as the one for jobs (trifold submit); a head listens at port 6379 unless told")
 
 
-def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False) -> None:
+def run(
+    recipe: AnyRecipe, train: Train, address: str | None = None, asked: Callable[[], bool] = lambda: False, beside: Beside | None = None
+) -> None:
     """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until done, through up to `max_restarts` failures in
     a row: a checkpoint between two of them begins the count anew.
 
-    Hosts that come are taken in: the group saves and ends, and a larger one goes on. After `asked()` no other is started.
+    Hosts that come are taken in: the group saves and ends, and a larger one goes on. After `asked()` no other is started. `beside`
+    scores checkpoints in the room that a group leaves.
     """
-    join(address, recipe.cluster.workers * recipe.cluster.cpus_per_worker)
+    join(address, recipe.cluster.workers * recipe.cluster.cpus_per_worker + (beside.recipe.scoring.cpus if beside else 0))
     folder, cluster, restarts = Path(recipe.run), recipe.cluster, 0
     saves = _saves(folder)
-    workers = capacity.awaited(cluster, cluster.wait_at_start, partial(_tell, folder, "waiting"), asked)
+    workers = capacity.awaited(cluster, cluster.wait_at_start, partial(tell, folder, "waiting"), asked)
     for number in itertools.count():
-        watch = _Watch(recipe, workers)
+        watch = _Watch(recipe, workers, beside)
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
             failure = attempt(recipe, train, workers, number, None if address else f"file://{here}/meet", watch.look)
         watch.regroup.unlink(missing_ok=True)
+        if failure is None and (asked() or ended(folder) != "stopped"):
+            return
+        if beside is not None:
+            beside.leave()
         if failure is None:
-            if asked() or not _stopped(folder):
-                return
-            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(_tell, folder, "waiting"), asked)
-            _tell(folder, "regrouping", workers=workers)
+            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
+            tell(folder, "regrouping", workers=workers)
             continue
         if isinstance(failure.error, Refused):
             raise failure.error
         if (now := _saves(folder)) > saves:
             restarts, saves = 0, now
         end = watch.hung or End(failure.rank, _end(recipe, failure))
-        _tell(folder, "failed", rank=end.rank, error=end.why, workers=workers)
+        tell(folder, "failed", rank=end.rank, error=end.why, workers=workers)
         verdict = page(recipe, workers, end, restarts, _tail)
         with (folder / "failures.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {verdict}\n\n")
@@ -102,17 +108,17 @@ def run(recipe: AnyRecipe, train: Train, address: str | None = None, asked: Call
             raise Refused(verdict) from failure.error
         restarts += 1
         try:
-            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(_tell, folder, "waiting"), asked)
+            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
         except Refused as refusal:
             raise Refused(f"{refusal}\n{verdict}") from None
-        _tell(folder, "restarting", attempt=restarts, workers=workers)
+        tell(folder, "restarting", attempt=restarts, workers=workers)
 
 
 class _Watch:
     """What the driver does while a group runs: say that it was placed, take in hosts, end it when it hangs."""
 
-    def __init__(self, recipe: AnyRecipe, workers: int) -> None:
-        self.recipe, self.workers, self.folder = recipe, workers, Path(recipe.run)
+    def __init__(self, recipe: AnyRecipe, workers: int, beside: Beside | None) -> None:
+        self.recipe, self.workers, self.folder, self.beside = recipe, workers, Path(recipe.run), beside
         self.regroup = self.folder / "regroup"  # asks the group to save and end (pretrain/train.py)
         self.hung: End | None = None
         self._placed, self._next = False, 0.0
@@ -122,17 +128,20 @@ class _Watch:
         beats = heartbeat.read(self.folder)
         if not self._placed and len(beats) == self.workers:
             self._placed = True
-            _tell(self.folder, "placed", workers=self.workers)
+            tell(self.folder, "placed", workers=self.workers)
         if (now := time.monotonic()) < self._next:
             return
         self._next = now + EVERY
-        mine = Counter(beat.node for beat in beats.values())
-        if self._placed and not self.regroup.exists() and (fit := self._growth.wanted(mine)) is not None:
-            _tell(self.folder, "resizing", workers=self.workers, fit=fit)
+        mine, lent = Counter(beat.node for beat in beats.values()), {}
+        if self._placed and self.beside is not None:
+            self.beside.look()
+            lent = self.beside.lent()
+        if self._placed and not self.regroup.exists() and (fit := self._growth.wanted(mine, lent)) is not None:
+            tell(self.folder, "resizing", workers=self.workers, fit=fit)
             self.regroup.touch()
         if (beat := self._watchdog.hanging()) is not None:
             self.hung = End(beat.rank, f"no rank came forward for {self.recipe.cluster.step_timeout:g} s, and this one is behind")
-            _tell(self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase)
+            tell(self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase)
             with suppress(ray.exceptions.RayError):  # its host does not answer: Ray ends the attempt, or the next look does
                 _on_host(beat, lambda pid: os.kill(pid, signal.SIGKILL), beat.pid)
 
@@ -166,19 +175,9 @@ def _on_host(beat: Beat, function: Callable[..., Any], *given: Any) -> Any:
     return ray.get(task.remote(*given), timeout=10)
 
 
-def _stopped(folder: Path) -> bool:
-    """Whether the last group was asked to save and end before its last step."""
-    ends = [event["event"] for event in read_lines(folder / "events.jsonl") if event["event"] in ("stopped", "finished")]
-    return ends[-1:] == ["stopped"]
-
-
 def _saves(folder: Path) -> int:
     """How many checkpoints the run has committed so far."""
     return sum(event["event"] == "save_committed" for event in read_lines(folder / "events.jsonl"))
-
-
-def _tell(folder: Path, event: str, **facts: Any) -> None:
-    append_line(folder / "events.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
 
 def _first_line(error: BaseException) -> str:

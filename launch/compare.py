@@ -26,15 +26,16 @@ from launch.probes import Map, ends, maps, opened, reach, speed
 from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from pretrain.batches import Numbered
-from pretrain.metrics import read_lines
+from pretrain.metrics import ended, read_lines
 from pretrain.published import read_json
 from pretrain.run import open_rows as text_rows
 from pretrain.start import begin
 from pretrain.tokenizer import Tokenizer
 
 LARGEST = 1.1  # times as many parameters as the smallest
-OWN = ("run", "model.", "task.crf", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.")  # in what compared recipes may differ
-ELSEWHERE = ("run", "cluster.", "engine.", "checkpoints.", "trackers")  # by what no result of a finished run changes
+# In what compared recipes may differ.
+OWN = ("run", "model.", "task.crf", "optimizer.", "schedule.", "engine.", "checkpoints.", "cluster.", "scoring.")
+ELSEWHERE = ("run", "cluster.", "engine.", "checkpoints.", "scoring.", "trackers")  # by what no result of a finished run changes
 BINS = 6  # of sentence length: each a sixth of the sentences
 
 
@@ -135,11 +136,11 @@ def _finished(recipe: AnyRecipe) -> bool:
         for change in differences(resolve(file, kind=type(recipe)), recipe, recipe.steps)  # type: ignore[type-var]
     ):
         return False
-    events = [line["event"] for line in read_lines(Path(recipe.run) / "events.jsonl")]
+    end = ended(Path(recipe.run))
     steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
     if isinstance(recipe, FinetuneRecipe):
-        return events[-1:] == ["scored"] and (steps >= recipe.steps or recipe.patience > 0)
-    return events[-1:] == ["finished"] and steps >= recipe.steps
+        return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
+    return end == "finished" and steps >= recipe.steps
 
 
 def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from finetune.config import Finetune
 from launch.mistakes import checked, shown
 from modeling.config import Refused, Settings
-from pretrain.config import Pretrain
+from pretrain.config import Pretrain, Source
 
 CLONE = Path(__file__).resolve().parent.parent  # recipes are found from here too, wherever the command runs
 
@@ -46,11 +46,32 @@ class Cluster(Settings):
         return self
 
 
+class Scoring(Settings):
+    """What is scored beside training: always the newest checkpoint, in a process of its own that no rank waits for."""
+
+    held_out: dict[str, tuple[Source, ...]] = Field(default={})  # texts by name, under the recipe's own objective
+    tasks: dict[str, str] = Field(default={})  # fine-tuning recipes by name: the checkpoint is taught each, and scored as the recipe says
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+    wait: float = Field(default=600, ge=0)  # seconds, at the end of the run, for the scores of its last checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.held_out, *self.tasks)
+
+    @model_validator(mode="after")
+    def _named(self) -> "Scoring":
+        if wrong := [name for name in self.names if not re.fullmatch(r"[\w-]+", name) or self.names.count(name) > 1]:
+            raise ValueError(f"{wrong[0]!r} stands before the names of its scores: letters, digits, - and _, and no second one like it")
+        return self
+
+
 class Recipe(Pretrain):
     """What is trained, and where."""
 
     command: ClassVar[str] = "pretrain"
     cluster: Cluster = Cluster()
+    scoring: Scoring = Scoring()
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()  # told what the run records, beside its TensorBoard files
 
 

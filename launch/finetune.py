@@ -24,7 +24,7 @@ from launch.trackers import told
 from modeling.config import Refused
 from pretrain import published
 from pretrain.engine import Place
-from pretrain.metrics import read_lines
+from pretrain.metrics import ended
 from pretrain.published import read_json
 
 
@@ -44,7 +44,7 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
                 from launch import cluster  # imports Ray: 2 s
 
                 cluster.run(recipe, run.train, address, stop.asked)
-    if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
+    if ended(folder) == "stopped":
         console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
     show(read_json(folder / "scores.json"), console)

@@ -103,8 +103,8 @@ def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, 
             continue
         parts.append(str(part))
         beside = list(_fields(choices[0])) if choices else []
-        if get_origin(annotation) is tuple:
-            annotation, field = get_args(annotation)[0], None
+        if get_origin(annotation) in (tuple, dict):
+            annotation, field = get_args(annotation)[get_origin(annotation) is dict], None
         elif choices and part in beside:
             field = _fields(choices[0])[str(part)]
             annotation = field.annotation

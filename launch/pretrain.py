@@ -14,6 +14,7 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
+from launch import scorer
 from launch.changes import settle
 from launch.config import AnyRecipe, Recipe, again
 from launch.plan import beside
@@ -21,7 +22,7 @@ from launch.progress import Watch
 from launch.trackers import told
 from pretrain import run
 from pretrain.engine import Place
-from pretrain.metrics import read_lines
+from pretrain.metrics import ended, read_lines
 from pretrain.objectives.config import Mixture, labels
 from pretrain.tokenizer import Tokenizer
 
@@ -45,18 +46,14 @@ def prepare(recipe: Recipe, console: Console, address: str | None = None) -> Non
 
 def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits with 128 + the signal."""
-    folder = Path(recipe.run)
+    folder, tasks = Path(recipe.run), scorer.asked(recipe)
     reach(recipe, address)
     with _settled(recipe, console) as watch, told(recipe, console):
         run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
+        scorer.prepare(recipe, tasks, os.cpu_count() or 1, watch.prepared)
         with stopping(folder) as stop:
-            if recipe.cluster.workers == 0:
-                run.train(recipe, _here(recipe))
-            else:
-                from launch import cluster  # imports Ray: 2 s
-
-                cluster.run(recipe, run.train, address, stop.asked)
-    if read_lines(folder / "events.jsonl")[-1]["event"] == "stopped":
+            _train(recipe, tasks, address, stop)
+    if ended(folder) == "stopped":
         console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(128 + (stop.number or signal.SIGTERM))  # in this process the training loop hears SIGTERM itself
     console.print(scores(recipe))
@@ -70,6 +67,23 @@ def reach(recipe: AnyRecipe, address: str | None) -> None:
         from launch import cluster
 
         cluster.join(address)
+
+
+def _train(recipe: Recipe, tasks: scorer.Tasks, address: str | None, stop: "Stop") -> None:
+    """Train, with a scorer beside it where one is asked for; without Ray this process scores the last checkpoint afterwards."""
+    folder, wanted = Path(recipe.run), bool(recipe.scoring.names)
+    if recipe.cluster.workers == 0:
+        run.train(recipe, _here(recipe))
+        if wanted and ended(folder) == "finished":
+            scorer.score_here(recipe, tasks)
+    else:
+        from launch import cluster, scoring  # import Ray: 2 s
+
+        beside = scoring.Beside(recipe, tasks) if wanted else None
+        cluster.run(recipe, run.train, address, stop.asked, beside)
+        if beside is not None and ended(folder) == "finished":
+            beside.last(stop.asked)
+    scorer.join(recipe)
 
 
 def scores(recipe: Recipe) -> Table:

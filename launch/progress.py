@@ -37,10 +37,14 @@ EVENTS = {
     "resizing": "{fit} workers fit now: the {workers} save, and {fit} go on",
     "regrouping": "going on with {workers} workers",
     "hanging": "rank {rank} on {host} hangs at {phase} in step {step}: this attempt is ended",
+    "scoring_failed": "{checkpoint} has no scores: {reason}",
+    "scoring_waits": "the scorer finds no room for its {cpus} CPUs and {gpus} GPUs: scores come when there is some, or at the end",
+    "scoring_last": "waiting up to {seconds} s for the scores of {checkpoint}",
     "terminated": "rank {rank} is told to end (SIGTERM): saving",
     "stopped": "stopped at step {step}",
     "finished": "finished: all {step} steps are done",
 }
+BAD = ("failed", "hanging", "save_failed", "bad_step", "checkpoint_rejected", "scoring_failed")
 
 
 def standing(run: Path, thorough: bool) -> dict[str, str]:
@@ -56,10 +60,20 @@ def standing(run: Path, thorough: bool) -> dict[str, str]:
         "step": str(last["step"]) if last else "",
         "loss": f"{last['loss']:.3f}" if last else "",
         "tokens/s": _short(last["tokens_per_s"]) if last else "",
+        "scores": next((headline(record) for record in reversed(metrics) if "checkpoint" in record), ""),
         "workers": next((str(event["world"]) for event in reversed(events) if event["event"] == "started"), ""),
         "restarts": str(sum(event["event"] == "restarting" for event in events)),
         "verified checkpoint" if thorough else "checkpoint": checkpoint,
     }
+
+
+def headline(record: dict[str, Any]) -> str:
+    """The first score of each text and task that was scored beside training."""
+    first: dict[str, str] = {}
+    for name, value in record.items():
+        if "/" in name:
+            first.setdefault(name.partition("/")[0], f"{name} {value:.3f}")
+    return f"step {record['step']}: {', '.join(first.values())}"
 
 
 class Watch:
@@ -68,11 +82,11 @@ class Watch:
     def __init__(self, folder: Path, steps: int, console: Console, every: float = 10.0) -> None:
         self.folder, self.steps, self.console, self.every = folder, steps, console, every
         self._seconds: deque[float] = deque(maxlen=50)  # of the last steps, for the time left
-        self._evaluation = ""
+        self._evaluation = self._scores = ""
         self._last: dict[str, Any] = {}
         self._told = -float("inf")
         self._done = threading.Event()
-        self._sources = [_appended(folder / name) for name in ("events.jsonl", "metrics.jsonl")]
+        self._sources = [appended(folder / name) for name in ("events.jsonl", "metrics.jsonl")]
         for source in self._sources:
             next(source)  # an old run's lines
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
@@ -106,12 +120,14 @@ class Watch:
         events, metrics = ([record for record in next(source)] for source in self._sources)
         for event in events:
             if text := EVENTS.get(event.get("event", "")):
-                style = "yellow" if event["event"] in ("failed", "hanging", "save_failed", "bad_step", "checkpoint_rejected") else "dim"
+                style = "yellow" if event["event"] in BAD else "dim"
                 self.console.print(escape(text.format_map(_Facts(event))), style=style, highlight=False, soft_wrap=True)
         for record in metrics:
             if "heldout_loss" in record:
                 bits = f" ({record['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in record else ""
                 self._evaluation = f" · held out {record['heldout_loss']:.3f}{bits}"
+            if "checkpoint" in record:
+                self._scores = f" · {headline(record)}"
             if "loss" in record:
                 self._seconds.append(record["seconds"])
                 self._last = record
@@ -122,7 +138,7 @@ class Watch:
         left = (self.steps - record["step"]) * sum(self._seconds) / len(self._seconds)
         return (
             f"step {record['step']}/{self.steps} · loss {record['loss']:.3f} · {_short(record['tokens_per_s'])} tokens/s"
-            f" · MFU {100 * record['mfu']:.0f} % · {_clock(left)} left{self._evaluation}"
+            f" · MFU {100 * record['mfu']:.0f} % · {_clock(left)} left{self._evaluation}{self._scores}"
         )
 
     def _tell(self, line: str, step: int | None) -> None:
@@ -140,7 +156,7 @@ class _Facts(dict[str, Any]):
         return "?"
 
 
-def _appended(file: Path) -> Iterator[list[dict[str, Any]]]:
+def appended(file: Path) -> Iterator[list[dict[str, Any]]]:
     """Each `next` gives the whole records appended since the one before (the first: since now)."""
     place = file.stat().st_size if file.exists() else 0
     while True:

@@ -20,7 +20,7 @@ from rich.console import Console
 from launch.config import AnyRecipe, flatten
 from launch.progress import since
 from modeling.config import Refused
-from pretrain.metrics import read_lines
+from pretrain.metrics import ended
 
 PROJECT = "trifold"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says another
 _Record = dict[str, Any]
@@ -109,9 +109,8 @@ def told(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[No
     finally:
         done.set()
         thread.join()
-        events = read_lines(Path(recipe.run) / "events.jsonl")
         for one in followed:
-            one.tell(events[-1]["event"] if events else "failed")
+            one.tell(ended(Path(recipe.run)))
 
 
 def _said(error: Exception) -> str:

@@ -7,17 +7,26 @@ so that all ranks make the same number of forward passes (ZeRO-3 gathers weights
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from modeling.batch import Batch
 from pretrain.batches import Numbered, Rows
-from pretrain.engine import Engine, Place
+from pretrain.engine import Place
 from pretrain.layout import stack
 
 
-def evaluate(engine: Engine, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
+class Scoring(Protocol):
+    """What scores rows: the engine in the middle of training, or a model by itself."""
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def sum_over_ranks(self, values: Tensor) -> Tensor: ...
+
+
+def evaluate(engine: Scoring, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
     """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an estimate from them."""
     num_rows = min(num_rows, rows.num_rows)
     totals = torch.zeros(3 + 2 * len(rows.parts), dtype=torch.float64)  # sum of losses, targets, correct ones; losses, targets by part

@@ -1,17 +1,20 @@
 """What a run writes about itself: metrics.jsonl (one line a step), events.jsonl (starts, saves, failures) and TensorBoard files.
 
 In: plain numbers from rank 0. Out: files that `cat` reads; half a line, left by a killed process, never swallows the next one. After a
-resume the steps since the checkpoint appear again with a higher generation: the last line of a step counts.
+resume the steps since the checkpoint appear again with a higher generation: the last line of a step counts. Only rank 0 writes metrics:
+what is scored beside training (launch/scoring.py) waits for it in RUN/scoring, and carries the name of its checkpoint.
 """
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain import storage
 from pretrain.engine import Place
 
 # Dense bf16 rates from the makers' datasheets, FLOP/s. Any other device is measured.
@@ -39,6 +42,36 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def tell(run: Path, event: str, **facts: Any) -> None:
+    """One line of events.jsonl, from whoever looks after the run."""
+    append_line(run / "events.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
+
+
+def ended(run: Path) -> str:
+    """How a run's last attempt ended: finished, stopped, or scored (a task, at its end); failed where it came to no end."""
+    ends = ("finished", "stopped", "scored")
+    last = [event["event"] for event in read_lines(run / "events.jsonl") if event["event"] in (*ends, "started", "failed")][-1:]
+    return last[0] if last and last[0] in ends else "failed"
+
+
+def hand_over(run: Path, scores: dict[str, Any]) -> None:
+    """Leave the scores of a checkpoint ("step", "checkpoint", numbers) for whoever writes the metrics."""
+    storage.make_folder(run / "scoring")
+    storage.replace(run / "scoring" / f"{scores['checkpoint']}.json", json.dumps(scores).encode())
+
+
+def waiting(run: Path) -> list[Path]:
+    """The scores that were handed over and are not in the metrics yet: a file for each checkpoint, named after it."""
+    return sorted((run / "scoring").glob("*.json"))
+
+
+def scored(run: Path) -> set[str]:
+    """The checkpoints that have scores."""
+    return {file.stem for file in waiting(run)} | {
+        record["checkpoint"] for record in read_lines(run / "metrics.jsonl") if "checkpoint" in record
+    }
+
+
 class Recorder:
     """Writes a run's metrics and events on rank 0 and nothing elsewhere."""
 
@@ -55,10 +88,18 @@ class Recorder:
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
 
+    def join_scores(self) -> None:
+        """Take what was scored beside training into the metrics. Cost where there is nothing: 20 to 60 us."""
+        for file in waiting(self.run) if self.active else ():
+            with suppress(FileNotFoundError):  # a group that was cut off and does not know it yet took it
+                record = json.loads(file.read_text())
+                file.unlink()
+                self.metrics(**record)
+
     def event(self, event: str, **facts: Any) -> None:
         """One line of events.jsonl: {"time", "event", "generation", facts}. Other ranks than the first report what befalls them alone."""
         if self.active or event.endswith("_failed") or event == "terminated":
-            append_line(self.run / "events.jsonl", {"time": round(time.time(), 3), "event": event, "generation": self.generation, **facts})
+            tell(self.run, event, generation=self.generation, **facts)
 
     def close(self) -> None:
         if self.board is not None:

@@ -158,7 +158,7 @@ def train(config: Pretrain, place: Place) -> None:
 
 def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
     """The rows of a prepared run: to train on, for each of its parts (stages.py), and held out."""
-    vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), _cache(config)
+    vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), shards_of(config)
     made = [(Shards(folder / "train"), Shards(folder / "heldout")) for _, folder, _ in _sources(config)]
     training = [shards for shards, _ in made[: len(config.data.sources)]]
     heldout = [shards for _, shards in made if shards.num_documents] or [made[0][1]]
@@ -172,16 +172,17 @@ def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
     return rows, Rows(config, vocabulary, heldout, "heldout", cache, processes)
 
 
-def _cache(config: Pretrain) -> Path:
+def shards_of(config: Pretrain) -> Path:
+    """Where a run's token shards and tables of rows are."""
     return Path(config.data.cache or Path(config.run) / "shards")
 
 
 def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
     """Every corpus, the folder of its shards, and the share of its documents that is held out."""
     for number, source in enumerate(config.data.sources):
-        yield source, _cache(config) / f"source-{number}", config.data.heldout_fraction
+        yield source, shards_of(config) / f"source-{number}", config.data.heldout_fraction
     for number, source in enumerate(config.data.heldout):
-        yield source, _cache(config) / f"heldout-{number}", 0.0
+        yield source, shards_of(config) / f"heldout-{number}", 0.0
 
 
 def newest(home: storage.Location, recorder: Recorder) -> str | None:

@@ -113,6 +113,7 @@ def train(
             rows_hash=f"{rows_hash:012x}",
             **_told(rows, step, parts),
         )
+        recorder.join_scores()
         if rows.step == began:
             recorder.event("stepping", step=rows.step + 1)
         if not step.applied and _went_back(

@@ -37,6 +37,8 @@ def recipe(tmp_path) -> Path:
         ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
         ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
+        ("scoring.held_out.novels=[{paht: x}]", "`scoring.held_out.novels.0.path`?"),
+        ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' stands before the names of its scores"),
         ("data.sources.0.paht=x", "there is no key `data.sources.0.paht`; did you mean `data.sources.0.path`?"),
         ("steps=0", "`steps` is 0 (a whole number); it must be a whole number, above 0."),
         ("steps=1e3", "`steps` is 1000.0 (a number); it must be a whole number, above 0."),
