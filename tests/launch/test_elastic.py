@@ -123,6 +123,26 @@ def test_a_lost_host_costs_no_row_and_a_returned_one_is_used_again(way: str, aga
     assert largest <= 1e-5
 
 
+@pytest.mark.proof
+def test_a_host_that_is_to_be_taken_away_is_left_after_a_save(hosts: Hosts, tmp_path: Path) -> None:
+    recipe, run = recipe_of(tmp_path / "drained", 1, workers=3, min_workers=2), tmp_path / "drained" / "run-drained"
+    with driving(hosts, recipe) as driver:
+        until(lambda: step(run) > 25, 120)
+        beat = heartbeat.read(run)[1]
+        lost = int(beat.host.removeprefix("host-"))
+        notice = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100")
+        told = hosts.on(0, "ray", "drain-node", f"--address={hosts.address}", f"--node-id={beat.node}", *notice)
+        assert told.returncode == 0, told.stdout + told.stderr
+        until(lambda: len(events(run, "stepping")) == 2, 90)
+        assert beat.host not in [other.host for other in heartbeat.read(run).values()] and not events(run, "failed")
+        assert events(run, "stopped")[0]["step"] == events(run, "resumed")[-1]["step"]
+        (run / "stop").touch()
+        assert driver.wait(60) == 143
+    assert "2 workers fit now: the 3 save, and 2 go on" in (recipe.parent / "driver.txt").read_text()
+    hosts.kill(lost)
+    hosts.start(lost)  # for the tests after this
+
+
 SLEEPS = """
 import sys
 from launch import cluster
