@@ -105,13 +105,17 @@ class Jobs:
     def status(self, name: str | None, console: Console) -> None:
         """How every run stands, or one of them: from its folder, and from Ray whether its job lives."""
         newest = {job.metadata["name"]: job for job in ([self._find(name)] if name else self._jobs())}
-        table = Table("run", "job", title=f"runs at {self.address}")
-        for run, job in newest.items():
-            stands = standing(Path(job.metadata["run"]), thorough=name is not None)
-            if not table.rows:
-                for column in stands:
-                    table.add_column(column)
-            table.add_row(run, ENDED.get(job.status, job.status.value.lower()), *stands.values())
+        rows = [
+            {"run": run, "job": ENDED.get(job.status, job.status.value.lower())}
+            | standing(Path(job.metadata["run"]), thorough=name is not None)
+            for run, job in newest.items()
+        ]
+        shown = [column for column in rows[0] if any(row[column] for row in rows)] if rows else ["run", "job"]
+        table = Table(title=f"runs at {self.address}")
+        for column in shown:
+            table.add_column(column, no_wrap=column in ("run", "job", "step"))  # a narrow terminal folds the others first
+        for row in rows:
+            table.add_row(*(row[column] for column in shown))
         console.print(table)
 
     def stop(self, name: str, wait: float, console: Console) -> None:

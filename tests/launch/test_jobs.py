@@ -2,6 +2,7 @@
 
 import json
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
 
     with following(hosts, "logs", "run-left", "-f") as client:
         until(lambda: step(run) > before + 40, 60)
+        until(lambda: select.select([client.stdout], [], [], 0)[0], 60)  # it follows: before, Python imports, and may lose a Ctrl-C
         client.send_signal(signal.SIGINT)
         said = client.communicate(timeout=30)[0]
         assert "2 worker(s) started" in said and "run-left goes on without you. Back to it: trifold logs run-left -f" in said
