@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv (1 to 3 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[publish,score,report,objects,mlflow,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[publish,score,report,objects,fp8,mlflow,dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -96,6 +96,7 @@ class Engine(Settings):
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "fp32"
     recompute: bool = False  # activation checkpointing, block by block
     compile: bool = False
+    fp8: bool = False  # products of the linear maps inside blocks, in bf16 training on GPUs that have it (fp8.py)
     offload: bool = False  # optimizer state in host memory
 
 

@@ -27,6 +27,7 @@ from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain import heartbeat
 from pretrain.config import Training
+from pretrain.fp8 import to_fp8
 from pretrain.meter import Meter, keep_freed_pages
 from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
@@ -80,6 +81,8 @@ class Engine:
         low = self.precision != "fp32"
         optimizer = make_optimizer(model, config.optimizer, torch.bfloat16 if low else torch.float32)
         model.recompute(config.engine.recompute)
+        if config.engine.fp8:
+            to_fp8(model, config.engine, place.device)
         if self.precision == "autocast":
             # Not DeepSpeed's torch_autocast: that gathers weights and reduces gradients in bf16, and at stage 3 no two runs agree.
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]

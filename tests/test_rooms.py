@@ -12,6 +12,7 @@ HOMES = {
     "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/slices.py", "pretrain/muon.py"),
     "sentencepiece": ("pretrain/tokenizer.py", "launch/bench/data.py"),  # whose own speed ours is set beside
     "obstore": ("pretrain/objects.py",),
+    "torchao": ("pretrain/fp8.py",),
     "datasets": ("pretrain/corpus.py", "finetune/"),
     "transformers": ("pretrain/verify.py", "launch/bench/contenders.py"),  # the peers that training is set beside
     "matplotlib": ("launch/report.py", "launch/bench/report.py"),
