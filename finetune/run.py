@@ -31,9 +31,10 @@ from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
 from modeling.transformer import Transformer
-from pretrain import heartbeat, storage, tokenizer
+from pretrain import budget, heartbeat, storage, tokenizer
 from pretrain.checkpoint import State, open_checkpoint
 from pretrain.engine import Engine, Place
+from pretrain.layout import stack
 from pretrain.lease import Lease, take_generation
 from pretrain.loader import Loader
 from pretrain.metrics import Recorder
@@ -84,14 +85,16 @@ def train(config: Finetune, place: Place) -> None:
     tasks = open_tasks(config, vocabulary, shape.family)
     task, model = tasks[0], tasks[0].shaped(shape)
     rows, heldout = open_rows(config, tasks, vocabulary)
-    engine = Engine(_initialised(model, state, config), config, place)
+    answers = budget.answered(config, model, [stack([rows.empty_row()] * config.micro_rows)], place)
+    engine = Engine(_initialised(model, state, config), answers, place)
     home = storage.home(run, config.checkpoints.storage)
     lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
     heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
     storage.told = recorder.event
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
-    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
+    chosen = {"zero_stage": config.engine.zero_stage, "precision": engine.precision, "recompute": engine.recompute}
+    recorder.event("started", world=place.world, **chosen, pid=os.getpid())
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
     judge = Judge(config, engine, task, heldout)

@@ -70,7 +70,8 @@ def plan(
     hours_per_failure: Annotated[float, typer.Option(help="of one device")] = 50_000.0,
 ) -> None:
     """Say what a recipe will need before anything starts: memory, seconds, checkpoints, price, what failures cost."""
-    from launch.plan import Where, device_memory, plan, rate_of
+    from launch.plan import Where, plan, rate_of
+    from pretrain.budget import device_memory
 
     recipe = _recipe(config, changes)
     kind = device or ("cuda" if recipe.cluster.gpus_per_worker else "cpu")

@@ -5,7 +5,6 @@ RUN/plan.json. Memory and checkpoint are exact counts (pretrain/budget.py), seco
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -81,6 +80,9 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     """What is known before a run, by name; the names say the unit."""
     model = begin(recipe.model, Path(recipe.run))[0]
     part = parts(recipe)[-1]
+    micros = (_batch(recipe, model, part.micro_rows, part.row_length) for part in parts(recipe))
+    recompute = budget.recomputes(recipe, model, micros, where.ranks, where.device, where.memory)
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": recompute})})
     micro = _batch(recipe, model, part.micro_rows)
     memory = budget.memory(recipe, model, micro, where.ranks, where.device)
     saved = budget.checkpoint_bytes(recipe, model)
@@ -92,6 +94,7 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     fits = where.memory - rates.process
     return {
         "parameters": num_parameters(model),
+        "recompute": recompute,
         **{f"memory_{name}_bytes": size for name, size in memory._asdict().items()},
         "memory_process_bytes": rates.process,
         "memory_peak_bytes": peak,
@@ -142,6 +145,8 @@ def _said(name: str) -> str:
 
 def shown(name: str, value: Any) -> str:
     """A value in the unit that its name ends with."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if "bytes" in name:
         unit = next((u for u in (40, 30, 20) if value >= 2**u), 10)
         return f"{value / 2**unit:,.2f} {dict(zip((40, 30, 20, 10), ('TiB', 'GiB', 'MiB', 'KiB'), strict=True))[unit]}"
@@ -198,19 +203,12 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     return Rates(micro, one_micro - micro, costs.waits / where.ranks, costs.written / where.ranks, costs.verified + costs.read, process)
 
 
-def _batch(recipe: Recipe, model: ModelConfig, number: int) -> Batch:
-    """Rows of the recipe's shape."""
+def _batch(recipe: Recipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:
+    """Rows of the recipe's shape, or of another length."""
+    if row_length is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"row_length": row_length})})
     source = rows.synthetic(recipe, model.vocab_size, 2, number)
     return stack(source.rows(range(number)))
-
-
-def device_memory(device: str, ranks: int) -> float:
-    """Bytes that a rank may use here: a CUDA device's, or its share of the machine's."""
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise Refused("there is no CUDA device here: give --memory-gib and --tokens-per-second of one")
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def rate_of(folder: Path) -> float:

@@ -6,19 +6,25 @@ the allocator's peak in real steps on the CPU: 0.994 to 1.000 in three cells, wi
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from modeling.batch import Batch
-from modeling.config import ModelConfig
+from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from modeling.memory import Held, held
 from modeling.transformer import Transformer
 from pretrain.config import Training
+from pretrain.engine import Place
 from pretrain.optimizer import make_optimizer
+from pretrain.precision import settled
 
+T = TypeVar("T", bound=Training)
+
+ROOM = 0.9  # of a device's memory: what is counted here is within a tenth of the peak
 BUCKET = 500_000_000  # elements: the most that DeepSpeed reduces at a time (engine.py)
 
 
@@ -40,7 +46,35 @@ class Memory(NamedTuple):
 def memory(config: Training, model: ModelConfig, batch: Batch, world: int, device: str) -> Memory:
     """The peak of a step whose micro batches look like `batch`."""
     engine = config.engine
-    return _memory(config, num_parameters(model), held(model, batch, engine.precision, engine.recompute, device), world, model)
+    counted = held(model, batch, engine.precision, engine.recompute is True, device)
+    return _memory(config, num_parameters(model), counted, world, model)
+
+
+def device_memory(device: str, ranks: int, number: int = 0) -> float:
+    """Bytes that a rank may use here: of CUDA device `number`, or its share of the machine's."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise Refused("there is no CUDA device here: give --memory-gib and --tokens-per-second of one")
+        return float(torch.cuda.get_device_properties(number).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+
+def recomputes(config: Training, model: ModelConfig, micros: Iterable[Batch], world: int, device: str, free: float) -> bool:
+    """Whether a rank with `free` bytes recomputes. `engine.recompute: auto`: where one of these micro batches does not fit without.
+
+    All weights count as trained and the model as uncompiled, so it may recompute where that was not needed, not the other way round.
+    """
+    if config.engine.recompute != "auto":
+        return config.engine.recompute
+    blocks = model.cell == "attention"
+    return blocks and any(memory(config, model, batch, world, device).total > ROOM * free for batch in micros)
+
+
+def answered(config: T, model: ModelConfig, micros: Iterable[Batch], place: Place) -> T:
+    """The recipe with `auto` answered for precision and recomputation by this rank's device alone; `agreed` hears the others."""
+    mine, free = settled(config, place.device), device_memory(place.device, place.world, place.local_rank)
+    on = recomputes(mine, model, micros, place.world, place.device, free)
+    return mine.model_copy(update={"engine": mine.engine.model_copy(update={"recompute": on})})
 
 
 def largest_micro(config: Training, model: ModelConfig, rows: Callable[[int], Batch], world: int, device: str, free: float) -> int:

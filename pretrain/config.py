@@ -94,7 +94,7 @@ class Engine(Settings):
     zero_stage: Literal[1, 2, 3] = 1
     # bf16: weights too, fp32 master; autocast: fp32 weights; auto: bf16 where every rank's device is fast in it, else fp32 (precision.py)
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "fp32"
-    recompute: bool = False  # activation checkpointing, block by block
+    recompute: Literal["auto"] | bool = False  # activations, block by block; auto: where memory would not suffice without (budget.py)
     compile: bool = False
     fp8: bool = False  # products of the linear maps inside blocks, in bf16 training on GPUs that have it (fp8.py)
     offload: bool = False  # optimizer state in host memory

@@ -74,13 +74,13 @@ class Engine:
         heartbeat.at("meeting the other ranks")
         deepspeed = _deepspeed(place)
         config = agreed(config, place.device)
-        self.precision = config.engine.precision
+        self.precision, self.recompute = config.engine.precision, config.engine.recompute is True
         self.meter = Meter(place.device, model)
         if place.device == "cpu":
             keep_freed_pages()
         low = self.precision != "fp32"
         optimizer = make_optimizer(model, config.optimizer, torch.bfloat16 if low else torch.float32)
-        model.recompute(config.engine.recompute)
+        model.recompute(self.recompute)
         if config.engine.fp8:
             to_fp8(model, config.engine, place.device)
         if self.precision == "autocast":

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from modeling.config import Refused
 from modeling.counts import train_flops_per_row
-from pretrain import heartbeat, storage, tokenizer
+from pretrain import budget, heartbeat, storage, tokenizer
 from pretrain import prepare as preparation
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
@@ -25,6 +25,7 @@ from pretrain.config import Pretrain, Source, Start
 from pretrain.corpus import documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
+from pretrain.layout import stack
 from pretrain.lease import Lease, take_generation
 from pretrain.loader import Loader
 from pretrain.metrics import Recorder, peak_flops
@@ -93,15 +94,18 @@ def train(config: Pretrain, place: Place) -> None:
     run = Path(config.run)
     rows, heldout = open_rows(config)
     model, weights = begin(config.model, run)
-    engine = Engine(initialised(model, weights, config.seed), config, place, len(heldout.parts))
+    plan = parts(config)
+    micros = (stack([r.empty_row()] * part.micro_rows) for part, r in zip(plan, rows, strict=True))
+    answers = budget.answered(config, model, micros, place)
+    engine = Engine(initialised(model, weights, config.seed), answers, place, len(heldout.parts))
     home = storage.home(run, config.checkpoints.storage)
     lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
     heartbeat.end_when_superseded(lease)
     recorder = Recorder(run, place, lease.generation)
     storage.told = recorder.event
-    recorder.event("started", world=place.world, zero_stage=config.engine.zero_stage, precision=engine.precision, pid=os.getpid())
+    chosen = {"zero_stage": config.engine.zero_stage, "precision": engine.precision, "recompute": engine.recompute}
+    recorder.event("started", world=place.world, **chosen, pid=os.getpid())
     start = from_first_rank(engine, lambda: fingerprint(config.model))
-    plan = parts(config)
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
     recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 

@@ -20,6 +20,7 @@ from modeling.batch import IGNORE, Batch
 from modeling.config import ModelConfig, Refused
 from modeling.huggingface import express
 from modeling.transformer import build
+from pretrain import budget
 from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
 from pretrain.objectives.config import family, labels
@@ -58,7 +59,8 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         named, model = labels(recipe.objective), build(config, recipe.seed)
-        racer.engine = engine = Engine(model, recipe, place, len(named) if len(named) > 1 else 0)
+        answers = budget.answered(recipe, config, [m.batch for m in steps[0]][:1], place)
+        racer.engine = engine = Engine(model, answers, place, len(named) if len(named) > 1 else 0)
 
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]

@@ -38,6 +38,15 @@ def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: Recipe, tmp_path: 
     assert f"micro_rows to {found['largest_micro_rows']} at most" in (tmp_path / "said").read_text()
 
 
+def test_a_plan_says_whether_blocks_are_recomputed(recipe: Recipe, tmp_path: Path) -> None:
+    auto = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": "auto"})})
+    with (tmp_path / "said").open("w") as said:
+        ample, tight = (plan(auto, replace(GIVEN, memory=memory), Console(file=said, width=200)) for memory in (2**34, 30 * 2**20))
+    assert (ample["recompute"], tight["recompute"]) == (False, True)
+    assert tight["memory_activations_bytes"] < ample["memory_activations_bytes"]
+    assert [line.split()[-2] for line in (tmp_path / "said").read_text().splitlines() if "recompute" in line][:2] == ["no", "yes"]
+
+
 def test_a_rate_cannot_be_measured_on_a_device_that_is_not_here(recipe: Recipe) -> None:
     with pytest.raises(Refused, match="--tokens-per-second"):
         predict(recipe, replace(GIVEN, device="cuda", tokens_per_second=None))

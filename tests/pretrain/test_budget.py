@@ -9,6 +9,7 @@ import pytest
 from launch.bench.contenders import bytes_held
 from launch.bench.rows import micros
 from launch.config import Recipe, resolve
+from modeling.config import ModelConfig
 from modeling.counts import num_parameters
 from modeling.transformer import build
 from pretrain import budget
@@ -17,6 +18,7 @@ from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
 from pretrain.lease import Lease, take_generation
 from pretrain.saving import Checkpointer
+from tests.modeling.families import RECURRENT
 from tests.pretrain.test_checkpoint import nothing, state_of
 from tests.pretrain.test_engine import engine_of, recipe
 from tests.processes import run_processes
@@ -97,6 +99,21 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
 
     free = budget.memory(config, config.model, rows(11), 1, "cpu").total
     assert budget.largest_micro(config, config.model, rows, 1, "cpu", free) in (10, 11, 12)
+
+
+def test_auto_recomputes_where_memory_would_not_suffice_without() -> None:
+    config = small(1, "fp32", "decoder", 1)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": "auto"})})
+    batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
+    needed = budget.memory(config, config.model, batch, 1, "cpu").total / budget.ROOM
+
+    def chosen(model: ModelConfig, free: float) -> bool:
+        return budget.recomputes(config, model, [batch], 1, "cpu", free)
+
+    assert not chosen(config.model, needed) and chosen(config.model, needed - 1)
+    assert not chosen(RECURRENT["gru decoder"], 1.0)  # has no blocks to recompute
+    for place in (Place(0, 1, 0, "cpu", None, 1), Place(3, 10**9, 0, "cpu", None, 1)):  # a rank of so many has a few bytes
+        assert budget.answered(config, config.model, [batch], place).engine.recompute == (place.world > 1)
 
 
 @pytest.mark.parametrize(("stall", "between"), [(0.5, 3600.0), (20.0, 3600.0), (60.0, 600.0)])

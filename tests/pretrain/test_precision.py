@@ -18,15 +18,15 @@ def test_a_cpu_trains_in_bf16_only_where_it_has_instructions_for_it(amx, avx512,
     assert settled(recipe(precision="autocast"), "cpu").engine.precision == "autocast"
 
 
-def _on_unlike_cpus(place: Place, fast: list[bool]) -> tuple[str, float]:
+def _on_unlike_cpus(place: Place, fast: list[bool]) -> tuple[str, bool, float]:
     torch.cpu._is_amx_tile_supported = lambda: fast[place.rank]
     torch.cpu._is_avx512_bf16_supported = lambda: False
-    engine = engine_of(recipe(precision="auto"), place)
-    return engine.precision, engine.train_step([rows(0)], [0], 100, 1.0).loss
+    engine = engine_of(recipe(precision="auto", recompute=not fast[place.rank]), place)
+    return engine.precision, engine.recompute, engine.train_step([rows(0)], [0], 100, 1.0).loss
 
 
 @pytest.mark.parametrize(("fast", "agreed"), [([True, False], "fp32"), ([True, True], "bf16")])
-def test_ranks_on_unlike_cpus_train_in_one_precision(fast, agreed):
-    (first, loss), (second, same) = run_processes(2, _on_unlike_cpus, fast)
-    assert first == second == agreed
-    assert loss == same
+def test_ranks_on_unlike_cpus_train_in_one_precision_and_recompute_where_one_needs_it(fast, agreed):
+    first, second = run_processes(2, _on_unlike_cpus, fast)
+    assert first == second
+    assert first[:2] == (agreed, not all(fast))
