@@ -16,7 +16,7 @@ from modeling.block import ACTIVATIONS, make_norm
 from modeling.config import ModelConfig
 from modeling.crf import CRF
 
-CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits that exist at a time
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**28}  # logits that exist at a time
 
 
 class Head(nn.Module):
@@ -141,18 +141,16 @@ class _LossSum(torch.autograd.Function):
         ctx: Any, h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(weight_VD.dtype, torch.float32)
-        total, grad_h, each = h_PD.new_zeros((), dtype=exact), [], []
+        grad_h, each, spread = [], [], []
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
         for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
             logp = _log_softmax(h, weight, bias)
             valid = (targets != IGNORE)[:, None]
             each.append(_nll(logp, targets))
-            total += (1 - smoothing) * each[-1].sum()
             if smoothing:
-                total -= smoothing * (logp.mean(-1, keepdim=True) * valid).sum()
-            hit = logp.new_full((len(logp), 1), smoothing - 1)
-            grad = logp.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], hit)
+                spread.append((logp.mean(-1, keepdim=True) * valid).sum())
+            grad = _minus_hits(logp, targets, 1 - smoothing)
             grad = (grad - smoothing / logp.shape[1] if smoothing else grad).to(h.dtype)
             grad_h.append((grad @ weight * valid).to(h_PD.dtype))
             if grad_weight is not None:
@@ -162,6 +160,9 @@ class _LossSum(torch.autograd.Function):
         ctx.save_for_backward(torch.cat(grad_h), grad_weight, grad_bias)
         ctx.dtype = weight_VD.dtype
         nll = torch.cat(each)
+        total = nll.sum()  # not added up in place: torch 2.11, compiled, loses the gradient of that
+        if smoothing:
+            total = (1 - smoothing) * total - smoothing * torch.stack(spread).sum()
         ctx.mark_non_differentiable(nll)
         return total, nll
 
@@ -184,7 +185,7 @@ def _chunks(
     """Positions in chunks of CHUNK_LOGITS logits, with the weight in the precision of the arithmetic, cast once."""
     device = h_PD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-    size = max(128, CHUNK_LOGITS[device] // len(weight_VD))
+    size = max(128, CHUNK_LOGITS[device] // len(weight_VD) // 128 * 128)  # whole tiles of a matrix product
     weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     for h, targets in zip(h_PD.to(dtype).split(size), targets_P.split(size), strict=True):
         yield h, weight, bias, targets
@@ -193,6 +194,14 @@ def _chunks(
 def _log_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     logits = F.linear(h_PD, weight_VD, bias_V)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _minus_hits(logp_PV: Tensor, targets_P: Tensor, hit: float) -> Tensor:
+    """Probabilities, `hit` less at the targets; takes `logp_PV` over. A compiler fuses the comparison into what follows, and would have to
+    write all of them out for a scatter; without one the scatter touches least."""
+    if torch.compiler.is_compiling():
+        return logp_PV.exp() - hit * (torch.arange(logp_PV.shape[1], device=logp_PV.device) == targets_P[:, None])
+    return logp_PV.exp_().scatter_add_(1, targets_P.clamp(min=0)[:, None], logp_PV.new_full((len(logp_PV), 1), -hit))
 
 
 def _nll(logp_PV: Tensor, targets_P: Tensor) -> Tensor:

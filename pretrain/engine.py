@@ -88,8 +88,12 @@ class Engine:
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(config, model, place))
+        if hasattr(self._zero, "bf16_groups") and self.stage == 1:
+            from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
+
+            lean(self._engine, self._zero)
         if config.engine.compile:
-            self._engine.compile()
+            self._engine.compile(compile_kwargs={"dynamic": False})
         self.device: torch.device = self._engine.device
         self.optimizer_step = 0
         self._autocast = self.precision == "autocast"

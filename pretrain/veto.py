@@ -6,7 +6,7 @@ private parts of DeepSpeed 0.19; tests/pretrain/test_engine.py covers each stage
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +30,8 @@ class Veto:
             norms = zero._get_norm_groups
             zero._overflow_check_and_loss_scale_update = early
             zero._get_norm_groups = lambda: self._shown(norms())
-        elif hasattr(zero, "get_grads_for_norm"):  # BF16_Optimizer (stage 1, bf16 with fp32 accumulation) has no earlier check
-            gradients = zero.get_grads_for_norm
-
-            def shown(for_clipping: bool = False) -> Any:
-                found = gradients(for_clipping=for_clipping)
-                if for_clipping or (self.loss_allowed and self._allows(lambda: [torch.nn.utils.get_total_norm(found[0])])):
-                    return found
-                return [found[0][0].new_full((1,), torch.nan)], {}
-
-            zero.get_grads_for_norm = shown
+        elif hasattr(zero, "get_grads_for_norm"):  # lean.py: stage 1, bf16 with fp32 accumulation
+            zero.allows = lambda norm: self.loss_allowed and self._allows(lambda: [norm])
         else:
             norm = zero.scaled_global_norm
             zero.check_grad_overflow, zero.check_overflow = True, early
@@ -54,7 +46,7 @@ class Veto:
         """Norms of the gradient's parts as they are, or NaN where the whole is beyond the limit."""
         return norms if self._allows(lambda: norms) else [norm * torch.nan for norm in norms]
 
-    def _allows(self, norms: Callable[[], list[Tensor]]) -> bool:
+    def _allows(self, norms: Callable[[], Sequence[Tensor | float]]) -> bool:
         """Without a limit nothing is looked at: that would wait for the device once more. DeepSpeed says -1 for what is not finite."""
         if self.limits.grad_norm == math.inf:
             return True

@@ -98,18 +98,18 @@ def gpu(
     steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
     out: Out = None,
 ) -> None:
-    """The table of goals on one GPU: five shapes, ours beside the stock classes, each in a process with a time limit of its own."""
+    """The table of goals on one GPU: six shapes, ours beside the stock classes, each contender in a process of its own."""
     from launch.bench.gpu import bench
 
     bench(Console(), only=only or [""], seconds=seconds, tiny=tiny, steps=steps, out=out)
 
 
 @app.command(hidden=True)
-def shape(name: str, out: Path, seconds: float, steps: int, tiny: bool = False) -> None:
-    """One shape of `gpu`, in this process; each contender's row is appended to OUT as it is known."""
+def shape(name: str, contender: int, out: Path, steps: int, turn: Path, tiny: bool = False) -> None:
+    """One contender of one shape of `gpu`, in this process; its row is appended to OUT."""
     from launch.bench.gpu import measure
 
-    measure(name, out, seconds=seconds, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1))
+    measure(name, contender, out, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1), turn=turn)
 
 
 def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "Place":

@@ -5,11 +5,13 @@ Ours is the product's Engine (DeepSpeed). The peers are the stock classes of the
 """
 
 import contextlib
+import fcntl
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,36 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
     racer = Contender(name, make, *_counted(steps), flops)
     return racer
+
+
+def bare(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Sequence[Micro]], place: Place, flops: float) -> Contender:
+    """Our model in as plain a loop as bf16 weights with fp32 masters allow, without DeepSpeed: what the engine costs beside it."""
+
+    def make() -> tuple[nn.Module, Callable[[int], None]]:
+        model = build(config, recipe.seed).to(place.device, torch.bfloat16)
+        weights = list(model.parameters())
+        masters = [weight.detach().float() for weight in weights]
+        settings = recipe.optimizer
+        optimizer = torch.optim.AdamW(masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+        if recipe.engine.compile:
+            model.compile(dynamic=False)
+        grads = [torch.empty_like(master) for master in masters]
+        for master, grad in zip(masters, grads, strict=True):
+            master.grad = grad
+
+        def step(i: int) -> None:
+            chosen = steps[i % len(steps)]
+            for micro in chosen:
+                (model(micro.batch.to(place.device)) / sum(m.targets for m in chosen)).backward()
+            torch._foreach_copy_(grads, [weight.grad for weight in weights if weight.grad is not None])
+            nn.utils.clip_grad_norm_(masters, settings.clip)
+            optimizer.step()
+            torch._foreach_copy_([weight.detach() for weight in weights], masters)
+            model.zero_grad()
+
+        return model, step
+
+    return Contender(name, make, *_counted(steps), flops)
 
 
 def stock(
@@ -134,19 +166,14 @@ def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
         return kind._from_config(config, attn_implementation="eager")
 
 
-def race(
-    contenders: Sequence[Contender], place: Place, warmup: int, steps: int, deadline: float = float("inf"),
-    ready: Callable[[Contender], None] = lambda contender: None,
-) -> None:  # fmt: skip
+def race(contenders: Sequence[Contender], place: Place, warmup: int, steps: int, turn: Path | None = None) -> None:
     """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender raises is its own result.
 
-    No new one is begun after `deadline` (time.monotonic()). `ready` hears of each that has warmed up, with its last step's seconds.
+    `turn`: a file that processes lock while they warm up and are timed, so that one at a time does.
     """
+    torch.set_num_threads(place.threads)
     going = []
     for contender in contenders:
-        if time.monotonic() > deadline:
-            contender.failed = "no time left"
-            continue
         try:
             began = time.perf_counter()
             with bytes_held(place) as held:
@@ -155,17 +182,25 @@ def race(
                 _wait(place)
             contender.resident, contender.peak = held
             contender.first_seconds = time.perf_counter() - began
-            for i in range(1, warmup + 1):
-                timed_step(contender, place, i)
-            ready(contender)
             going.append(contender)
         except Exception as error:  # a peer may lack a kernel, or memory: the others go on
             logging.getLogger(__name__).warning("%s failed", contender.name, exc_info=True)
             contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    with _alone(turn):
+        for i, contender in itertools.product(range(1, warmup + 1 + steps), going):
+            timed_step(contender, place, i)
     for contender in going:
-        contender.seconds, contender.cpu_seconds = [], []
-    for i, contender in itertools.product(range(warmup + 1, warmup + 1 + steps), going):
-        timed_step(contender, place, i)
+        del contender.seconds[:warmup], contender.cpu_seconds[:warmup]
+
+
+@contextlib.contextmanager
+def _alone(turn: Path | None) -> Iterator[None]:
+    if turn is None:
+        yield
+        return
+    with turn.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def timed_step(contender: Contender, place: Place, i: int) -> None:

@@ -1,15 +1,20 @@
-"""`make bench-gpu`: the table of goals on one GPU, five shapes beside the stock classes that a user would take instead.
+"""`make bench-gpu`: the table of goals on one GPU, six shapes beside the stock classes that a user would take instead.
 
-In: nothing but the presets below. Out: one table, printed last, and --out's JSON and chart. Each shape is a process of its own with a
-share of the time: what hangs or fails costs its own rows and no others. `--tiny` runs the same code on small shapes on the CPU.
+In: nothing but the presets below. Out: one table, printed last, and --out's JSON and chart. Each contender is a process of its own: what
+hangs or fails costs its own row and no others. They build and compile side by side, and are timed one at a time. `--tiny` runs the same
+code on small shapes on the CPU.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,9 @@ SMALL = {  # the same classes for a rehearsal
 }
 
 
+OURS, PLAIN_ROWS, FP8, PLAIN_LOOP = "Trifold", "Trifold, plain rows", "Trifold, fp8 linears", "Trifold's model, plain torch loop"
+
+
 @dataclass(frozen=True)
 class Shape:
     """A row of the goals: our recipe, and whom it stands beside."""
@@ -46,35 +54,44 @@ class Shape:
     objective: str
     row_length: int
     rows: int
-    seconds: int  # its share of the time
+    gib: int  # of device memory that the largest contender takes
     goal: str
     peers: tuple[tuple[str, dict[str, Any] | None, bool], ...]  # (class, its settings or None for our shape, compiled)
     documents: int = 0
-    more: tuple[str, ...] = field(default=())
+    fp8: bool = False
+    plain_loop: bool = False  # ours without DeepSpeed too
+
+    @property
+    def contenders(self) -> list[str]:
+        """Ours first."""
+        padded = ", padded" if self.documents else ""
+        peers = [f"{kind}, {'compiled' if compiled else 'eager'}{padded}" for kind, _, compiled in self.peers]
+        more = {PLAIN_ROWS: self.documents > 0, FP8: self.fp8, PLAIN_LOOP: self.plain_loop}
+        return [OURS, *(who for who, there in more.items() if there), *peers]
 
 
 SHAPES = {
     "decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 80, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
-        (("LlamaForCausalLM", None, True), ("GPT2LMHeadModel", GPT2, True), ("LlamaForCausalLM", None, False)),
+        "decoder-110m", "causal", 1024, 32, 30, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
+        (("LlamaForCausalLM", None, True), ("GPT2LMHeadModel", GPT2, True), ("LlamaForCausalLM", None, False)), plain_loop=True,
     ),
     "decoder 24x2048, t2048": Shape(
-        "decoder-1.3b", "causal", 2048, 8, 120, "1.25 x Llama compiled",
-        (("LlamaForCausalLM", None, True), ("LlamaForCausalLM", None, False)),
+        "decoder-1.3b", "causal", 2048, 8, 66, "1.25 x Llama compiled, 1.5 x in fp8",
+        (("LlamaForCausalLM", None, True), ("LlamaForCausalLM", None, False)), fp8=True, plain_loop=True,
     ),
     "encoder base, t1024, 30 % masked": Shape(
-        "encoder-base", "masked", 1024, 32, 100, "2 x ModernBERT compiled",
+        "encoder-base", "masked", 1024, 32, 42, "2 x ModernBERT compiled",
         (("ModernBertForMaskedLM", None, True), ("ModernBertForMaskedLM", None, False)),
     ),
     "encoder base, t512": Shape(
-        "encoder-base", "masked", 512, 64, 80, "1.7 x BERT", (("BertForMaskedLM", BERT, True), ("BertForMaskedLM", BERT, False))
+        "encoder-base", "masked", 512, 64, 34, "1.7 x BERT", (("BertForMaskedLM", BERT, True), ("BertForMaskedLM", BERT, False))
     ),
     "encoder-decoder base, 512 in / 120 out": Shape(
-        "encoder-decoder-base", "spans", 512, 64, 80, "2 x T5 v1.1 compiled",
+        "encoder-decoder-base", "spans", 512, 64, 54, "2 x T5 v1.1 compiled",
         (("T5ForConditionalGeneration", T5, True), ("T5ForConditionalGeneration", T5, False)),
     ),
     "packed documents, decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 60, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False),), documents=4
+        "decoder-110m", "causal", 1024, 32, 34, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False),), documents=4
     ),
 }  # fmt: skip
 TINY = {
@@ -86,36 +103,60 @@ TINY = {
 
 
 def bench(console: Console, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None) -> None:
-    """All shapes one after another; ends after `seconds` at the latest, a few more for the last table."""
+    """All contenders, as many at a time as the device has memory for; ends after `seconds` at the latest, a few more for the table."""
+    began, end = time.monotonic(), time.monotonic() + seconds
     chosen = {name: shape for name, shape in SHAPES.items() if name.startswith(tuple(only))}
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-        for i, (name, shape) in enumerate(chosen.items()):
-            left = sum(later.seconds for later in list(chosen.values())[i:])
-            share = max(1.0, (end - time.monotonic()) * shape.seconds / left)
-            _in_a_process(name, Path(folder) / f"{i}.jsonl", share, steps, tiny, console)
-        rows = [row for i, name in enumerate(chosen) for row in _of(name, Path(folder) / f"{i}.jsonl")]
-    show(
-        console,
-        f"one training step, {'a rehearsal on the CPU' if tiny else torch.cuda.get_device_name(0)}, torch {torch.__version__}",
-        rows,
-        out,
-    )
+    runs = [(name, i) for name, shape in chosen.items() for i in range(len(shape.contenders))]
+    runs.sort(key=lambda run: SHAPES[run[0]].contenders[run[1]].endswith("eager"))  # these are missed least
+    room = _Room(1 if tiny else torch.cuda.get_device_properties(0).total_memory / 2**30)
+
+    def run(contender: tuple[str, int]) -> Row:
+        name, i = contender
+        who = SHAPES[name].contenders[i]
+        with room.taken(min(SHAPES[name].gib, room.size)):
+            row = _in_a_process(name, i, Path(folder), end - time.monotonic(), steps, tiny)
+        said = row.get("note") or f"{row['tokens/s']:,.0f} tokens/s"
+        console.print(f"{time.monotonic() - began:4.0f} s  {name}: {who}: {said}", highlight=False)
+        return row
+
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder, ThreadPoolExecutor(len(runs)) as pool:
+        found = dict(zip(runs, pool.map(run, runs), strict=True))
+    title = f"one training step, {'a rehearsal on the CPU' if tiny else torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    by_shape = {name: [found[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()}
+    show(console, title, [row for name, rows in by_shape.items() for row in _rows(name, rows)], out)
 
 
-def measure(name: str, out: Path, *, seconds: float, steps: int, tiny: bool, place: Place) -> None:
-    """One shape in this process. Rows go to `out` when a contender has warmed up, and again when all are timed: the later one counts."""
-    deadline = time.monotonic() + 0.7 * seconds  # nothing is begun later: it would not be ready in time
+class _Room:
+    """Gigabytes that processes take and give back, first come, first served."""
+
+    def __init__(self, size: float) -> None:
+        self.size, self._free, self._changed = size, size, threading.Condition()
+        self._waiting: list[object] = []
+
+    @contextmanager
+    def taken(self, amount: float) -> Iterator[None]:
+        me = object()
+        with self._changed:
+            self._waiting.append(me)
+            self._changed.wait_for(lambda: self._waiting[0] is me and self._free >= amount)
+            self._waiting.remove(me)
+            self._free -= amount
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+
+def measure(name: str, i: int, out: Path, *, steps: int, tiny: bool, place: Place, turn: Path | None = None) -> None:
+    """One contender of a shape, in this process; its row is written to `out`."""
     torch.set_float32_matmul_precision("high")
     shape, recipe = SHAPES[name], recipe_of(SHAPES[name], tiny)
-    racing, peak = field_of(shape, recipe, place, tiny), peak_flops(place, torch.bfloat16)
-
-    def write(contender: Contender, note: str = "") -> None:
-        append_line(out, {**train.result(contender, racing[0], peak), **({"note": note} if note else {})})
-
-    contenders.race(racing, place, warmup=5, steps=steps, deadline=deadline, ready=lambda c: write(c, "warm-up alone"))
-    for contender in racing:
-        write(contender)
+    contender = contender_of(shape, i, recipe, place, tiny)
+    contenders.race([contender], place, warmup=5, steps=steps, turn=turn)
+    append_line(out, train.result(contender, contender, peak_flops(place, torch.bfloat16)))
 
 
 def recipe_of(shape: Shape, tiny: bool) -> Recipe:
@@ -131,50 +172,47 @@ def recipe_of(shape: Shape, tiny: bool) -> Recipe:
     )  # fmt: skip
 
 
-def field_of(shape: Shape, recipe: Recipe, place: Place, tiny: bool) -> list[Contender]:
-    """Ours, ours on plain rows where the shape is packed, and the peers."""
+def contender_of(shape: Shape, i: int, recipe: Recipe, place: Place, tiny: bool) -> Contender:
+    """The contender of that number: ours, on plain rows too where the shape is packed, in a plain loop, then the peers."""
     assert isinstance(recipe.model, ModelConfig)
-    vocab = recipe.model.vocab_size
-    flops = train.flops_of_step(recipe, recipe.model)
-    here = contenders.steps_of(micros(recipe, vocab, shape.documents, train.DIFFERENT, place.device), 1)
-    racing = [contenders.ours("Trifold", recipe, recipe.model, here, place, flops)]
-    if shape.documents:
-        plain = contenders.steps_of(micros(recipe, vocab, 0, train.DIFFERENT, place.device), 1)
-        racing.append(contenders.ours("Trifold, plain rows", recipe, recipe.model, plain, place, flops))
-    for kind, settings, compiled in shape.peers:
-        title = f"{kind}, {'compiled' if compiled else 'eager'}" + (", padded" if shape.documents else "")
-        make = (
-            contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
-        )
-        racing.append(
-            contenders.stock(
-                title,
-                make,
-                recipe,
-                here,
-                place,
-                flops,
-                compiled=compiled and not tiny,
-                padded=shape.documents > 0,
-                vocab_size=(settings or {}).get("vocab_size", vocab),
-            )
-        )
-    return racing
+    who, vocab, flops = shape.contenders[i], recipe.model.vocab_size, train.flops_of_step(recipe, recipe.model)
+    documents = 0 if who == PLAIN_ROWS else shape.documents
+    here = contenders.steps_of(micros(recipe, vocab, documents, train.DIFFERENT, place.device), 1)
+    if who in (OURS, PLAIN_ROWS, FP8):
+        engine = recipe.engine.model_copy(update={"fp8": who == FP8})
+        return contenders.ours(who, recipe.model_copy(update={"engine": engine}), recipe.model, here, place, flops)
+    if who == PLAIN_LOOP:
+        return contenders.bare(who, recipe, recipe.model, here, place, flops)
+    kind, settings, compiled = shape.peers[i - len(shape.contenders)]
+    make = contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
+    return contenders.stock(
+        who, make, recipe, here, place, flops, compiled=compiled and not tiny, padded=shape.documents > 0,
+        vocab_size=(settings or {}).get("vocab_size", vocab),
+    )  # fmt: skip
 
 
-def _in_a_process(name: str, out: Path, seconds: float, steps: int, tiny: bool, console: Console) -> None:
-    began = time.monotonic()
-    command = [sys.executable, "-m", "launch.cli", "bench", "shape", name, str(out), str(seconds), str(steps)]
+def _in_a_process(name: str, i: int, folder: Path, seconds: float, steps: int, tiny: bool) -> Row:
+    who = {"": f"{name}: {SHAPES[name].contenders[i]}"}
+    out = folder / f"{list(SHAPES).index(name)}-{i}.jsonl"
+    command = [sys.executable, "-m", "launch.cli", "bench", "shape", name, str(i), str(out), str(steps), str(folder / "turn")]
+    threads = str(max(1, (os.cpu_count() or 1) // 4))  # of the compiler: others compile at the same time
     try:
-        done = subprocess.run([*command, *(["--tiny"] if tiny else [])], cwd=CLONE, timeout=seconds, capture_output=True, text=True)
-        said = "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}"
+        done = subprocess.run(
+            [*command, *(["--tiny"] if tiny else [])], cwd=CLONE, timeout=max(0.0, seconds), capture_output=True, text=True,
+            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": threads},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        said = "out of time"
-    console.print(f"{name}: {said} after {time.monotonic() - began:.0f} s", highlight=False)
+        return {**who, "note": "out of time"}
+    if done.returncode:
+        return {**who, "note": " ".join(done.stderr.strip().splitlines()[-1:])}
+    (row,) = read_lines(out)
+    return {**who, **{key: value for key, value in row.items() if key}}
 
 
-def _of(name: str, file: Path) -> list[Row]:
-    last = {row[""]: row for row in read_lines(file)}
-    rows = [{"": f"{name}: {who}", **{k: v for k, v in row.items() if k}} for who, row in last.items()]
-    rows = rows or [{"": name, "note": "nothing was ready in time"}]
+def _rows(name: str, rows: list[Row]) -> list[Row]:
+    """With how many times the tokens per second of each ours has."""
+    ours = rows[0].get("tokens/s")
+    for row in rows:
+        if ours is not None and "tokens/s" in row:
+            row["ours, times"] = ours / row["tokens/s"]
     return [{**rows[0], "goal": SHAPES[name].goal}, *rows[1:]]
