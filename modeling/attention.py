@@ -8,7 +8,7 @@ Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Visibility:
     query_start: int = 0
     bias: Tensor | None = None
     mask: Any = field(init=False)  # what the kernel takes: None, a dense mask, or FlexAttention's BlockMask
+    _added: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", self._mask())
@@ -77,13 +78,16 @@ class Visibility:
 
         return _flex()[1](sees, rows, None, queries, keys, device=self.query_segments.device)
 
-    @cached_property
     def added(self) -> tuple[Tensor, Tensor]:
         """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which queries (B, 1, Q, 1) see a key."""
-        mask: Tensor = self.mask
-        seen = mask if mask.dtype == torch.bool else mask > float("-inf")
-        scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
-        return scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
+        if self._added is None:  # no cached_property: in Python 3.11 it takes a lock, and a compiler stops there
+            mask: Tensor = self.mask
+            seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+            scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
+            added = scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
+            object.__setattr__(self, "_added", added)
+        assert self._added is not None
+        return self._added
 
     def _mask(self) -> Any:
         if self.query_segments is None:
@@ -112,7 +116,7 @@ def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibilit
 
 def _written_out(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
     """Attention as its formula, some rows at a time."""
-    added_B1QK, sees_B1Q1 = visibility.added
+    added_B1QK, sees_B1Q1 = visibility.added()
     heads = q_BNQH.shape[1]
     k_BNKH, v_BNKH = (x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x for x in (k_BGKH, v_BGKH))
     rows = max(1, WRITTEN_OUT_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))

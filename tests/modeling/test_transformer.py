@@ -220,6 +220,15 @@ def test_the_model_compiles_as_one_graph(name: str, recompute: bool) -> None:
     torch.testing.assert_close(_gradients(model, [row], compiled), eager)
 
 
+@pytest.mark.parametrize("name", ["llama", "modernbert", "t5gemma"])
+def test_packed_rows_in_bf16_compile_as_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    model = build(_with(CONFIGS[name], num_layers=2), seed=1).bfloat16()
+    row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(row).item() == pytest.approx(model(row).item(), rel=1e-3)
+
+
 def test_initial_values_are_keyed_by_seed_and_name_alone() -> None:
     first, again, other = (build(CONFIGS["t5"], seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
