@@ -2,13 +2,13 @@
 
 Nothing is remembered from row to row, so there is no loader state, and neither the world nor the order of reading matters.
 
-Cost on one slow core, packing and hash included, docs/performance.md has all: a row of 1,024 with documents of 340 tokens 155 us (causal),
-280 us (masked); one of 256 with documents of 85 tokens 80 us and 142 us.
+Cost on one slow core, packing and hash included, docs/performance.md has all: a row of 1,024 with documents of 340 tokens 97 us (causal),
+141 us (masked); one of 256 with documents of 85 tokens 54 us and 69 us.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,15 +16,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from modeling.config import Refused
-from pretrain import config
+from pretrain import chance, config
 from pretrain.layout import Row, lay_out
 from pretrain.objectives import Objective, Piece, Vocabulary
 from pretrain.objectives.config import Mixture
 from pretrain.order import WINDOW, Order, turns
 from pretrain.packing import Block, Packed, block_starts, pack, table
 
-FORMAT = 1  # to be raised when the same data and seed begin to give other rows: old tables and checkpoints are then refused, not misread
-POSITIONS_AT_ONCE = 2**13  # of rows that are made together: 64 KB an array
+FORMAT = 2  # to be raised when the same data and seed begin to give other rows: old tables and checkpoints are then refused, not misread
+POSITIONS_AT_ONCE = 2**15  # of rows that are made together: 256 KB an array
 
 
 class Corpus(Protocol):
@@ -70,6 +70,7 @@ class Stream:
         processes: int,
     ) -> None:
         self.corpus, self.objective, self.fingerprint, self.key = corpus, objective, fingerprint, key
+        self.chance = int(_digest(*key)[:16], 16)
         self.starts = block_starts(corpus.lengths)
         file = cache and cache / f"rows-{fingerprint}.npy"
         self.table = table(corpus.lengths, self.starts, objective, file, processes)
@@ -77,20 +78,15 @@ class Stream:
         self.order = Order(self.table[:, 0], (*key, 0) if shuffled else None)
         self._packed = lru_cache(WINDOW + 8)(self._pack)
 
-    def pieces(self, index: int) -> list[tuple[int, Piece, Any]]:
-        """The pieces of a row: part, piece, and the objective's draws for this epoch."""
+    def row(self, index: int) -> tuple[tuple[int, int, int], np.ndarray, list[Piece]]:
+        """What keys a row's chance, the parts of its pieces, and the pieces."""
         epoch, place, block, row = self.order.locate(index)
-        rng = np.random.default_rng(_words((*self.key, 1, epoch, place)))
         first = int(self.starts[block])
         packed, part_of = self._packed(block)
         here = packed.row(row)
-        found = []
-        for part, i, start, stop in zip(
-            *(facts[here].tolist() for facts in (part_of, packed.document, packed.start, packed.stop)), strict=True
-        ):
-            piece = Piece(self.corpus.document(first + i), start, stop)
-            found.append((part, piece, self.objective.drawn(part, piece, rng)))
-        return found
+        of, starts, stops = (facts[here].tolist() for facts in (packed.document, packed.start, packed.stop))
+        pieces = [Piece(self.corpus.document(first + i), start, stop) for i, start, stop in zip(of, starts, stops, strict=True)]
+        return (self.chance, epoch, place), part_of[here], pieces
 
     @property
     def waste(self) -> float:
@@ -167,10 +163,14 @@ class Rows:
         return [row for i in range(0, len(numbers), at_once) for row in self._made(numbers[i : i + at_once])]
 
     def _made(self, numbers: Sequence[int]) -> list[Row]:
-        found = [self.streams[stream].pieces(index) for stream, index in map(self._place, numbers)]
-        part_of, pieces, drawn = zip(*(piece for row in found for piece in row), strict=True)
-        groups = self.objective.segments(np.array(part_of), pieces, drawn)
-        return lay_out(groups, [len(row) for row in found], self.room, self.pad, bool(self.parts))
+        found = [self.streams[stream].row(index) for stream, index in map(self._place, numbers)]
+        places, part_of, pieces = zip(*found, strict=True)
+        counts = [len(row) for row in pieces]
+        source, epoch, place = np.array(places, np.uint64).T
+        keys = np.repeat(chance.numbered(chance.numbered(source, epoch), place), counts)
+        keys = chance.numbered(keys, np.concatenate([np.arange(count) for count in counts]))
+        groups = self.objective.segments(np.concatenate(part_of), [piece for row in pieces for piece in row], keys)
+        return lay_out(groups, counts, self.room, self.pad, bool(self.parts))
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
@@ -194,11 +194,6 @@ class Rows:
         period, turn = divmod(i - self.first, len(streams))
         had = period * counts + np.bincount(streams[:turn], minlength=len(counts))
         return [begin + int(more) for begin, more in zip(self._begins, had, strict=True)]
-
-
-def _words(numbers: Iterable[int]) -> np.ndarray:
-    """The 32-bit words that a generator is seeded with: as numpy makes them of a tuple, which takes it as long as the seeding itself."""
-    return np.array([n >> bit & 0xFFFFFFFF for n in numbers for bit in range(0, max(n.bit_length(), 1), 32)], np.uint32)
 
 
 def _digest(*parts: Any) -> str:

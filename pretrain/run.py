@@ -207,7 +207,8 @@ def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list
     if state.fingerprint != fingerprint:
         raise Refused(
             f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe and its text make rows of"
-            f" {fingerprint}: corpus, tokenizer, row length, stages, objective or weights have changed. Give another `run` folder."
+            f" {fingerprint}: corpus, tokenizer, row length, stages, objective, weights or (in another version of Trifold) the way rows are"
+            " made have changed. Give another `run` folder."
         )
     if state.cursor != (cursor := where(parts(config), state.step).row):
         raise Refused(

@@ -18,7 +18,7 @@ from modeling.config import Refused
 from pretrain.corpus import documents
 from pretrain.loader import Loader
 from pretrain.objectives import PARTS
-from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Objective, Prefix, Spans
+from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Mixture, Objective, Prefix, Spans
 from pretrain.run import make_tokenizer
 from pretrain.stages import parts
 from pretrain.tokenizer import Tokenizer
@@ -32,8 +32,13 @@ OBJECTIVES: dict[str, Objective] = {
     "spans": Spans(),
     "continuation": Continuation(),
     "infilling": Infilling(),
-}
-assert {dials.kind for dials in OBJECTIVES.values()} == PARTS.keys()
+    "UL2's mixture": Mixture(parts=(
+        Spans(mode="R"), Spans(mode="R", mean_length=8), Continuation(mode="S"),
+        Spans(mode="X", density=0.5), Spans(mode="X", density=0.5, mean_length=8),
+        Spans(mode="X", mean_length=64), Spans(mode="X", density=0.5, mean_length=64),
+    )),  # configs/pretrain/books-ul2.yaml
+}  # fmt: skip
+assert {dials.kind for dials in OBJECTIVES.values()} == {*PARTS, "mixture"}
 VOCABULARY, STEPS, ROUNDS = 32_000, 20, 5
 
 

@@ -1,18 +1,19 @@
-"""What is asked of a piece of text: in, a document's tokens and a generator of random numbers; out, Segments, the pieces' shares of rows.
+"""What is asked of a piece of text: in, a document's tokens and a key of chance; out, Segments, the pieces' shares of rows.
 
 An objective has parts, one or (a mixture) several, which answer the same questions: `room` (what a row holds), `sizes` (of pieces, in
-closed form, before any text is read), and then `drawn`, all that chance decides about a piece, and `segments`, made for many pieces at
-once. A document's marks are positions too: what stands before its text comes first.
+closed form, before any text is read), and then `segments`, made for many pieces at once. A document's marks are positions too: what
+stands before its text comes first.
 
 Rows of one objective waste 1 % and less; a mixture of an encoder-decoder's parts wastes what their shapes differ: UL2's seven 17 % on
 documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from pretrain import chance
 from pretrain.objectives import config
 from pretrain.objectives.causal import AfterPrefix, Middle, NextToken
 from pretrain.objectives.masked import HiddenTokens
@@ -72,26 +73,14 @@ class Objective:
         """The part (N,) of the pieces that begin at `start` of these documents of a block."""
         if len(self.parts) == 1:
             return np.zeros(len(document), np.int64)
-        share = _mixed(_mixed(document.astype(np.uint64)) + start.astype(np.uint64)) / 2.0**64
+        share = chance.numbered(chance.mixed(document.astype(np.uint64)), start) / 2.0**64
         return np.searchsorted(self.bounds[:-1], share, side="right")
 
-    def drawn(self, part: int, piece: Piece, rng: np.random.Generator) -> Any:
-        """All that chance decides about a piece, under the part that it belongs to."""
-        return self.parts[part].drawn(piece, rng)
-
-    def segments(self, part_of: np.ndarray, pieces: Sequence[Piece], drawn: Sequence[Any]) -> list[Group]:
-        """Pieces as segments, those of a part together."""
+    def segments(self, part_of: np.ndarray, pieces: Sequence[Piece], keys: np.ndarray) -> list[Group]:
+        """Pieces as segments, those of a part together; `keys` (N,) decide all that is left to chance."""
         made = []
         for number, part in enumerate(self.parts):
             its = (part_of == number).nonzero()[0]
             if len(its):
-                made.append(Group(number, its, part.segments([pieces[i] for i in its], [drawn[i] for i in its])))
+                made.append(Group(number, its, part.segments([pieces[i] for i in its], keys[its])))
         return made
-
-
-def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """A hash of 64-bit numbers (SplitMix64: Steele et al. 2014)."""
-    x = numbers + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -5,11 +5,11 @@ over) exactly once, whichever of the three its piece goes to.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from modeling.config import IGNORE
+from pretrain import chance
 from pretrain.objectives import config
 from pretrain.objectives.piece import Marks, Piece, Segments, Sizes, Vocabulary, needed_sentinels, other_than, spread
 from pretrain.packing import Room
@@ -32,10 +32,7 @@ class NextToken:
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes(stop - start, np.zeros_like(start))
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> Any:
-        return None
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[Any]) -> Segments:
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
         tokens, begin, _, _, end = self.document.joined([Piece(document, start, stop + 1) for document, start, stop in pieces])
         return predicted(tokens, begin, end)
 
@@ -47,12 +44,10 @@ class AfterPrefix(NextToken):
     published is an ordinary causal model.
     """
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> int:
-        return int(rng.integers(piece.stop - piece.start))
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[int]) -> Segments:
-        made = super().segments(pieces, drawn)
-        made.targets[spread(made.sizes.cumsum() - made.sizes, np.array(drawn))] = IGNORE
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+        made = super().segments(pieces, keys)
+        prefixes = (chance.shares(keys, np.ones_like(made.sizes)) * made.sizes).astype(np.int64)
+        made.targets[spread(made.sizes.cumsum() - made.sizes, prefixes)] = IGNORE
         return made
 
 
@@ -74,18 +69,15 @@ class Middle(NextToken):
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes((start == 0) + 3 + np.minimum(stop, lengths) - start, np.zeros_like(start))
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[int, int, bool]:
-        """Where the middle begins and ends, and whether the suffix comes first."""
-        first, second = sorted(rng.integers(len(_text(piece)) + 1, size=2).tolist())
-        return first, second, rng.random() < self.suffix_first
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[int, int, bool]]) -> Segments:
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
         chunks: list[np.ndarray] = []
         sizes = []
-        for piece, (first, second, suffix_first) in zip(pieces, drawn, strict=True):
-            text = _text(piece)
+        draws = chance.shares(keys, np.full(len(keys), 3)).reshape(-1, 3).tolist()
+        for piece, (one, other, order) in zip(pieces, draws, strict=True):
+            text = piece.document[piece.start : piece.stop]  # what positions start + 1 to stop hold, without EOS
+            first, second = sorted((int(one * (len(text) + 1)), int(other * (len(text) + 1))))
             prefix, middle, suffix = text[:first], text[first:second], text[second:]
-            moved = (self.suf, suffix, self.mid, prefix) if suffix_first else (prefix, self.suf, suffix, self.mid)
+            moved = (self.suf, suffix, self.mid, prefix) if order < self.suffix_first else (prefix, self.suf, suffix, self.mid)
             bos = self.document.before[piece.start :]
             chunks += bos, self.pre, *moved, middle, self.document.after
             sizes.append(len(bos) + len(text) + 4)
@@ -96,8 +88,3 @@ class Middle(NextToken):
 def predicted(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Segments:
     """Segments of one token less than they have from `begin` to `end`, in which each is predicted from those before it."""
     return Segments(tokens[other_than(len(tokens), end - 1)], tokens[other_than(len(tokens), begin)], end - begin - 1)
-
-
-def _text(piece: Piece) -> np.ndarray:
-    """What positions start + 1 to stop hold, without EOS."""
-    return piece.document[piece.start : piece.stop]

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from modeling.config import IGNORE
+from pretrain import chance
 from pretrain.objectives import config
-from pretrain.objectives.piece import Marks, Piece, Segments, Sizes, Vocabulary, eights, needed_mask
+from pretrain.objectives.piece import Marks, Piece, Segments, Sizes, Vocabulary, eights, needed_mask, runs, spread
 from pretrain.packing import Room
 
 
@@ -30,40 +31,44 @@ class HiddenTokens:
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
         return Sizes(stop - start, self.picks[self.marks.text(lengths, start, stop)])
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each place that is picked, in any order: where in the text it is, a share in [0, 1), a random token."""
-        low, high = self.marks.within(piece)
-        number = int(self.picks[high - low])
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+        tokens, begin, first, last, end = self.marks.joined(pieces)
+        text, counts = last - first, self.picks[last - first]
+        places, shares, others = chance.split(keys, 3)
         if self.dials.whole_words:
-            picked = _whole_words(self.word_starts[piece.document[low:high]], number, rng)
+            at = spread(first, text)
+            picked = at[_whole_words(self.word_starts[tokens[at]], text, counts, places)]
+            counts = np.diff(picked.searchsorted(end), prepend=0)
         else:
-            picked = rng.permutation(high - low)[:number]
-        return picked, rng.random(len(picked)), rng.integers(len(self.ordinary), size=len(picked))
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Segments:
-        tokens, begin, first, _, end = self.marks.joined(pieces)
-        picks, shares, others = zip(*drawn, strict=True)
-        counts = np.array([len(pick) for pick in picks])
-        picked, share, randoms = np.concatenate(picks), np.concatenate(shares), self.ordinary[np.concatenate(others)]
-        picked += np.repeat(first, counts)
-        picked.sort()  # the pieces stay one after another
+            picked = chance.chosen(places, text, counts) + np.repeat(first, counts)
+            picked.sort()  # the pieces stay one after another
+        share, other = chance.shares(shares, counts), chance.shares(others, counts)
         originals = tokens[picked]
         targets = np.full(len(tokens), IGNORE)
         targets[picked] = originals
+        randoms = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
         shown = np.where(share < self.dials.mask + self.dials.random, randoms, originals)
         tokens[picked] = np.where(share < self.dials.mask, self.mask, shown)
         return Segments(tokens, targets, end - begin, picked=picked, picked_sizes=counts)
 
 
-def _whole_words(starts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Places of whole words, `number` tokens at most; a word begins where `starts` says so, and at the text's first token."""
-    edges = [0, *(starts[1:].nonzero()[0] + 1).tolist(), len(starts)]
-    places: list[int] = []
-    for word in rng.permutation(len(edges) - 1).tolist() if number else ():
-        first, last = edges[word], edges[word + 1]
-        if last - first <= number:
-            places += range(first, last)
-            number -= last - first
-        if number == 0:
-            break
-    return np.array(places, np.int64)
+def _whole_words(begins: np.ndarray, text: np.ndarray, most: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Places of whole words in texts of `text` tokens (N,), one after another: each text's words in random order, those that still fit
+    into its `most` (N,) places. A word begins where `begins` (T,) says so, and at a text's first token.
+
+    In rounds, for all texts at once: of the words that fit alone, those that fit together with all before them; what did not fit alone
+    once never will.
+    """
+    starts, sizes, words = runs(begins, text)
+    text_of = np.repeat(np.arange(len(words)), words)
+    waiting = chance.shuffled(keys, words) + np.repeat(words.cumsum() - words, words)
+    left, taken = most.copy(), np.zeros(len(sizes), bool)
+    while len(waiting):
+        waiting = waiting[sizes[waiting] <= left[text_of[waiting]]]
+        its, size = text_of[waiting], sizes[waiting]
+        before = size.cumsum() - size
+        fits = before + size - before[its.searchsorted(its)] <= left[its]  # with those of the same text before it
+        taken[waiting[fits]] = True
+        left -= np.bincount(its[fits], size[fits], len(left)).astype(np.int64)
+        waiting = waiting[~fits]
+    return spread(starts[taken], sizes[taken])

@@ -1,7 +1,7 @@
 """What all objectives share: what they ask of a tokenizer, the Segment they make, and a document's positions with its marks."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -77,8 +77,8 @@ class Sizes(NamedTuple):
 
 
 class Part(Protocol):
-    """One objective. Pure: the same pieces and the same generator states give the same Segments, each of exactly its `sizes` (picks: at
-    most). Chance speaks piece by piece; the rest is done for many at once, as numpy's calls cost more than their work."""
+    """One objective. Pure: the same piece and the same key give the same Segment, of exactly its `sizes` (picks: at most), whatever it is
+    made together with. Many are, as numpy's calls cost more than their work."""
 
     marks: "Marks"
     longest: int  # positions of the longest piece that fits into a row
@@ -91,12 +91,8 @@ class Part(Protocol):
         """The sizes of the pieces (N,) from `start` to `stop` of documents of `lengths` text tokens, before any text is read."""
         ...
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> Any:
-        """All that chance decides about a piece."""
-        ...
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[Any]) -> Segments:
-        """Of pieces, at least one, and what was drawn for each."""
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+        """Of pieces, at least one; all that chance decides about each follows from its key (chance.py)."""
         ...
 
 
@@ -106,11 +102,6 @@ class Marks:
     def __init__(self, before: Sequence[int], after: Sequence[int]) -> None:
         self.before, self.after = np.array(before, np.int64), np.array(after, np.int64)
         self.count = len(before) + len(after)
-
-    def within(self, piece: Piece) -> tuple[int, int]:
-        """The text that a piece holds: from, up to."""
-        shift, length = len(self.before), len(piece.document)
-        return min(max(piece.start - shift, 0), length), min(max(piece.stop - shift, 0), length)
 
     def joined(self, pieces: Sequence[Piece], lead: np.ndarray = NOTHING) -> Joined:
         """The tokens of pieces, as a new array, with `lead` before each piece."""
@@ -160,6 +151,15 @@ def spread(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     places = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
     places += np.arange(len(places))
     return places
+
+
+def runs(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Texts of `sizes` (N,), one after another, cut before the tokens where `begins` says so: where each part begins, its size, and how
+    many parts each text has (N,)."""
+    ends = sizes.cumsum()
+    begins[(ends - sizes)[sizes > 0]] = True
+    starts = begins.nonzero()[0]
+    return starts, np.diff(starts, append=len(begins)), np.diff(starts.searchsorted(ends), prepend=0)
 
 
 def other_than(size: int, *places: np.ndarray) -> np.ndarray:

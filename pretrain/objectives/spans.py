@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pretrain import chance
 from pretrain.objectives import config
 from pretrain.objectives.piece import (
     NOTHING,
@@ -22,6 +23,7 @@ from pretrain.objectives.piece import (
     needed_mask,
     needed_sentinels,
     other_than,
+    runs,
     spread,
 )
 from pretrain.packing import Room
@@ -72,19 +74,19 @@ class HiddenSpans:
         text = self.marks.text(lengths, start, stop)
         return Sizes(self._target(text), stop - start - self.shrinks[text], capped=int(self.too_many[text].sum()))
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """In any order: where in the hidden text each span but the first begins; how much of the text is shown before each span."""
-        low, high = self.marks.within(piece)
-        hidden, spans = int(self.hidden[high - low]), int(self.spans[high - low])
-        if not spans:
-            return NOTHING, NOTHING
-        return rng.permutation(hidden - 1)[: spans - 1] + 1, rng.permutation(high - low - hidden + 1)[:spans]
+    def _drawn(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of pieces of `text` tokens (N,), in any order: where in the hidden text each span but the first begins; how much of the text is
+        shown before each span."""
+        hidden, spans = self.hidden[text], self.spans[text]
+        inner, outer = chance.split(keys, 2)
+        cuts = np.maximum(hidden - 1, 0), np.maximum(spans - 1, 0)
+        return chance.chosen(inner, *cuts) + 1, chance.chosen(outer, text - hidden + 1, spans)
 
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> Segments:
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
         marked, begin, first, last, end = self.marks.joined(pieces, self.mode)
         hidden, spans = self.hidden[last - first], self.spans[last - first]
         before = hidden.cumsum() - hidden
-        inner, outer = (np.concatenate(part) for part in zip(*drawn, strict=True))
+        inner, outer = self._drawn(last - first, keys)
         # Spans stand between hidden tokens and shown ones, both counted over all pieces: sorted, those of a piece stay together.
         unseen = np.concatenate([before[spans > 0], inner + np.repeat(before, np.maximum(spans - 1, 0))])
         shown = outer + np.repeat(first - before, spans)
@@ -108,9 +110,8 @@ class HiddenSpans:
 class Continuation(HiddenSpans):
     """UL2's S-denoiser: one span, which reaches to the end of the text."""
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.marks.within(piece)
-        return NOTHING, np.array([high - low - self.hidden[high - low]] * int(self.spans[high - low]), np.int64)
+    def _drawn(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return NOTHING, np.repeat(text - self.hidden[text], self.spans[text])
 
 
 class Infilling:
@@ -141,31 +142,17 @@ class Infilling:
         text = self.marks.text(lengths, start, stop)
         return Sizes(stop - start - (self.repeats & (start == 0)), stop - start - self.hidden[text] + self.spans[text])
 
-    def drawn(self, piece: Piece, rng: np.random.Generator) -> tuple[list[slice], np.ndarray, np.ndarray]:
-        """The text's sentences as they come; the spans' lengths; in any order, how much of the text is shown before each span."""
-        low, high = self.marks.within(piece)
-        hidden, spans = int(self.hidden[high - low]), int(self.spans[high - low])
-        sentences = [slice(0, high - low)]
-        if self.dials.permute_sentences and high > low:
-            edges = [0, *(self.sentence_ends[piece.document[low : high - 1]].nonzero()[0] + 1).tolist(), high - low]
-            sentences = [slice(edges[i], edges[i + 1]) for i in rng.permutation(len(edges) - 1).tolist()]
-        if not spans:
-            return sentences, NOTHING, NOTHING
-        return sentences, rng.multinomial(hidden, np.full(spans, 1 / spans)), rng.permutation(high - low - hidden + 1)[:spans]
-
-    def segments(self, pieces: Sequence[Piece], drawn: Sequence[tuple[list[slice], np.ndarray, np.ndarray]]) -> Segments:
+    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
         whole, begin, first, last, end = self.marks.joined(pieces)
         hidden, spans = self.hidden[last - first], self.spans[last - first]
-        sentences, sizes, outer = zip(*drawn, strict=True)
-        chunks: list[np.ndarray] = []
-        for b, f, to, e, order in zip(begin.tolist(), first.tolist(), last.tolist(), end.tolist(), sentences, strict=True):
-            text = whole[f:to]
-            chunks += whole[b:f], *(text[sentence] for sentence in order), whole[to:e]
-        lengths = np.concatenate(sizes)
-        shown = np.concatenate(outer) + np.repeat(first - (hidden.cumsum() - hidden), spans)
+        orders, bins, outer = chance.split(keys, 3)
+        span_of = (chance.shares(bins, hidden) * np.repeat(spans, hidden)).astype(np.int64)  # each hidden token falls into some span
+        lengths = np.bincount(span_of + np.repeat(spans.cumsum() - spans, hidden), minlength=spans.sum())
+        shown = chance.chosen(outer, last - first - hidden + 1, spans) + np.repeat(first - (hidden.cumsum() - hidden), spans)
         shown.sort()
         covered = spread(shown + lengths.cumsum() - lengths, lengths)
-        kept = np.concatenate(chunks)[other_than(len(whole), covered)]
+        told = self._permuted(whole, first, last - first, orders) if self.dials.permute_sentences else whole
+        kept = told[other_than(len(whole), covered)]
         source = np.full(len(kept) + len(shown), self.mask)
         source[other_than(len(source), shown + np.arange(len(shown)))] = kept
         repeats = np.array([self.repeats and piece.start == 0 for piece in pieces], bool)
@@ -173,6 +160,15 @@ class Infilling:
         tokens = _read(whole, begin[begin < end], self.start)[given]
         sizes = end - begin - repeats
         return Segments(tokens, whole[given], sizes, source, end - begin - hidden + spans)
+
+    def _permuted(self, whole: np.ndarray, first: np.ndarray, text: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """`whole`, with the sentences of each of the texts of `text` tokens that begin at `first` in random order."""
+        at = spread(first, text)
+        starts, sizes, counts = runs(self.sentence_ends[whole[at - 1]], text)
+        order = chance.shuffled(keys, counts) + np.repeat(counts.cumsum() - counts, counts)
+        permuted = whole.copy()
+        permuted[at] = whole[spread(at[starts[order]], sizes[order])]
+        return permuted
 
 
 def _read(targets: np.ndarray, begin: np.ndarray, start: int) -> np.ndarray:

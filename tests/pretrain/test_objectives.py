@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from modeling.batch import IGNORE
 from modeling.config import Refused
+from pretrain import chance
 from pretrain.objectives import Objective, Piece
 from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Mixture, Prefix, Spans, parts
 from pretrain.objectives.config import Objective as Dials
+from pretrain.objectives.masked import _whole_words
 from pretrain.packing import Pieces
 from tests.pretrain.small_corpus import FIRST, SmallVocabulary
 
@@ -33,10 +35,10 @@ def segments_of(
     dials: Dials, row_length: int, lengths: list[int], seed: int = 0, vocabulary: SmallVocabulary = VOCABULARY
 ) -> list[tuple[int, Made]]:
     """(document, segment) of each piece of documents whose text tokens count up from FIRST; sizes are as foretold."""
-    goal, rng = Objective(dials, vocabulary, row_length), np.random.default_rng(seed)
+    goal = Objective(dials, vocabulary, row_length)
     pieces, part_of, given = pieces_of(goal, lengths)
     made = []
-    for i, segment in enumerate(made_of(goal, part_of, given, rng)):
+    for i, segment in enumerate(made_of(goal, part_of, given, keys_of(seed, len(given)))):
         assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.room.tokens
         if segment.source is not None:
             assert len(segment.source) == pieces.second[i] <= goal.room.source
@@ -48,11 +50,14 @@ def segments_of(
     return made
 
 
-def made_of(goal: Objective, part_of: np.ndarray, given: list[Piece], rng: np.random.Generator) -> list[Made]:
+def keys_of(seed: int, number: int) -> np.ndarray:
+    return chance.numbered(np.full(number, seed, np.uint64), np.arange(number))
+
+
+def made_of(goal: Objective, part_of: np.ndarray, given: list[Piece], keys: np.ndarray) -> list[Made]:
     """The pieces' segments, made together and taken apart again."""
-    drawn = [goal.drawn(part, piece, rng) for part, piece in zip(part_of.tolist(), given, strict=True)]
     made = {}
-    for part, pieces, joined in goal.segments(part_of, given, drawn):
+    for part, pieces, joined in goal.segments(part_of, given, keys):
 
         def split(array: np.ndarray, sizes: np.ndarray, n: int = len(pieces)) -> list[Any]:
             return np.split(array, sizes.cumsum()[:-1]) if len(sizes) else [None] * n
@@ -139,6 +144,32 @@ def test_whole_words_are_hidden_whole_and_as_often_as_asked():
     assert 0.29 < picked / total <= 0.301
 
 
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), max_size=12), st.floats(0, 1)), min_size=1, max_size=6), st.integers(0, 99))
+def test_of_words_in_random_order_each_is_hidden_that_still_fits(texts, seed):
+    """Beside the same law word by word (BERT's create_pretraining_data), in the same order."""
+    text = np.array([sum(words) for words, _ in texts])
+    most = np.array([int(share * size) for (_, share), size in zip(texts, text, strict=True)])
+    keys = keys_of(seed, len(texts))
+    begins = np.zeros(text.sum(), bool)
+    expected: list[int] = []
+    for i, (words, _) in enumerate(texts):
+        edges = text[:i].sum() + np.cumsum([0, *words])
+        begins[edges[1:-1]] = True  # at a text's first token a word begins whatever the tokenizer says
+        left = most[i]
+        for word in chance.shuffled(keys[i : i + 1], np.array([len(words)])):
+            if words[word] <= left:
+                expected += range(edges[word], edges[word + 1])
+                left -= words[word]
+    assert _whole_words(begins, text, most, keys).tolist() == sorted(expected)
+
+
+def test_words_of_one_size_are_hidden_as_often_wherever_they_stand():
+    begins, documents = np.tile(np.arange(200) % 2 == 0, 4000), 4000
+    places = _whole_words(begins, np.full(documents, 200), np.full(documents, 61), keys_of(0, documents))
+    by_word = np.bincount(places % 200 // 2, minlength=100) / 2 / documents
+    assert by_word.sum() == pytest.approx(30) and np.abs(by_word - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / documents)
+
+
 def spans_of(segment: Made) -> list[list[int]]:
     """The hidden spans of a target, checking its grammar: sentinels in order from the first, EOS at the end."""
     assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
@@ -169,6 +200,25 @@ def test_source_and_target_spell_every_document_exactly(lengths, dials, seed):
     for _, segment in made:
         named = np.isin(segment.source, VOCABULARY.sentinels)
         assert not (named[1:] & named[:-1]).any()  # spans never touch
+
+
+@pytest.mark.parametrize("dials", [(0.15, 3.0), (0.15, 8.0), (0.5, 8.0), (0.5, 64.0)])
+def test_the_spans_of_every_denoiser_are_any_way_to_make_its_sums(dials):
+    """UL2's: how much is hidden, in how many spans, and the law of a span's length and of what is shown before it."""
+    length, documents = 400, 1000
+    density, mean_length = dials
+    made = [s for _, s in segments_of(Spans(density=density, mean_length=mean_length), 512, [length] * documents)]
+    hidden, number = round(length * density), round(length * density / mean_length)
+    lengths = np.array([[len(span) for span in spans_of(s)] for s in made])
+    assert lengths.shape == (documents, number) and (lengths.sum(1) == hidden).all()
+    shown = [np.split(s.source, np.isin(s.source, VOCABULARY.sentinels).nonzero()[0])[0] for s in made]
+    first = np.array([len(part) - 1 for part in shown])  # without BOS; 0 where the text begins with a span
+    # the first span ends, and begins, at the least of so many different places, of which all choices are as likely
+    for found, places, chosen in ((lengths[:, 0] - 1, hidden - 1, number - 1), (first, length - hidden + 1, number)):
+        below = np.cumsum([math.comb(places - 1 - n, chosen - 1) / math.comb(places, chosen) for n in range(places - chosen + 1)])
+        assert below[-1] == pytest.approx(1)
+        reached = np.searchsorted(np.sort(found), np.arange(len(below)), side="right") / documents
+        assert np.abs(reached - below).max() < 1.95 / np.sqrt(documents)  # Kolmogorov and Smirnov's, once in a thousand
 
 
 def test_of_a_million_tokens_the_stated_share_is_hidden_in_spans_of_the_stated_length():
@@ -221,6 +271,7 @@ def test_a_prefix_ends_anywhere_and_the_rest_is_predicted_as_a_causal_model_does
             shares.append(skipped)
     counts = np.bincount(shares, minlength=51)  # uniform over the 51 places where the prefix may end
     assert len(counts) == 51 and abs(np.mean(shares) - 25) < 4 * 51 / np.sqrt(12 * len(shares))
+    assert np.abs(counts - len(shares) / 51).max() < 5 * np.sqrt(len(shares) / 51)
 
 
 def moved(segment: Made) -> list[list[int]]:
@@ -394,13 +445,13 @@ def test_pieces_made_together_are_those_made_one_after_another(dials, lengths, m
     vocabulary.before, vocabulary.after = marks
     goal = Objective(dials, vocabulary, 32)
     _, part_of, given = pieces_of(goal, lengths)
-    rng = np.random.default_rng(seed)
-    alone = [made_of(goal, part_of[i : i + 1], [piece], rng)[0] for i, piece in enumerate(given)]
-    for one, other in zip(made_of(goal, part_of, given, np.random.default_rng(seed)), alone, strict=True):
+    keys = keys_of(seed, len(given))
+    alone = [made_of(goal, part_of[i : i + 1], [piece], keys[i : i + 1])[0] for i, piece in enumerate(given)]
+    for one, other in zip(made_of(goal, part_of, given, keys), alone, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_an_objective_is_a_pure_function_of_piece_and_generator():
+def test_an_objective_is_a_pure_function_of_piece_and_key():
     for dials in (Causal(), Prefix(), Fim(), Masked(), Masked(whole_words=True), Spans(), Infilling(), ENCODER_DECODER):
         first, second, other = (segments_of(dials, 64, [50, 200], seed) for seed in (1, 1, 2))
         arrays = [[np.concatenate([a for _, s in made for a in s if isinstance(a, np.ndarray)]) for made in (first, second, other)]]

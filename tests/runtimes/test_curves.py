@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling.batch import IGNORE, Batch
 from modeling.transformer import Transformer
-from pretrain import published
+from pretrain import chance, published
 from pretrain.config import Optimizer
 from pretrain.objectives import Objective, Piece
 from pretrain.objectives.config import Causal, Masked, Spans
@@ -69,10 +69,9 @@ def _batches(kind: str, tokenizer: Tokenizer) -> Iterator[Batch]:
     ids = np.concatenate(tokenizer.encode_batch(books.text(STEPS * ROWS * size * 6).split("\n")))
     for step in range(STEPS):
         documents = ids[step * ROWS * size :][: ROWS * size].reshape(ROWS, size)
-        draws = (np.random.default_rng((0, step, row)) for row in range(ROWS))
         pieces = [Piece(text, 0, size + marks) for text in documents]
-        drawn = [objective.drawn(0, piece, draw) for piece, draw in zip(pieces, draws, strict=True)]
-        [(_, _, made)] = objective.segments(np.zeros(ROWS), pieces, drawn)
+        keys = chance.numbered(np.full(ROWS, step, np.uint64), np.arange(ROWS))
+        [(_, _, made)] = objective.segments(np.zeros(ROWS), pieces, keys)
         tokens, targets = (torch.from_numpy(array.reshape(ROWS, -1)) for array in (made.tokens, made.targets))
         yield Batch(tokens, None, targets, torch.from_numpy(made.source.reshape(ROWS, -1)) if kind == "T5" else None)
 
