@@ -4,9 +4,8 @@ Pre-norm, sandwich and post-norm are settings, not branches. In: hidden states a
 Out: hidden states. Shapes: B rows, T tokens, S memory, D model, N heads, G key/value heads, H head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,16 +97,14 @@ class Attention(nn.Module):
         self.o = nn.Linear(queries, config.dim, config.bias)
 
     def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None) -> Tensor:
+        q_BNTH = self._turned(self.q(x_BTD), view)
         if cache is not None and cache.used and view.memory_BSD is not None:  # a memory never grows
-            q, (k_BGKH, v_BGKH) = self.q(x_BTD), cache.kept()
+            k, v = cache.kept()
         else:
-            if view.memory_BSD is None:
-                q, k, v = together(x_BTD, self.q, self.k, self.v)
-            else:
-                q, (k, v) = self.q(x_BTD), together(view.memory_BSD, self.k, self.v)
-            k_BGKH, v_BGKH = self._turned(k, view), self._heads(v)
-            k_BGKH, v_BGKH = (k_BGKH, v_BGKH) if cache is None else cache.extend(k_BGKH, v_BGKH)
-        y_BNTH = attend(self._turned(q, view), k_BGKH, v_BGKH, view.visibility, self.scale)
+            source = x_BTD if view.memory_BSD is None else view.memory_BSD
+            k, v = self._turned(self.k(source), view), self._heads(self.v(source))
+            k, v = (k, v) if cache is None else cache.extend(k, v)
+        y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
     def weights(self, x_BTD: Tensor, view: View) -> Tensor:
@@ -139,21 +136,7 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x_BTD)))
-        gate, up = together(x_BTD, self.gate, self.up)
-        return self.down(self.act(gate) * up)
-
-
-def together(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
-    """Each map of `x`; compiled, one matrix product where all are plain.
-
-    Compiled only: ZeRO-3 gathers the weights of one module at a time, is never compiled, and a product saves more where nothing else stands
-    between the kernels.
-    """
-    if not torch.compiler.is_compiling() or any(type(f) is not nn.Linear for f in maps):
-        return [f(x) for f in maps]
-    plain = cast(tuple[nn.Linear, ...], maps)
-    bias = None if plain[0].bias is None else torch.cat([f.bias for f in plain])
-    return F.linear(x, torch.cat([f.weight for f in plain]), bias).split([f.out_features for f in plain], dim=-1)
+        return self.down(self.act(self.gate(x_BTD)) * self.up(x_BTD))
 
 
 class RMSNorm(nn.Module):

@@ -42,10 +42,27 @@ class Rope(Position):
         self.head_dim, self.theta, self.local_theta = config.head_dim, config.rope_theta, config.local_rope_theta
 
     def rotation(self, at_T: Tensor, local: bool) -> Rotation:
-        half = torch.arange(0, self.head_dim, 2, device=at_T.device, dtype=torch.float32) / self.head_dim
-        angles = at_T[:, None].float() / (self.local_theta if local else self.theta) ** half
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        made = _opaque_waves if torch.compiler.is_compiling() else waves
+        return made(at_T, self.head_dim, self.local_theta if local else self.theta)
+
+
+def waves(at_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (T, H) fp32 each, of the angles by which positions turn."""
+    half = torch.arange(0, head_dim, 2, device=at_T.device, dtype=torch.float32) / head_dim
+    angles = at_T[:, None].float() / theta**half
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+# A compiler would not keep the table, but compute it anew for each element that is turned, in every layer: 17 of 74 ms of a step of
+# decoder-110m on an H200. What it cannot look into, it keeps.
+_opaque_waves = torch.library.custom_op("trifold::waves", waves, mutates_args=())
+
+
+@_opaque_waves.register_fake
+def _(at_T: Tensor, head_dim: int, theta: float) -> Rotation:
+    cos = at_T.new_empty(len(at_T), head_dim, dtype=torch.float32)
+    return cos, torch.empty_like(cos)
 
 
 class Learned(Position):

@@ -96,8 +96,15 @@ class Engine(Settings):
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "fp32"
     recompute: Literal["auto"] | bool = False  # activations, block by block; auto: where memory would not suffice without (budget.py)
     compile: bool = False
+    cuda_graphs: bool = False  # with compile: forward and backward are launched as one each; pays where a step is short
     fp8: bool = False  # products of the linear maps inside blocks, in bf16 training on GPUs that have it (fp8.py)
     offload: bool = False  # optimizer state in host memory
+
+    @model_validator(mode="after")
+    def _graphs_are_compiled(self) -> "Engine":
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs launches compiled code at once: set compile to true, or cuda_graphs to false")
+        return self
 
 
 class Checkpoints(Settings):

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from modeling.batch import Batch
 from modeling.config import Generation, Refused
@@ -88,19 +89,22 @@ class Engine:
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(config, model, place))
-        if hasattr(self._zero, "bf16_groups") and self.stage == 1:
+        leans = hasattr(self._zero, "bf16_groups") and self.stage == 1
+        if leans:
             from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
 
             lean(self._engine, self._zero)
+        self._graphs = config.engine.cuda_graphs
         if config.engine.compile:
-            self._engine.compile(compile_kwargs={"dynamic": False})
+            how = {"mode": "reduce-overhead"} if self._graphs else {}
+            self._engine.compile(compile_kwargs={"dynamic": False, **how})
         self.device: torch.device = self._engine.device
         self.optimizer_step = 0
         self._autocast = self.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
         self._pieces = pieces(self._zero, self._engine.module, self.stage)
         self._make_state()
-        self._veto = Veto(self._zero, self.stage)
+        self._veto = None if leans else Veto(self._zero, self.stage)
 
     def train_step(self, micros: list[Batch], micro_seeds: list[int], count: int, lr_factor: float, limits: Limits = UNLIMITED) -> Step:
         """One optimizer step. `micros` are this rank's (at least one, as many on every rank, another number at the next step if need be),
@@ -113,7 +117,7 @@ class Engine:
             torch.manual_seed(seed)
             here = micro.to(self.device)
             heartbeat.at("forward", micro=i)
-            loss = self._engine(here)
+            loss = self._forward(here)
             if here.parts is not None:
                 loss, nll_BT = loss
                 sums[1:] += here.by_part(nll_BT, self.num_parts).flatten()
@@ -122,26 +126,42 @@ class Engine:
             heartbeat.at("backward", micro=i)
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
         heartbeat.at("optimizer step")
-        loss_sum, *part_sums = self.sum_over_ranks(sums).tolist()
-        loss_mean = loss_sum / count
-        self._veto.expect(loss_mean, limits)
-        self._engine.step()
-        applied = self._engine.was_step_applied()
+        (loss_sum, *part_sums), applied, norm = self._step(self.sum_over_ranks(sums), count, limits)
         self.optimizer_step += applied
         if applied and self._decay:
             self._average()
         if not applied and hasattr(self._zero, "averaged_gradients"):
             for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
-        norm = float(self._engine.get_global_grad_norm()) if applied else self._veto.norm
-        return Step(loss_mean, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :])
+        return Step(loss_sum / count, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :])
+
+    def _forward(self, batch: Batch, **what: bool) -> Any:
+        """The model's results. A CUDA graph's next run writes where this one's lie: what is not backpropagated at once is copied."""
+        if not self._graphs:
+            return self._engine(batch, **what)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = self._engine(batch, **what)
+        return found if torch.is_grad_enabled() else tree_map(torch.clone, found)
+
+    def _step(self, sums: Tensor, count: int, limits: Limits) -> tuple[list[float], bool, float]:
+        """DeepSpeed's step, where it is allowed. Returns `sums`, the loss first, whether it was applied, and the gradient's norm."""
+        if self._veto is None:
+            self._zero.expect(sums[0] / count, limits)
+            self._engine.step()
+            *numbers, norm, refused = torch.cat([sums, self._zero.outcome]).tolist()
+            return numbers, not refused, norm
+        numbers = sums.tolist()
+        self._veto.expect(numbers[0] / count, limits)
+        self._engine.step()
+        applied = self._engine.was_step_applied()
+        return numbers, applied, float(self._engine.get_global_grad_norm()) if applied else self._veto.norm
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout; ranks call it equally often."""
         heartbeat.at("evaluating")
         self._engine.eval()
-        nll_BT, correct_BT = self._engine(batch.to(self.device), per_token=True)
+        nll_BT, correct_BT = self._forward(batch.to(self.device), per_token=True)
         self._engine.train()
         return nll_BT, correct_BT
 
@@ -150,7 +170,7 @@ class Engine:
         """Logits (B, T, V) of this rank's batch, without dropout; ranks call it equally often, and the larger calls cost memory."""
         heartbeat.at("evaluating")
         self._engine.eval()
-        logits_BTV = self._engine(batch.to(self.device), logits=True)
+        logits_BTV = self._forward(batch.to(self.device), logits=True)
         self._engine.train()
         return logits_BTV
 

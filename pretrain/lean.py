@@ -1,23 +1,26 @@
 """ZeRO-1 in bf16 with fp32 accumulation in few passes over memory: DeepSpeed's BF16_Optimizer, its step done on flat tensors.
 
 In: DeepSpeed's engine and optimizer. Out: the same optimizer, whose gradients are gathered, reduced, measured and clipped group by group
-instead of parameter by parameter: of the 94 bytes a parameter that DeepSpeed 0.19 moves in a step after the backward, 48 are left, and of
-its 8 launches of a kernel a parameter one. All of this leans on private parts of DeepSpeed; tests/pretrain/test_engine.py covers it.
+instead of parameter by parameter: of the 94 bytes a parameter that DeepSpeed 0.19 moves after the backward, 48 are left, and of its 8
+launches of a kernel a parameter one. Whether the step may be applied is decided on the device, which so never waits for the host. All of
+this leans on private parts of DeepSpeed; tests/pretrain/test_engine.py covers it.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+from pretrain.spikes import Limits
 
 
 class Lean(BF16_Optimizer):
-    """`allows`: whether a step with this gradient norm may be applied (veto.py)."""
+    """`outcome` (2,) float64: the last step's gradient norm, infinite where its loss was bad already, and 1 where it was not applied."""
 
-    allows: Callable[[float], bool]
+    outcome: Tensor
     accumulates = False  # the fp32 gradients hold those of earlier micro batches of the step
 
     def backward_prologue(self) -> None:
@@ -47,26 +50,27 @@ class Lean(BF16_Optimizer):
                 dist.all_reduce(flat)
                 flat.div_(world)
 
+    def expect(self, loss: Tensor, limits: Limits) -> None:
+        """Before the step: its loss, on the device."""
+        self.loss, self.limits = loss, limits
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        norm = float(torch.nn.utils.get_total_norm(self.fp32_groups_gradients_flat))
-        self.overflow = not (math.isfinite(norm) and self.allows(norm))
-        self._global_grad_norm = math.inf if self.overflow else norm
-        if not self.overflow:
-            self._apply(self.clip_grad / (norm + 1e-6) if 0 < self.clip_grad < norm else 1.0)
-        self.clear_hp_grads()
-
-    def _apply(self, factor: float) -> None:
-        """torch's fused AdamW scales gradients while it reads them; Muon's matrices are scaled beforehand."""
-        flats = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, self.optimizer.param_groups, strict=True)
-        for master, gradient, group in flats:
-            master.grad = gradient.mul_(factor) if "momentum" in group and factor != 1 else gradient
-        self.optimizer.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=master.device)
+        """torch's fused AdamW and Muon divide gradients by `grad_scale` while they read them, and do nothing where `found_inf` is 1."""
+        norm = torch.nn.utils.get_total_norm(self.fp32_groups_gradients_flat)
+        loss_fine = self.loss.isfinite() & (self.loss <= self.limits.loss)
+        refused = ~(loss_fine & norm.isfinite() & (norm <= self.limits.grad_norm))
+        self.outcome = torch.stack([norm.double().where(loss_fine, math.inf).nan_to_num(nan=math.inf), refused.double()])
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1) if self.clip_grad else None
+        self.optimizer.found_inf = refused.float()
+        for master, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
+            master.grad = gradient
         self.optimizer.step()
         self.update_lp_params()
+        self.clear_hp_grads()
 
 
 def lean(engine: Any, zero: BF16_Optimizer) -> None:
     """Make DeepSpeed's engine and optimizer take their steps so."""
-    zero.__class__ = Lean
+    zero.__class__, zero.overflow = Lean, False
     engine.buffered_allreduce_fallback = zero.reduce

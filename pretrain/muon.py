@@ -34,8 +34,11 @@ class Matrix:
 class Muon(torch.optim.AdamW):
     """AdamW, except in groups with a `momentum`: those are flat tensors of matrices, updated as torch.optim.Muon does (Jordan et al. 2024).
 
-    `tables` must be filled, by id of a flat tensor and alike on all ranks, before the first step.
+    `tables` must be filled, by id of a flat tensor and alike on all ranks, before the first step; `grad_scale` and `found_inf`: lean.py.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **adam: Any) -> None:
         super().__init__(groups, **adam)
@@ -48,6 +51,8 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if "momentum" not in group]
         super().step()
         self.param_groups = groups
+        if self.found_inf is not None and self.found_inf:
+            return
         for group in groups:
             if "momentum" in group:
                 for flat in group["params"]:
@@ -55,6 +60,8 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, flat: Tensor, group: dict[str, Any]) -> None:
         assert flat.grad is not None
+        if self.grad_scale is not None:
+            flat.grad.div_(self.grad_scale)
         momentum = self.state[flat]["momentum"].lerp_(flat.grad, 1 - group["momentum"])
         update = flat.grad.lerp(momentum, group["momentum"])  # Nesterov
         orthogonal = self._exchange(update, self.tables[id(flat)])

@@ -1,12 +1,12 @@
 """Keeps DeepSpeed from applying a step that is not allowed: in, a step's loss and its limits; out, a step that no rank applied.
 
 DeepSpeed skips a step where the norm of the reduced gradients is not finite, or where an earlier check says so: on all ranks alike, before
-anything is changed. The earlier check is ours, for the loss, and a norm beyond its limit is shown to DeepSpeed as NaN. All of this leans on
-private parts of DeepSpeed 0.19; tests/pretrain/test_engine.py covers each stage and precision.
+anything is changed. The earlier check is ours, for the loss, and a norm beyond its limit is shown to DeepSpeed as NaN (lean.py judges its
+steps itself). All of this leans on private parts of DeepSpeed 0.19; tests/pretrain/test_engine.py covers each stage and precision.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ class Veto:
             norms = zero._get_norm_groups
             zero._overflow_check_and_loss_scale_update = early
             zero._get_norm_groups = lambda: self._shown(norms())
-        elif hasattr(zero, "get_grads_for_norm"):  # lean.py: stage 1, bf16 with fp32 accumulation
-            zero.allows = lambda norm: self.loss_allowed and self._allows(lambda: [norm])
         else:
             norm = zero.scaled_global_norm
             zero.check_grad_overflow, zero.check_overflow = True, early
@@ -46,7 +44,7 @@ class Veto:
         """Norms of the gradient's parts as they are, or NaN where the whole is beyond the limit."""
         return norms if self._allows(lambda: norms) else [norm * torch.nan for norm in norms]
 
-    def _allows(self, norms: Callable[[], Sequence[Tensor | float]]) -> bool:
+    def _allows(self, norms: Callable[[], list[Tensor]]) -> bool:
         """Without a limit nothing is looked at: that would wait for the device once more. DeepSpeed says -1 for what is not finite."""
         if self.limits.grad_norm == math.inf:
             return True

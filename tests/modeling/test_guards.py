@@ -60,6 +60,21 @@ def test_packed_rows_of_changing_content_run_in_one_graph_that_is_compiled_once(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_compiled_model_makes_its_angles_once_a_kind_of_layer_and_not_in_every_layer(name: str) -> None:
+    torch._dynamo.reset()
+    made: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(build(deeper(name, 1), 0), backend=backend, fullgraph=True)(batch(name, 0))
+    assert sum("trifold.waves" in target for target in made) == {"llama": 1, "modernbert": 2, "t5gemma": 2}[name]
+    assert not {"cos", "sin"} & set(made)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_has_no_more_operations_than_were_recorded(name: str) -> None:
     def operations(more: int) -> int:
         model = build(deeper(name, more), 0)
