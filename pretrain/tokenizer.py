@@ -3,8 +3,8 @@
 Ids are 0-3 `<pad> <s> </s> <unk>`, 4 `<mask>`, 5-104 the sentinels `<extra_id_0..99>`, then the language codes that the recipe lists, the
 256 bytes, and the pieces by score.
 A piece holds a space ("▁") at its start only and never a line end, so tokenizer.json cuts text before each space and around each line
-end, and a word always has the same ids. `encode_batch` remembers them: 2.3M tokens/s per core over a corpus of books and 4.8M once
-warm, where SentencePiece itself makes 4-5M and `tokenizers` without that memory 0.5-0.9M. Where words do not recur (Japanese: a line is
+end, and a word always has the same ids. `words.py` remembers them: 2.6M tokens/s per core over a corpus of books and 4 to 6M on words seen
+before, where SentencePiece itself makes 4M and `tokenizers` without that memory 0.5-0.9M. Where words do not recur (Japanese: a line is
 a word) it is 0.3-0.8M against 1.5M. Time is linear in the length of a document. Training on 10 MB takes 14 s of one core.
 
 Two things are not reversible: a literal "▁" (U+2581) comes back as a space, and a special token written out in a text is that token.
@@ -29,6 +29,7 @@ from modeling.config import Family, Refused
 from pretrain import roles
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.pieces import BYTE, sentence_ends, word_starts
+from pretrain.words import Words
 
 _MARKS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -41,8 +42,6 @@ _CUT = {
         {"type": "Split", "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"}, "behavior": "MergedWithPrevious", "invert": False},
     ],
 }
-_WORD = re.compile("\n|[ ▁]?[^ ▁\n]+|[ ▁]")  # the first two cuts, made before spaces have become "▁"
-_REMEMBERED = 4_000_000  # characters of words: about 120 MB
 _PASSES = 20  # training looks at no more than this many times the text that it samples
 
 
@@ -73,12 +72,11 @@ class Tokenizer:
         self._spec, self._settings, self._model = spec, settings, model
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
         self.ours = spec["pre_tokenizer"] == _CUT
-        self._ids_of: dict[str, bytes] = {}
-        self._remembered = 0
         ids = self._fast.get_vocab()
         pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self._words = Words(self._fast, self.vocab_size, self.dtype) if self.ours else None
         marks = {role: ids[token] for role, token in roles.played(spec, settings).items() if token is not None}
         self.pad, self.bos, self.eos, self.start = (marks[role] for role in ("pad", "bos", "eos", "start"))
         self.unk, self.mask = marks.get("unk"), marks.get("mask")
@@ -123,17 +121,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without begin and end marks."""
-        if not self.ours:
+        if self._words is None:
             return [np.array(e.ids, self.dtype) for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        words = [_WORD.findall(text) for text in texts]
-        new = [word for word in set().union(*words) if word not in self._ids_of]
-        for word, encoding in zip(new, self._fast.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            self._ids_of[word] = np.array(encoding.ids, self.dtype).tobytes()
-        ids = [np.frombuffer(b"".join(map(self._ids_of.__getitem__, line)), self.dtype) for line in words]
-        self._remembered += sum(map(len, new))
-        if self._remembered > _REMEMBERED:
-            self._ids_of, self._remembered = {}, 0
-        return ids
+        return self._words.encode(texts)
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of one text, as `encode_batch` gives them, and the characters that each stands for: from, up to (a space belongs to

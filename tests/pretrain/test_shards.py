@@ -21,6 +21,7 @@ from pretrain.corpus import documents, is_heldout
 from pretrain.prepare import over_processes, prepare
 from pretrain.shards import Shards
 from pretrain.tokenizer import Tokenizer, train
+from pretrain.words import Words
 
 DATA = Path(os.environ.get("TRIFOLD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -184,9 +185,8 @@ def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
 ) -> None:
     narrow, _ = prepare(source, tokenizer, tmp_path / "narrow")
     monkeypatch.setattr(tokenizer, "dtype", np.dtype("<u4"))
-    monkeypatch.setattr(tokenizer, "_ids_of", {})
+    monkeypatch.setattr(tokenizer, "_words", Words(tokenizer._fast, tokenizer.vocab_size, tokenizer.dtype))
     wide, _ = prepare(source, tokenizer, tmp_path / "wide")
-    tokenizer._ids_of = {}
     assert narrow.document(7).dtype == np.uint16 and wide.document(7).dtype == np.uint32
     assert isinstance(narrow.document(7).base.base, np.memmap) and narrow.document(7).tolist() == wide.document(7).tolist()
     assert (narrow.lengths == wide.lengths).all() and narrow.num_tokens == wide.num_tokens

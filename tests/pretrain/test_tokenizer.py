@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from modeling.config import Refused
 from pretrain import tokenizer as module
+from pretrain import words
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.tokenizer import Tokenizer, train
 
@@ -74,6 +75,15 @@ def test_any_text_comes_back_and_has_the_ids_of_tokenizer_json(tokenizer: Tokeni
         assert ids.tolist() == plain.encode(text, add_special_tokens=False).ids
 
 
+@given(st.lists(st.lists(st.sampled_from([" ", "\n", "▁", "a", "bcd", "é", "🙂", "\r", "<mask>", "<s>", "<0x0A>", "<0x41>"])).map("".join)))
+@settings(max_examples=300, deadline=None)
+def test_words_remembered_are_cut_where_tokenizer_json_cuts(tokenizer: Tokenizer, texts: list[str]) -> None:
+    tokenizer._words.forget()
+    for _ in range(2):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert ids.tolist() == tokenizer._fast.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize("family", ["decoder", "encoder", "encoder-decoder"])
 def test_the_published_folder_encodes_alike_in_the_stock_class(tokenizer: Tokenizer, tmp_path: Path, family: Any) -> None:
     tokenizer.save(tmp_path, family)
@@ -128,11 +138,11 @@ def test_the_sample_is_spread_over_the_text_and_within_its_bytes() -> None:
 
 
 def test_words_forgotten_are_encoded_again_alike(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED", 50)
+    monkeypatch.setattr(words, "REMEMBERED", 50)
     forgetful = Tokenizer.open(folder)
     for line, ids in zip(HARD + sentences(50), tokenizer.encode_batch(HARD + sentences(50)), strict=True):
         assert forgetful.encode_batch([line])[0].tolist() == ids.tolist()
-    assert sum(map(len, forgetful._ids_of)) <= 50
+    assert forgetful._words.characters <= 50
 
 
 def test_words_begin_at_spaces_punctuation_and_wide_characters(tokenizer: Tokenizer) -> None:
