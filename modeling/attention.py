@@ -40,8 +40,7 @@ class Visibility:
     window: int = 0
     query_start: int = 0
     bias: Tensor | None = None
-    whole: bool = False  # each row is one whole document, although it has segments
-    mask: Any = field(init=False)  # what the kernel takes: None, a dense mask, FlexAttention's BlockMask, or where rows begin (int32)
+    mask: Any = field(init=False)  # what the kernel takes: None, a dense mask, or FlexAttention's BlockMask
     _added: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -96,12 +95,8 @@ class Visibility:
     def _mask(self) -> Any:
         if self.query_segments is None:
             return None
-        rows, queries = self.query_segments.shape
-        if not self.query_segments.is_cuda or queries < 128 or self.bias is not None:
-            return self.dense()
-        if self.whole and self.window:
-            return queries * torch.arange(rows + 1, dtype=torch.int32, device=self.query_segments.device)
-        return self.blocks()
+        flex = self.query_segments.is_cuda and self.query_segments.shape[1] >= 128 and self.bias is None
+        return self.blocks() if flex else self.dense()
 
 
 def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
@@ -112,10 +107,6 @@ def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibilit
     mask, gqa = visibility.mask, q_BNQH.shape[1] != k_BGKH.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
         return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
-    if mask is not None and mask.dtype == torch.int32:
-        if q_BNQH.dtype != torch.float32 and not gqa:
-            return _banded(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
-        mask = visibility.dense()
     small = q_BNQH.dtype == torch.bfloat16 and q_BNQH.device.type == "cpu" and k_BGKH.shape[2] <= WRITTEN_OUT_KEYS
     if mask is not None and small and q_BNQH.requires_grad:
         return _written_out(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
@@ -134,22 +125,6 @@ def _written_out(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Vis
     rows = max(1, WRITTEN_OUT_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))
     chunks = zip((q_BNQH * scale).split(rows), k_BNKH.split(rows), v_BNKH.split(rows), added_B1QK.split(rows), strict=True)
     return torch.cat([(q @ k.mT + added).softmax(-1) @ v for q, k, v, added in chunks]) * sees_B1Q1
-
-
-def _banded(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """Rows that are one document each, within a window: FlashAttention's own, which leaves out all pairs outside of it."""
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BNTH, v_BNTH))
-    longest, window = q_BNTH.shape[2], (visibility.window, 0 if visibility.causal else visibility.window)
-    begins = visibility.mask
-    y: Tensor = _varlen()(q, k, v, begins, begins, longest, longest, scale=scale, window_size=window)
-    return y.unflatten(0, (len(q_BNTH), longest)).transpose(1, 2)
-
-
-@cache
-def _varlen() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
 
 
 @cache

@@ -144,8 +144,7 @@ class Stack(nn.Module):
             if segments_BT is None and bias is None and not window and (newest or not start):
                 return View(Visibility(self.causal and not newest), rotation)
             known_BT = _one_document(x_BTD, start) if segments_BT is None else segments_BT
-            whole = segments_BT is None and not start
-            return View(Visibility(self.causal, known_BT[:, start:], known_BT, window, start, bias, whole), rotation)
+            return View(Visibility(self.causal, known_BT[:, start:], known_BT, window, start, bias), rotation)
 
         whole, cross = view(window=0), None
         if memory_BSD is not None:  # each document reads its own source; positions play no part

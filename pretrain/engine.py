@@ -99,6 +99,8 @@ class Engine:
             how = {"mode": "reduce-overhead"} if self._graphs else {}
             self._engine.compile(compile_kwargs={"dynamic": False, **how})
         self.device: torch.device = self._engine.device
+        cuda = self.device.type == "cuda"
+        self._chance = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
         self.optimizer_step = 0
         self._autocast = self.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
@@ -114,7 +116,7 @@ class Engine:
         sums = torch.zeros(1 + 2 * self.num_parts, dtype=torch.float64, device=self.device)  # of the losses; by part; targets by part
         for i, (micro, seed) in enumerate(zip(micros, micro_seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
-            torch.manual_seed(seed)
+            self._chance.manual_seed(seed)
             here = micro.to(self.device)
             heartbeat.at("forward", micro=i)
             loss = self._forward(here)
@@ -314,6 +316,7 @@ def _settings(config: Training, model: Transformer, place: Place) -> dict[str, A
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip,
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device before every micro batch
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # Muon is ours
         "zero_force_ds_cpu_optimizer": False,  # offload: DeepSpeed's Adam would have to be compiled; torch's fused one does

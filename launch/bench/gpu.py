@@ -54,9 +54,10 @@ class Shape:
     objective: str
     row_length: int
     rows: int
-    gib: int  # of device memory that the largest contender takes
+    gib: int  # of device memory that ours takes
     goal: str
-    peers: tuple[tuple[str, dict[str, Any] | None, bool], ...]  # (class, its settings or None for our shape, compiled)
+    peers: tuple[tuple[str, dict[str, Any] | None, bool, int], ...]  # (class, its settings or None for our shape, compiled, gib)
+    cuda_graphs: bool = False
     documents: int = 0
     fp8: bool = False
     plain_loop: bool = False  # ours without DeepSpeed too
@@ -65,33 +66,39 @@ class Shape:
     def contenders(self) -> list[str]:
         """Ours first."""
         padded = ", padded" if self.documents else ""
-        peers = [f"{kind}, {'compiled' if compiled else 'eager'}{padded}" for kind, _, compiled in self.peers]
+        peers = [f"{kind}, {'compiled' if compiled else 'eager'}{padded}" for kind, _, compiled, _ in self.peers]
         more = {PLAIN_ROWS: self.documents > 0, FP8: self.fp8, PLAIN_LOOP: self.plain_loop}
         return [OURS, *(who for who, there in more.items() if there), *peers]
+
+    def memory(self, i: int) -> int:
+        """Of device memory that contender i takes, GiB."""
+        ours = len(self.contenders) - len(self.peers)
+        return self.gib if i < ours else self.peers[i - ours][3]
 
 
 SHAPES = {
     "decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 30, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
-        (("LlamaForCausalLM", None, True), ("GPT2LMHeadModel", GPT2, True), ("LlamaForCausalLM", None, False)), plain_loop=True,
+        "decoder-110m", "causal", 1024, 32, 15, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
+        (("LlamaForCausalLM", None, True, 19), ("GPT2LMHeadModel", GPT2, True, 23), ("LlamaForCausalLM", None, False, 31)),
+        cuda_graphs=True, plain_loop=True,
     ),
     "decoder 24x2048, t2048": Shape(
-        "decoder-1.3b", "causal", 2048, 8, 66, "1.25 x Llama compiled, 1.5 x in fp8",
-        (("LlamaForCausalLM", None, True), ("LlamaForCausalLM", None, False)), fp8=True, plain_loop=True,
+        "decoder-1.3b", "causal", 2048, 8, 54, "1.25 x Llama compiled, 1.5 x in fp8",
+        (("LlamaForCausalLM", None, True, 50), ("LlamaForCausalLM", None, False, 67)), fp8=True,
     ),
     "encoder base, t1024, 30 % masked": Shape(
-        "encoder-base", "masked", 1024, 32, 42, "2 x ModernBERT compiled",
-        (("ModernBertForMaskedLM", None, True), ("ModernBertForMaskedLM", None, False)),
+        "encoder-base", "masked", 1024, 32, 19, "2 x ModernBERT compiled",
+        (("ModernBertForMaskedLM", None, True, 42), ("ModernBertForMaskedLM", None, False, 42)),
     ),
     "encoder base, t512": Shape(
-        "encoder-base", "masked", 512, 64, 34, "1.7 x BERT", (("BertForMaskedLM", BERT, True), ("BertForMaskedLM", BERT, False))
+        "encoder-base", "masked", 512, 64, 19, "1.7 x BERT", (("BertForMaskedLM", BERT, True, 29), ("BertForMaskedLM", BERT, False, 24))
     ),
     "encoder-decoder base, 512 in / 120 out": Shape(
-        "encoder-decoder-base", "spans", 512, 64, 54, "2 x T5 v1.1 compiled",
-        (("T5ForConditionalGeneration", T5, True), ("T5ForConditionalGeneration", T5, False)),
+        "encoder-decoder-base", "spans", 512, 64, 23, "2 x T5 v1.1 compiled",
+        (("T5ForConditionalGeneration", T5, True, 30), ("T5ForConditionalGeneration", T5, False, 54)), cuda_graphs=True,
     ),
     "packed documents, decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 34, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False),), documents=4
+        "decoder-110m", "causal", 1024, 32, 15, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False, 34),), documents=4
     ),
 }  # fmt: skip
 TINY = {
@@ -107,13 +114,14 @@ def bench(console: Console, *, only: Sequence[str], seconds: float, tiny: bool, 
     began, end = time.monotonic(), time.monotonic() + seconds
     chosen = {name: shape for name, shape in SHAPES.items() if name.startswith(tuple(only))}
     runs = [(name, i) for name, shape in chosen.items() for i in range(len(shape.contenders))]
-    runs.sort(key=lambda run: SHAPES[run[0]].contenders[run[1]].endswith("eager"))  # these are missed least
+    # What compiles longest comes first; eager peers, which are missed least, come last.
+    runs.sort(key=lambda run: ("eager" in chosen[run[0]].contenders[run[1]], -chosen[run[0]].memory(run[1])))
     room = _Room(1 if tiny else torch.cuda.get_device_properties(0).total_memory / 2**30)
 
     def run(contender: tuple[str, int]) -> Row:
         name, i = contender
         who = SHAPES[name].contenders[i]
-        with room.taken(min(SHAPES[name].gib, room.size)):
+        with room.taken(min(chosen[name].memory(i), room.size)):
             row = _in_a_process(name, i, Path(folder), end - time.monotonic(), steps, tiny)
         said = row.get("note") or f"{row['tokens/s']:,.0f} tokens/s"
         console.print(f"{time.monotonic() - began:4.0f} s  {name}: {who}: {said}", highlight=False)
@@ -168,6 +176,7 @@ def recipe_of(shape: Shape, tiny: bool) -> Recipe:
             "run=bench", "data.sources=[{path: none}]", "data.heldout_fraction=0.01", f"data.row_length={length}",
             f"objective.kind={shape.objective}", "optimizer.lr=1e-4", "steps=1000", f"step_rows={rows}", f"micro_rows={rows}",
             "engine.precision=bf16", f"engine.compile={str(not tiny).lower()}",
+            f"engine.cuda_graphs={str(shape.cuda_graphs and not tiny).lower()}",
         ],
     )  # fmt: skip
 
@@ -183,7 +192,7 @@ def contender_of(shape: Shape, i: int, recipe: Recipe, place: Place, tiny: bool)
         return contenders.ours(who, recipe.model_copy(update={"engine": engine}), recipe.model, here, place, flops)
     if who == PLAIN_LOOP:
         return contenders.bare(who, recipe, recipe.model, here, place, flops)
-    kind, settings, compiled = shape.peers[i - len(shape.contenders)]
+    kind, settings, compiled, _ = shape.peers[i - len(shape.contenders)]
     make = contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
     return contenders.stock(
         who, make, recipe, here, place, flops, compiled=compiled and not tiny, padded=shape.documents > 0,

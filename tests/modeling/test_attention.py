@@ -1,8 +1,5 @@
 """attend and Visibility against a plain softmax over an explicit mask."""
 
-from itertools import pairwise
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -80,36 +77,6 @@ def test_the_kernel_of_the_gpu_sees_what_the_dense_mask_shows(monkeypatch: pytes
         expected = attend(q, k, v, visibility, 0.3)
         object.__setattr__(visibility, "mask", visibility.blocks())
         torch.testing.assert_close(attend(q, k, v, visibility, 0.3), expected)
-
-
-def _by_row(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, scale: float, window_size: Any) -> Tensor:
-    """What varlen_attn promises (torch/nn/attention/varlen.py), by the formula; it has no kernel on the CPU."""
-    left, right = window_size
-    parts = []
-    for begin, end in pairwise(begins.tolist()):
-        assert end - begin <= longest
-        i, j = torch.arange(end - begin)[:, None], torch.arange(end - begin)
-        scores = torch.einsum("qnh,knh->nqk", q[begin:end], k[begin:end]) * scale
-        seen = (j >= i - left) & (j <= i + right)
-        parts.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~seen, float("-inf")).softmax(-1), v[begin:end]))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_whole_rows_in_a_window_take_the_gpu_s_own_kernel_and_see_the_same(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_varlen", lambda: _by_row)
-    ones = torch.ones_like(SEGMENTS)
-    visibility = Visibility(causal, ones, ones, window=2, whole=True)
-    q, k, v = _qkv(2, 8, 8, groups=4)
-    expected = attend(q, k, v, visibility, 0.3)
-    object.__setattr__(visibility, "mask", 8 * torch.arange(3, dtype=torch.int32))  # as on CUDA
-    torch.testing.assert_close(attend(q, k, v, visibility, 0.3), expected)
-    grouped = [x.float() for x in _qkv(2, 8, 8)]  # the kernel has neither fp32 nor, in torch 2.11, grouped heads by this call
-    object.__setattr__(visibility, "mask", 8 * torch.arange(3, dtype=torch.int32))
-    torch.testing.assert_close(
-        attend(grouped[0], grouped[1], grouped[2], visibility, 0.3),
-        attend(grouped[0], grouped[1], grouped[2], Visibility(causal, ones, ones, window=2), 0.3),
-    )
 
 
 def test_later_queries_attend_as_the_end_of_the_whole_row() -> None:
