@@ -67,7 +67,7 @@ class Judge:
         config, engine = self.config, self.engine
         judged: AbstractContextManager[None] = engine.averaged() if config.ema else nullcontext()
         with judged:
-            losses = evaluate(engine, self.heldout, engine.place, num_rows=num_rows, micro_rows=config.micro_rows)
+            losses = evaluate(engine, self.heldout, num_rows=num_rows, micro_rows=config.micro_rows)
             return losses, self.task.predict(engine, examples, config.generation, config.micro_rows * config.row_length)
 
     def _write(self, examples: Sequence[Any], predictions: Sequence[Any]) -> None:

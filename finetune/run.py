@@ -73,8 +73,10 @@ def check_examples(config: Finetune, vocabulary: Tokenizer, model: ModelConfig) 
         longest = f"the longest text that {config.model.folder or 'model.config'} knows ({model.max_positions} tokens)"
         raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
     tasks = open_tasks(config, vocabulary, model.family)
-    open_rows(config, tasks, vocabulary)
-    tasks[0].shaped(model)
+    rows, _ = open_rows(config, tasks, vocabulary)
+    config.engine.fits(tasks[0].shaped(model))
+    for side, length in (("row_length", config.row_length), ("the target side of a row", rows.room.tokens)):
+        config.engine.shares(side, length)
 
 
 def train(config: Finetune, place: Place) -> None:
@@ -128,11 +130,12 @@ def train(config: Finetune, place: Place) -> None:
             [Part(config.row_length, config.step_rows, config.micro_rows)],
             start=progress.step,
             stop=config.steps,
-            rank=place.rank,
-            world=place.world,
+            rank=engine.rank,
+            world=engine.world,
             prefetch=config.prefetch,
             skips=progress.skips,
             pin=place.device == "cuda",
+            counts=engine.counts,
         )
 
     with closing(recorder):

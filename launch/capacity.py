@@ -37,12 +37,14 @@ class Room(NamedTuple):
 Lent = dict[str, dict[str, float]]  # by host: what this run uses there for want of more workers
 
 
-def room(cluster: Cluster, mine: Counter[str] | None = None, lent: Lent | None = None) -> Room:
-    """Room on the hosts that are there; `mine`: this run's workers by host, who have theirs; `lent`: what it would give up for others."""
+def room(cluster: Cluster, sharing: int, mine: Counter[str] | None = None, lent: Lent | None = None) -> Room:
+    """Room on the hosts that are there, for groups of `sharing` workers each; `mine`: this run's workers by host, who have theirs; `lent`:
+    what it would give up for others."""
     mine, lent = mine or Counter(), lent or {}
     there, free = hosts(), ray._private.state.available_resources_per_node()  # private: what is public adds all hosts up
     fits = (mine[node["NodeID"]] + _fits(cluster, *(of.get(node["NodeID"], {}) for of in (free, lent))) for node in there)
-    return Room(min(cluster.workers, sum(fits)), min(cluster.workers, sum(_fits(cluster, node["Resources"]) for node in there)))
+    found = sum(fits), sum(_fits(cluster, node["Resources"]) for node in there)
+    return Room(*(min(cluster.workers, number) // sharing * sharing for number in found))
 
 
 def hosts() -> list[dict[str, Any]]:
@@ -58,14 +60,14 @@ def drained() -> dict[str, int]:
     return dict(ray._private.state.state.get_draining_nodes())  # private: nothing public tells
 
 
-def awaited(cluster: Cluster, seconds: float, waiting: Callable[..., None], asked: Callable[[], bool]) -> int:
+def awaited(cluster: Cluster, sharing: int, seconds: float, waiting: Callable[..., None], asked: Callable[[], bool]) -> int:
     """How many workers fit, once they are enough. After `seconds` that they were not, or `asked()`, Refused says what there is.
 
     `waiting(fit=, least=, seconds=)` hears that it takes time.
     """
     began, told = time.monotonic(), False
     while True:
-        (fit, whole), waited = room(cluster), time.monotonic() - began
+        (fit, whole), waited = room(cluster, sharing), time.monotonic() - began
         enough, settled = fit >= cluster.least, fit == whole or waited >= GIVEN_BACK
         if enough and settled:
             return fit
@@ -80,12 +82,12 @@ def awaited(cluster: Cluster, seconds: float, waiting: Callable[..., None], aske
 class Growth:
     """Whether a running group of `workers` should give way to one of another size: hosts have come, or are about to be taken away."""
 
-    def __init__(self, cluster: Cluster, workers: int) -> None:
-        self.cluster, self.workers, self._fit, self._since = cluster, workers, workers, time.monotonic()
+    def __init__(self, cluster: Cluster, sharing: int, workers: int) -> None:
+        self.cluster, self.sharing, self.workers, self._fit, self._since = cluster, sharing, workers, workers, time.monotonic()
 
     def wanted(self, mine: Counter[str], lent: Lent) -> int | None:
         """The other size: more, once it has been the same for a while, or fewer, where hosts are drained (of dead ones the group fails)."""
-        now, fit = time.monotonic(), room(self.cluster, mine, lent).free
+        now, fit = time.monotonic(), room(self.cluster, self.sharing, mine, lent).free
         if fit != self._fit:
             self._fit, self._since = fit, now
         grown = fit > self.workers and now - self._since >= SETTLED

@@ -55,6 +55,11 @@ def _same_rates_so_far(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     return all(lr_factor(old.schedule, i, old.steps) == lr_factor(new.schedule, i, new.steps) for i in range(step))
 
 
+def _same_draws(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
+    """Slices of a row draw their dropout apart."""
+    return old.model.dropout == new.model.dropout == 0
+
+
 SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     "run": _always,  # the folder was moved
     "data.sources.*.path": _always,  # a corpus was moved: the rows' fingerprint knows its content, and training refuses another
@@ -65,6 +70,7 @@ SAFE: dict[str, Callable[[AnyRecipe, AnyRecipe, int], bool]] = {
     **dict.fromkeys(("task.train.*", "task.dev.*", "model.from"), _always),  # moved: fingerprints know what is in them
     **dict.fromkeys(("prefetch", "patience", "best", "evaluate_examples", "generation.*"), _always),  # no weight changes by these
     "engine.*": _always,  # rounding only; checkpoints hold fp32 slices that any stage and precision reads
+    "engine.sequence_parallel": _same_draws,
     "checkpoints.*": _always,
     "checkpoints.storage": _never,  # the checkpoints so far are there
     "evaluate_every": _always,

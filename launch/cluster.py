@@ -79,9 +79,9 @@ def run(
     scores checkpoints in the room that a group leaves.
     """
     join(address, recipe.cluster.workers * recipe.cluster.cpus_per_worker + (beside.recipe.scoring.cpus if beside else 0))
-    folder, cluster, restarts = Path(recipe.run), recipe.cluster, 0
+    folder, cluster, sharing, restarts = Path(recipe.run), recipe.cluster, recipe.engine.sequence_parallel, 0
     saves = _saves(folder)
-    workers = capacity.awaited(cluster, cluster.wait_at_start, partial(tell, folder, "waiting"), asked)
+    workers = capacity.awaited(cluster, sharing, cluster.wait_at_start, partial(tell, folder, "waiting"), asked)
     for number in itertools.count():
         watch = _Watch(recipe, workers, beside)
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
@@ -92,7 +92,7 @@ def run(
         if beside is not None:
             beside.leave()
         if failure is None:
-            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
+            workers = capacity.awaited(cluster, sharing, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
             tell(folder, "regrouping", workers=workers)
             continue
         if isinstance(failure.error, Refused):
@@ -108,7 +108,7 @@ def run(
             raise Refused(verdict) from failure.error
         restarts += 1
         try:
-            workers = capacity.awaited(cluster, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
+            workers = capacity.awaited(cluster, sharing, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked)
         except Refused as refusal:
             raise Refused(f"{refusal}\n{verdict}") from None
         tell(folder, "restarting", attempt=restarts, workers=workers)
@@ -122,7 +122,7 @@ class _Watch:
         self.regroup = self.folder / "regroup"  # asks the group to save and end (pretrain/train.py)
         self.hung: End | None = None
         self._placed, self._next = False, 0.0
-        self._growth, self._watchdog = capacity.Growth(recipe.cluster, workers), Watchdog(recipe)
+        self._growth, self._watchdog = capacity.Growth(recipe.cluster, recipe.engine.sequence_parallel, workers), Watchdog(recipe)
 
     def look(self) -> None:
         beats = heartbeat.read(self.folder)

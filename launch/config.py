@@ -66,6 +66,13 @@ class Scoring(Settings):
         return self
 
 
+def _whole_groups(recipe: Any) -> Any:
+    """Raises Refused for workers that cannot share rows as the engine's settings say."""
+    for workers in (recipe.cluster.workers or 1, recipe.cluster.least or 1):
+        recipe.engine.groups(workers)
+    return recipe
+
+
 class Recipe(Pretrain):
     """What is trained, and where."""
 
@@ -73,6 +80,7 @@ class Recipe(Pretrain):
     cluster: Cluster = Cluster()
     scoring: Scoring = Scoring()
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()  # told what the run records, beside its TensorBoard files
+    _groups = model_validator(mode="after")(_whole_groups)
 
 
 class FinetuneRecipe(Finetune):
@@ -81,6 +89,7 @@ class FinetuneRecipe(Finetune):
     command: ClassVar[str] = "finetune"
     cluster: Cluster = Cluster()
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    _groups = model_validator(mode="after")(_whole_groups)
 
 
 AnyRecipe = Recipe | FinetuneRecipe

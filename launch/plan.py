@@ -87,8 +87,10 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     memory = budget.memory(recipe, model, micro, where.ranks, where.device)
     saved = budget.checkpoint_bytes(recipe, model)
     tokens = part.micro_rows * (micro.tokens.shape[1] + (0 if micro.source is None else micro.source.shape[1]))
-    rates = _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, tokens, saved)
-    rounds = -(-part.micros // where.ranks)
+    share = tokens / recipe.engine.sequence_parallel  # positions of a rank
+    rates = _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, share, saved)
+    rounds = -(-part.micros // recipe.engine.groups(where.ranks))
+    exchanged = budget.exchanged(recipe, model, micro, where.device)
     step = rounds * rates.micro + rates.optimizer
     peak = memory.total + rates.process
     fits = where.memory - rates.process
@@ -100,7 +102,7 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
         "memory_peak_bytes": peak,
         "largest_micro_rows": budget.largest_micro(recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, fits),
         "micros_of_a_rank": rounds,
-        "sent_bytes_of_a_rank_and_step": budget.traffic(recipe, model, where.ranks, rounds),
+        "sent_bytes_of_a_rank_and_step": budget.traffic(recipe, model, where.ranks, rounds) + rounds * exchanged,
         "step_seconds": step,
         "positions_per_second": part.micros * tokens / step,
         "checkpoint_bytes": saved,
@@ -173,7 +175,7 @@ def _whole_run(recipe: Recipe, where: Where, step: float, rates: Rates) -> dict[
     }
 
 
-def _given(where: Where, tokens: int, saved: int) -> Rates:
+def _given(where: Where, tokens: float, saved: int) -> Rates:
     """From the rates of a device that is not here."""
     assert where.tokens_per_second is not None
     written = saved / where.ranks / where.write_bytes_per_second
@@ -185,7 +187,8 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     if where.device == "cuda" and not torch.cuda.is_available():
         raise Refused("there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a run's folder")
     place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads_per_worker or 1)
-    one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows})
+    alone = recipe.engine.model_copy(update={"sequence_parallel": 1})
+    one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows, "engine": alone})
     batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
     racer = contenders.ours("both", one, model, [batches[:1], batches], place, 0.0)
     try:  # not contenders.race: its profiler would be counted as memory of the process
@@ -200,7 +203,8 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     counted = budget.memory(one, model, batches[0].batch, 1, where.device).total
     process = max(0, racer.engine.meter.peak() - counted) if where.device == "cpu" else 0
     costs = save.measure(racer.engine, recipe, Path(recipe.run))
-    return Rates(micro, one_micro - micro, costs.waits / where.ranks, costs.written / where.ranks, costs.verified + costs.read, process)
+    slice_ = micro / recipe.engine.sequence_parallel
+    return Rates(slice_, one_micro - micro, costs.waits / where.ranks, costs.written / where.ranks, costs.verified + costs.read, process)
 
 
 def _batch(recipe: Recipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:

@@ -92,7 +92,7 @@ class Scorer:
         model = _Alone(config, state, self.place.device)
         for text in self.recipe.scoring.held_out:
             rows = _rows(self.recipe, text)
-            found = evaluate(model, rows, self.place, num_rows=rows.num_rows, micro_rows=self.recipe.micro_rows)
+            found = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.recipe.micro_rows)
             scores |= {f"{text}/{score}": value for score, value in found.items()}
         for task in self.tasks:
             found = self._taught(self.tasks[task], config, state, checkpoint.state.fingerprint)
@@ -150,6 +150,8 @@ def join(recipe: Recipe) -> None:
 
 class _Alone:
     """A model that scores rows by itself, as the engine does with all ranks."""
+
+    rank, world, counts = 0, 1, True
 
     def __init__(self, config: ModelConfig, state: dict[str, Tensor], device: str) -> None:
         self.device, self.model = device, Transformer(config)

@@ -82,7 +82,9 @@ def verify_resume(config: str, changes: list[str], kills: int, seed: int, consol
 def draw_legs(recipe: AnyRecipe, kills: int, seed: int) -> list[Leg]:
     """The straight run; half of the kills (or one more) for `same`, the others for `moved`; each in its own window of steps."""
     draw = random.Random(seed)
-    most = max(2, recipe.cluster.workers)
+    sharing = recipe.engine.sequence_parallel
+    most = max(2, recipe.cluster.workers) // sharing * sharing
+    worlds = range(sharing, most + 1, sharing)
     stages = (1, 2) if recipe.engine.compile else (1, 2, 3)
     usual = (most, recipe.engine.zero_stage)
     legs = [Leg("straight", *usual)]
@@ -93,7 +95,7 @@ def draw_legs(recipe: AnyRecipe, kills: int, seed: int) -> list[Leg]:
             step = WINDOW * number + (draw.randint(2, WINDOW) if moment == "step" else EVERY * draw.randint(1, WINDOW // EVERY))
             legs.append(Leg(run, *place, moment, step, draw.randrange(place[0]), draw.random()))
             if run == "moved":
-                place = draw.choice([(workers, stage) for workers in range(1, most + 1) for stage in stages if (workers, stage) != place])
+                place = draw.choice([(workers, stage) for workers in worlds for stage in stages if (workers, stage) != place])
         legs.append(Leg(run, *place))
     return legs
 

@@ -18,7 +18,8 @@ class Batch:
 
     `segments` numbers the documents of a row from 1; 0 is padding. Positions see each other only within one segment; the
     source segment n belongs to the target segment n. `targets` are IGNORE where nothing is predicted.
-    `picked` (masked LM) lists the only positions whose targets count, per row, padded with -1: logits are made for these alone.
+    Where ranks share rows (sharing.py), T and S are a slice's, but for the segments.
+    `picked` (masked LM) lists the only positions whose targets count, per row, padded with -1 (or less): logits are made for these alone.
     """
 
     tokens: Tensor  # (B, T) int64

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeling.attention import Cache, Visibility, attend
 from modeling.config import ModelConfig
 from modeling.position import Rotation, rotate
+from modeling.sharing import Shared
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ class View:
     visibility: Visibility
     rotation: Rotation | None = None
     memory_BSD: Tensor | None = None  # what keys and values are made of; None: the row itself
+    shared: Shared | None = None  # who else has the rows, which are slices then; visibility is of whole ones
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ class Attention(nn.Module):
             source = x_BTD if view.memory_BSD is None else view.memory_BSD
             k, v = self._turned(self.k(source), view), self._heads(self.v(source))
             k, v = (k, v) if cache is None else cache.extend(k, v)
-        y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
+        if view.shared is None:
+            y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
+        else:
+            q, k, v = (view.shared.whole(x) for x in (q_BNTH, k, v))
+            y_BNTH = view.shared.slice(attend(q, k, v, view.visibility, self.scale))
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
     def weights(self, x_BTD: Tensor, view: View) -> Tensor:

@@ -6,6 +6,7 @@ It counts the uncompiled model: a compiled one keeps less. Cost: 0.1 s a layer, 
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from modeling.batch import Batch
 from modeling.config import ModelConfig
+from modeling.sharing import Shared
 from modeling.transformer import Transformer
 
 
@@ -25,6 +27,7 @@ class Held(NamedTuple):
     kept: int  # alive when the forward has ended: what backward will read
     peak: int  # the most alive at a time, gradients of the weights included
     gradients: int  # of the weights, alive when the backward has ended
+    sent: int = 0  # to the ranks that share its rows
 
 
 class Live(TorchDispatchMode):
@@ -49,12 +52,22 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def held(config: ModelConfig, batch: Batch, precision: str, recompute: bool, device: str) -> Held:
-    """What forward and backward of a micro batch hold. `precision` and `recompute` are the recipe's engine's.
+def held(config: ModelConfig, batch: Batch, precision: str, recompute: bool, device: str, sharing: int = 1) -> Held:
+    """What forward and backward of a micro batch hold, on one of `sharing` ranks. `precision` and `recompute` are the recipe's engine's.
 
-    For `cuda` bf16 is counted as fp16, which has its size and never takes the attention that is written out for bf16 on the CPU.
+    For `cuda` bf16 is counted as fp16, which has its size and never takes the attention that is written out for bf16 on the CPU; and
+    documents and windows count as nothing, because its kernels know them in blocks, where the CPU's want masks of whole rows.
     """
+    if device == "cuda" and config.cell == "attention" and not config.spans:
+        config, batch = config.model_copy(update={"local_window": 0}), replace(batch, segments=None, source_segments=None)
     low = torch.bfloat16 if device == "cpu" else torch.float16
+    sent = 0
+
+    def swap(x: Tensor) -> Tensor:
+        nonlocal sent
+        sent += x.nbytes // sharing * (sharing - 1)
+        return torch.empty_like(x)
+
     with FakeTensorMode() as mode:
         given: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(batch).items() if value is not None}
         fake = Batch(**{"segments": None, **given})
@@ -64,11 +77,15 @@ def held(config: ModelConfig, batch: Batch, precision: str, recompute: bool, dev
         finally:
             torch.set_default_dtype(torch.float32)
         model.recompute(recompute)
+        if sharing > 1:
+            shared = Shared(0, sharing, swap)
+            model.share(shared)
+            fake = shared.own(fake)
         with Live(model.parameters()) as live, torch.autocast("cpu", low, enabled=precision == "autocast"):
             loss = model(fake)
             kept = live.now
             loss.backward()
-            return Held(kept, live.peak, _gradients(model))
+            return Held(kept, live.peak, _gradients(model), sent)
 
 
 def _gradients(model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from modeling.config import ModelConfig, Refused
 from modeling.heads import Head
 from modeling.position import SCHEMES
 from modeling.recurrent import RecurrentStack, score_function
+from modeling.sharing import Shared
 
 
 class Transformer(nn.Module):
@@ -92,6 +93,12 @@ class Transformer(nn.Module):
             if stack is not None:
                 stack.recompute = on
 
+    def share(self, shared: Shared | None) -> None:
+        """From here on batches hold slices of rows (`Shared.own`), and losses are a slice's; None: whole rows."""
+        for stack in (self.encoder, self.decoder):
+            if isinstance(stack, Stack):
+                stack.shared = shared
+
 
 class Stack(nn.Module):
     """Blocks between an embedding norm and a final norm, causal or not, with cross-attention or not."""
@@ -104,6 +111,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.final_norm)
         self.recompute = False
+        self.shared: Shared | None = None
 
     def caches(self, length: int, memory_length: int) -> list[Caches]:
         """What generation of texts up to `length` keeps, layer by layer."""
@@ -117,10 +125,15 @@ class Stack(nn.Module):
         memory_segments_BS: Tensor | None = None,
         caches: list[Caches] | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T)."""
+        """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T). Of shared rows
+        x and the memory are slices, the segments those of whole rows."""
         start = caches[0][0].used if caches else 0
+        so_far_BT = segments_BT  # to the end of x
+        if self.shared is not None:
+            start = self.shared.place * x_BTD.shape[1]
+            so_far_BT = None if segments_BT is None else segments_BT[:, : start + x_BTD.shape[1]]
         views = self._views(x_BTD, segments_BT, start, memory_BSD, memory_segments_BS)
-        x_BTD = self.embed_norm(self.position(x_BTD, _one_document(x_BTD, start) if segments_BT is None else segments_BT))
+        x_BTD = self.embed_norm(self.position(x_BTD, _one_document(x_BTD, start + x_BTD.shape[1]) if so_far_BT is None else so_far_BT))
         x_BTD = F.dropout(x_BTD, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if caches:
@@ -135,27 +148,31 @@ class Stack(nn.Module):
         self, x_BTD: Tensor, segments_BT: Tensor | None, start: int, memory_BSD: Tensor | None, memory_segments_BS: Tensor | None
     ) -> Views:
         """Masks, rotations and biases, made once for all layers."""
-        at = torch.arange(start + x_BTD.shape[1], device=x_BTD.device)
-        bias = self.position.bias(at[start:], at)
+        end, shared = start + x_BTD.shape[1], self.shared
+        first, last = (start, end) if shared is None else (0, shared.size * x_BTD.shape[1])  # of the queries that attend here
+        at = torch.arange(last, device=x_BTD.device)
+        bias = self.position.bias(at[first:], at)
+        if shared is not None and bias is not None:
+            bias = shared.of_heads(bias)
 
         def view(window: int) -> View:
-            rotation = self.position.rotation(at[start:], local=window > 0)
-            newest = x_BTD.shape[1] == 1  # sees all that there is
-            if segments_BT is None and bias is None and not window and (newest or not start):
-                return View(Visibility(self.causal and not newest), rotation)
-            known_BT = _one_document(x_BTD, start) if segments_BT is None else segments_BT
-            return View(Visibility(self.causal, known_BT[:, start:], known_BT, window, start, bias), rotation)
+            rotation = self.position.rotation(at[start:end], local=window > 0)
+            newest = last - first == 1  # sees all that there is
+            if segments_BT is None and bias is None and not window and (newest or not first):
+                return View(Visibility(self.causal and not newest), rotation, shared=shared)
+            known_BT = _one_document(x_BTD, last) if segments_BT is None else segments_BT
+            return View(Visibility(self.causal, known_BT[:, first:], known_BT, window, first, bias), rotation, shared=shared)
 
         whole, cross = view(window=0), None
         if memory_BSD is not None:  # each document reads its own source; positions play no part
             assert (segments_BT is None) == (memory_segments_BS is None)
-            queries = None if segments_BT is None else segments_BT[:, start:]
-            cross = View(Visibility(False, queries, memory_segments_BS), memory_BSD=memory_BSD)
+            queries = None if segments_BT is None else segments_BT[:, first:]
+            cross = View(Visibility(False, queries, memory_segments_BS), memory_BSD=memory_BSD, shared=shared)
         return Views(whole, view(self.window) if self.window else whole, cross)
 
 
-def _one_document(x_BTD: Tensor, start: int) -> Tensor:
-    return torch.ones(len(x_BTD), start + x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
+def _one_document(x_BTD: Tensor, length: int) -> Tensor:
+    return torch.ones(len(x_BTD), length, dtype=torch.int64, device=x_BTD.device)
 
 
 _LOOKS = re.compile(r"\w+\.blocks\.(\d+)\.attn\.f\.[qk]\.weight")

@@ -131,6 +131,8 @@ class Rows:
         dials = [self.row_length, recipe.objective.model_dump(exclude={"weight"}), vocabulary.fingerprint]
         seed = (recipe.seed, 0) if split == "train" else (0, 1)
         self.room, self.pad = goal.room, vocabulary.pad
+        for side, length in (("target", goal.room.tokens), ("source", goal.room.source)):
+            recipe.engine.shares(f"the {side} side of a row", length)
         self.parts = goal.labels if isinstance(recipe.objective, Mixture) else []
         self.streams = [
             Stream(corpus, goal, _digest(corpus.fingerprint, *dials), (*seed, number), split == "train", cache, processes)

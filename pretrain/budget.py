@@ -45,9 +45,7 @@ class Memory(NamedTuple):
 
 def memory(config: Training, model: ModelConfig, batch: Batch, world: int, device: str) -> Memory:
     """The peak of a step whose micro batches look like `batch`."""
-    engine = config.engine
-    counted = held(model, batch, engine.precision, engine.recompute is True, device)
-    return _memory(config, num_parameters(model), counted, world, model)
+    return _memory(config, num_parameters(model), _held(config, model, batch, device), world, model)
 
 
 def device_memory(device: str, ranks: int, number: int = 0) -> float:
@@ -97,9 +95,15 @@ def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> fl
     """Bytes that each rank sends in a step with `micros` micro batches of its own, as rings send them (ZeRO, section 7).
 
     Stages 1 and 2: gradients to their owners, weights back. Stage 3: weights for forward and for backward, gradients, in every micro.
+    What ranks that share rows send each other is `exchanged`.
     """
     size = num_parameters(model) * (2 if config.engine.precision == "bf16" else 4) * (world - 1) / world
     return size * {1: 2, 2: micros + 1, 3: 3 * micros}[config.engine.zero_stage]
+
+
+def exchanged(config: Training, model: ModelConfig, batch: Batch, device: str) -> int:
+    """Bytes that each rank sends to those that share its rows, in a micro batch like `batch`."""
+    return _held(config, model, batch, device).sent if config.engine.sequence_parallel > 1 else 0
 
 
 def best_interval(stall: float, between_failures: float) -> float:
@@ -115,8 +119,13 @@ def lost_share(interval: float, stall: float, restart: float, between_failures: 
     return stall / interval + (interval / 2 + restart) / between_failures
 
 
+def _held(config: Training, model: ModelConfig, batch: Batch, device: str) -> Held:
+    engine = config.engine
+    return held(model, batch, engine.precision, engine.recompute is True, device, engine.sequence_parallel)
+
+
 def _memory(config: Training, size: int, micro: Held, world: int, model: ModelConfig) -> Memory:
-    engine, accumulates = config.engine, config.step_rows > config.micro_rows * world
+    engine, accumulates = config.engine, config.step_rows > config.micro_rows * config.engine.groups(world)
     low = 2 if engine.precision == "bf16" else 4
     bucket = low * min(BUCKET, 2 * size)
     own = 4 * (3 + (config.ema > 0)) * size // world

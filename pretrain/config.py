@@ -99,11 +99,38 @@ class Engine(Settings):
     cuda_graphs: bool = False  # with compile: forward and backward are launched as one each; pays where a step is short
     fp8: bool = False  # products of the linear maps inside blocks, in bf16 training on GPUs that have it (fp8.py)
     offload: bool = False  # optimizer state in host memory
+    sequence_parallel: int = Field(default=1, gt=0)  # ranks that share each row, a slice of the positions each: for long rows (sequence.py)
+
+    def groups(self, ranks: int) -> int:
+        """How many groups with rows of their own so many ranks make. Raises Refused where one of them would not be whole."""
+        if ranks % self.sequence_parallel:
+            raise Refused(
+                f"engine.sequence_parallel ({self.sequence_parallel}) ranks share each row, and {ranks} ranks are no multiple of that:"
+                " change it, or the number of workers."
+            )
+        return ranks // self.sequence_parallel
+
+    def shares(self, what: str, length: int) -> None:
+        """Raises Refused where rows cannot be cut into slices of one length."""
+        if length % self.sequence_parallel:
+            raise Refused(f"{what} ({length}) must be a multiple of engine.sequence_parallel ({self.sequence_parallel}), to be cut up.")
+
+    def fits(self, model: ModelConfig) -> None:
+        """Raises Refused where ranks cannot share the rows of this model."""
+        said = f"engine.sequence_parallel ({self.sequence_parallel})"
+        if self.sequence_parallel > 1 and (model.cell != "attention" or model.spans):
+            what = "a head of spans compares all of a row" if model.spans else f"a model of cell {model.cell} reads it step by step"
+            raise Refused(f"{said} ranks share each row, and {what}: set it to 1.")
+        for dial in ("num_heads", "num_kv_heads"):
+            if (heads := getattr(model, dial)) % self.sequence_parallel:
+                raise Refused(f"model.{dial} ({heads}) must be a multiple of {said}: each rank attends with a share of the heads.")
 
     @model_validator(mode="after")
     def _graphs_are_compiled(self) -> "Engine":
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs launches compiled code at once: set compile to true, or cuda_graphs to false")
+        if self.cuda_graphs and self.sequence_parallel > 1:
+            raise ValueError(f"cuda_graphs holds no exchange between sequence_parallel ({self.sequence_parallel}) ranks: set it to false")
         return self
 
 
@@ -204,14 +231,17 @@ class Pretrain(Training):
     evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
     def fits(self, model: ModelConfig) -> None:
-        """Raises Refused where this model is of another family than the objective trains, or shorter than the rows."""
+        """Raises Refused where this model is of another family than the objective trains, shorter than the rows, or cannot be shared."""
         if model.family != (family := objectives.family(self.objective)):
             raise Refused(f"the {self.objective.kind} objective trains a model of family {family}, not {model.family}")
         if self.data.row_length > model.max_positions:
             raise Refused(f"data.row_length ({self.data.row_length}) exceeds model.max_positions ({model.max_positions})")
+        self.engine.fits(model)
+        self.engine.shares("data.row_length", self.data.row_length)
         for number, stage in enumerate(self.stages):
             if (stage.row_length or 0) > model.max_positions:
                 raise Refused(f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions ({model.max_positions})")
+            self.engine.shares(f"stages.{number}.row_length", stage.row_length or self.data.row_length)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Pretrain":

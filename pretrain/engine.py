@@ -33,6 +33,7 @@ from pretrain.meter import Meter, keep_freed_pages
 from pretrain.muon import Muon, Share, tabulate
 from pretrain.optimizer import initial_state, make_optimizer
 from pretrain.precision import agreed
+from pretrain.sequence import Neighbours
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
 from pretrain.spikes import UNLIMITED, Limits
 from pretrain.veto import Veto
@@ -74,6 +75,10 @@ class Engine:
         torch.set_num_threads(place.threads)
         heartbeat.at("meeting the other ranks")
         deepspeed = _deepspeed(place)
+        self._neighbours = Neighbours(place.rank, place.world, config.engine)
+        # To whom rows are dealt: ranks that share them are one, and the first of these counts them.
+        self.rank, self.world, self.counts = self._neighbours.group, self._neighbours.groups, self._neighbours.place == 0
+        model.share(self._neighbours.shared)
         config = agreed(config, place.device)
         self.precision, self.recompute = config.engine.precision, config.engine.recompute is True
         self.meter = Meter(place.device, model)
@@ -116,8 +121,8 @@ class Engine:
         sums = torch.zeros(1 + 2 * self.num_parts, dtype=torch.float64, device=self.device)  # of the losses; by part; targets by part
         for i, (micro, seed) in enumerate(zip(micros, micro_seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
-            self._chance.manual_seed(seed)
-            here = micro.to(self.device)
+            self._chance.manual_seed(seed + self._neighbours.place)
+            here = self._neighbours.own(micro.to(self.device))
             heartbeat.at("forward", micro=i)
             loss = self._forward(here)
             if here.parts is not None:
@@ -158,44 +163,36 @@ class Engine:
         applied = self._engine.was_step_applied()
         return numbers, applied, float(self._engine.get_global_grad_norm()) if applied else self._veto.norm
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout; ranks call it equally often."""
-        heartbeat.at("evaluating")
-        self._engine.eval()
-        nll_BT, correct_BT = self._forward(batch.to(self.device), per_token=True)
-        self._engine.train()
-        return nll_BT, correct_BT
+        nll, correct = self._asked(batch, per_token=True)
+        return self._neighbours.whole(nll), self._neighbours.whole(correct)
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) of this rank's batch, without dropout; ranks call it equally often, and the larger calls cost memory."""
+        return self._neighbours.whole(self._asked(batch, logits=True))
+
+    @torch.no_grad()
+    def _asked(self, batch: Batch, **what: bool) -> Any:
         heartbeat.at("evaluating")
         self._engine.eval()
-        logits_BTV = self._forward(batch.to(self.device), logits=True)
+        found = self._forward(self._neighbours.own(batch.to(self.device)), **what)
         self._engine.train()
-        return logits_BTV
+        return found
 
     def generate(self, prompts: list[list[int]], how: Generation, *, bos: int, eos: int, pad: int) -> list[list[int]]:
         """This rank's texts. Ranks call it equally often and take as many steps as the rank that needs most (stage 3 gathers weights in
         each); the forward passes go past DeepSpeed's own `forward`, to the model's parts."""
         heartbeat.at("generating")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return generate(self._engine.module, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._anyone)
+        model, autocast = self._engine.module, torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+        with self._neighbours.apart(model), autocast:
+            return generate(model, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._anyone)
 
     def gather(self, mine: list[Any]) -> list[list[Any]]:
-        """Every rank's list, on every rank."""
+        """The list of every rank that has rows of its own, on every rank."""
         everyone: list[Any] = [None] * self.place.world
         dist.all_gather_object(everyone, mine)
-        return everyone
-
-    @property
-    def rank(self) -> int:
-        return self.place.rank
-
-    @property
-    def world(self) -> int:
-        return self.place.world
+        return everyone[:: self.place.world // self.world]
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's `tensor`, on the device where it lay."""

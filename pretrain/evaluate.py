@@ -15,31 +15,36 @@ from torch import Tensor
 
 from modeling.batch import Batch
 from pretrain.batches import Numbered, Rows
-from pretrain.engine import Place
 from pretrain.layout import stack
 
 
 class Scoring(Protocol):
-    """What scores rows: the engine in the middle of training, or a model by itself."""
+    """What scores rows: the engine in the middle of training, or a model by itself. `counts`: whether no rank before has the same rows."""
 
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def counts(self) -> bool: ...
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def sum_over_ranks(self, values: Tensor) -> Tensor: ...
 
 
-def evaluate(engine: Scoring, rows: Numbered, place: Place, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
+def evaluate(engine: Scoring, rows: Numbered, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
     """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an estimate from them."""
     num_rows = min(num_rows, rows.num_rows)
     totals = torch.zeros(3 + 2 * len(rows.parts), dtype=torch.float64)  # sum of losses, targets, correct ones; losses, targets by part
-    for first in range(0, num_rows, micro_rows * place.world):
-        mine = range(first + place.rank * micro_rows, first + (place.rank + 1) * micro_rows)
+    for first in range(0, num_rows, micro_rows * engine.world):
+        mine = range(first + engine.rank * micro_rows, first + (engine.rank + 1) * micro_rows)
         known = rows.rows([i for i in mine if i < num_rows])
         batch = stack(known + [rows.empty_row()] * (micro_rows - len(known)))
         nll_BT, correct_BT = (scored.cpu() for scored in engine.evaluate(batch))
         totals[:3] += torch.stack([nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()])
         if rows.parts:
             totals[3:] += batch.by_part(nll_BT, len(rows.parts)).flatten()
-    if place.world > 1:
-        totals = engine.sum_over_ranks(totals)
+    if engine.world > 1:
+        totals = engine.sum_over_ranks(totals if engine.counts else torch.zeros_like(totals))
     loss_sum, count, correct = totals[:3].tolist()
     loss = loss_sum / count
     scores = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": correct / count, "heldout_targets": int(count)}

@@ -27,7 +27,7 @@ class StepRows:
     last: int
     micros: list[Batch]
     micro_indices: list[int]  # of the run: keys of the randomness inside the model
-    count: int  # targets, here
+    count: int  # targets, here (this and the next two: of rows that no rank before has)
     tokens: int  # positions that are not padding, here
     hash: int  # the sum of the hashes of the rows here, modulo 2**63
 
@@ -47,11 +47,12 @@ class Loader:
         prefetch: int,
         skips: Sequence[tuple[int, int]] = (),
         pin: bool = False,
+        counts: bool = True,
     ) -> None:
         """`rows` of each of `parts`. `skips`: rows first to last, both included, that are left out (later rows move up, and so each part
-        takes as many beyond its last). `pin`: batches in pinned memory."""
+        takes as many beyond its last). `pin`: batches in pinned memory. `counts`: False where a rank before has the same rows."""
         self.rows, self.parts, self.start, self.stop = rows, parts, start, stop
-        self.rank, self.world, self.prefetch, self.skips, self.pin = rank, world, prefetch, skips, pin
+        self.rank, self.world, self.prefetch, self.skips, self.pin, self.counts = rank, world, prefetch, skips, pin, counts
 
     def __iter__(self) -> Iterator[StepRows]:
         """What fails in the thread is raised here."""
@@ -94,6 +95,7 @@ class Loader:
         places = [place for n in numbers for place in range(n * part.micro_rows, min((n + 1) * part.micro_rows, part.step_rows))]
         mine = source.rows([row_of(cursor + place, self.skips) for place in places])
         filled = mine + [source.empty_row()] * (len(numbers) * part.micro_rows - len(mine))  # only the last micro has too few
+        counted = mine if self.counts else []
         micros = [stack(filled[i : i + part.micro_rows], self.pin) for i in range(0, len(filled), part.micro_rows)]
         return StepRows(
             step,
@@ -102,7 +104,7 @@ class Loader:
             row_of(cursor + part.step_rows - 1, self.skips),
             micros,
             [first_micro + n for n in numbers],
-            sum(row.count for row in mine),
-            sum(row.size for row in mine),
-            sum(row.hash for row in mine) % 2**63,
+            sum(row.count for row in counted),
+            sum(row.size for row in counted),
+            sum(row.hash for row in counted) % 2**63,
         )

@@ -115,12 +115,12 @@ def train(config: Pretrain, place: Place) -> None:
 
     def score(complete: bool) -> dict[str, Any]:
         num_rows = heldout.num_rows if complete else config.evaluate_rows
-        scores = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+        scores = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
         if complete and place.rank == 0:
             scores["unigram_loss"] = unigram_loss(rows[-1], heldout, model.vocab_size)
         if config.ema:
             with engine.averaged():
-                averaged = evaluate(engine, heldout, place, num_rows=num_rows, micro_rows=config.micro_rows)
+                averaged = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
             scores |= {f"{name}_ema": averaged[name] for name in averaged if name != "heldout_targets"}
         return scores
 
@@ -147,7 +147,7 @@ def train(config: Pretrain, place: Place) -> None:
         train_loop(
             config,
             engine,
-            partial(_loader, config, rows, place),
+            partial(_loader, config, rows, engine),
             Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
             recorder,
             progress,
@@ -220,17 +220,18 @@ def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list
     return Progress.of(state)
 
 
-def _loader(config: Pretrain, rows: list[Rows], place: Place, progress: Progress) -> Loader:
+def _loader(config: Pretrain, rows: list[Rows], engine: Engine, progress: Progress) -> Loader:
     return Loader(
         rows,
         parts(config),
         start=progress.step,
         stop=config.steps,
-        rank=place.rank,
-        world=place.world,
+        rank=engine.rank,
+        world=engine.world,
         prefetch=config.data.prefetch,
         skips=progress.skips,
-        pin=place.device == "cuda",
+        pin=engine.place.device == "cuda",
+        counts=engine.counts,
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launch.config import Recipe, resolve
 from launch.plan import Where, beside, plan, predict, rate_of
-from modeling.config import Refused
+from modeling.config import ModelConfig, Refused
 from pretrain.metrics import append_line
 
 GIVEN = Where(4, "cpu", memory=2**34, tokens_per_second=1000.0, write_bytes_per_second=1e6, price_per_hour=2.0, hours_per_failure=100.0)
@@ -29,6 +29,20 @@ def test_seconds_price_and_failures_follow_from_the_rate(recipe: Recipe) -> None
     assert found["run_price"] == pytest.approx(found["run_hours"] * 4 * 2.0)
     assert found["hours_between_failures"] == 25.0
     assert found["lost_share_at_best"] <= found["lost_share"]
+
+
+def test_ranks_that_share_rows_hold_less_take_half_as_long_for_a_micro_and_send_each_other_heads(recipe: Recipe) -> None:
+    shared = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"sequence_parallel": 2})})
+    alone, found = predict(recipe, GIVEN), predict(shared, GIVEN)
+    assert found["step_seconds"] == alone["step_seconds"] and found["micros_of_a_rank"] == 2 * alone["micros_of_a_rank"]
+    assert found["memory_activations_bytes"] < 0.75 * alone["memory_activations_bytes"]  # masks of packed rows stay whole on the CPU
+    assert found["memory_weights_bytes"] == alone["memory_weights_bytes"] and found["checkpoint_bytes"] == alone["checkpoint_bytes"]
+    model = recipe.model
+    assert isinstance(model, ModelConfig)
+    positions = recipe.micro_rows * recipe.data.row_length / 2  # of a rank in a micro; half of what they are in four heads stays there
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim  # queries, keys, values, results
+    sent = found["sent_bytes_of_a_rank_and_step"] - alone["sent_bytes_of_a_rank_and_step"]
+    assert sent == found["micros_of_a_rank"] * 2 * model.num_layers * 4 * positions * heads / 2
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: Recipe, tmp_path: Path) -> None:

@@ -233,10 +233,19 @@ def test_a_host_that_came_back_and_took_the_scorer_in_is_room_for_a_worker(tmp_p
     hosts = [{"NodeID": name, "Resources": {"CPU": 1.0}} for name in ("one", "two", "back")]
     monkeypatch.setattr(capacity, "hosts", lambda: hosts)
     monkeypatch.setattr(capacity.ray._private.state, "available_resources_per_node", lambda: {"back": {}})
-    growth, mine = capacity.Growth(Cluster(workers=3, min_workers=2), 2), Counter(["one", "two"])
+    growth, mine = capacity.Growth(Cluster(workers=3, min_workers=2), 1, 2), Counter(["one", "two"])
     monkeypatch.setattr(capacity, "SETTLED", 0.0)
     assert growth.wanted(mine, {}) is None
     assert growth.wanted(mine, {"back": {"CPU": 1.0, "GPU": 0.0}}) == 3
+
+
+def test_there_is_room_for_whole_groups_of_ranks_that_share_rows(monkeypatch):
+    hosts = [{"NodeID": name, "Resources": {"CPU": cpus}} for name, cpus in (("one", 2.0), ("two", 3.0))]
+    monkeypatch.setattr(capacity, "hosts", lambda: hosts)
+    monkeypatch.setattr(capacity.ray._private.state, "available_resources_per_node", lambda: {"one": {"CPU": 2.0}, "two": {"CPU": 1.0}})
+    assert capacity.room(Cluster(workers=8), 1) == (3, 5)
+    assert capacity.room(Cluster(workers=8), 2) == (2, 4)
+    assert capacity.room(Cluster(workers=8), 4) == (0, 4)
 
 
 def test_what_cannot_be_scored_is_refused_before_the_run_starts(tmp_path):
