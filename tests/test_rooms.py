@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("launch", "finetune", "pretrain", "modeling")  # each may import itself and what stands to its right
 HOMES = {
     "ray": ("launch/",),
-    "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/slices.py", "pretrain/muon.py"),
+    "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/slices.py", "pretrain/muon.py", "pretrain/lean.py"),
     "sentencepiece": ("pretrain/tokenizer.py", "launch/bench/data.py"),  # whose own speed ours is set beside
     "obstore": ("pretrain/objects.py",),
     "torchao": ("pretrain/fp8.py",),
