@@ -37,6 +37,7 @@ from pretrain.sequence import Neighbours
 from pretrain.slices import Read, Slice, flats, pieces, read_slices, write_slices
 from pretrain.spikes import UNLIMITED, Limits
 from pretrain.veto import Veto
+from pretrain.zero import settings
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ class Engine:
         heartbeat.at("meeting the other ranks")
         deepspeed = _deepspeed(place)
         self._neighbours = Neighbours(place.rank, place.world, config.engine)
-        # To whom rows are dealt: ranks that share them are one, and the first of these counts them.
-        self.rank, self.world, self.counts = self._neighbours.group, self._neighbours.groups, self._neighbours.place == 0
+        self.rank, self.world, self.counts = self._neighbours.dealt
         model.share(self._neighbours.shared)
         config = agreed(config, place.device)
         self.precision, self.recompute = config.engine.precision, config.engine.recompute is True
@@ -93,7 +93,7 @@ class Engine:
             # Not DeepSpeed's torch_autocast: that gathers weights and reduces gradients in bf16, and at stage 3 no two runs agree.
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
-            self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(config, model, place))
+            self._engine, self._zero, _, _ = deepspeed.initialize(None, model, optimizer, config=settings(config, model, place.device))
         leans = hasattr(self._zero, "bf16_groups") and self.stage == 1
         if leans:
             from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
@@ -298,26 +298,3 @@ def _deepspeed(place: Place) -> Any:
         torch.cuda.set_device(place.local_rank)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _settings(config: Training, model: Transformer, place: Place) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Accumulation is ours (set_gradient_accumulation_boundary), hence 1 here."""
-    bucket = min(500_000_000, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if model.config.cell != "attention":  # gathered once for all its steps: ranks take unequally many, and must gather equally often
-        zero["leaf_module"] = {"classes": ["RecurrentStack"]}
-    if config.engine.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": place.device == "cuda"}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.clip,
-        "steps_per_print": 2**62,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device before every micro batch
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # Muon is ours
-        "zero_force_ds_cpu_optimizer": False,  # offload: DeepSpeed's Adam would have to be compiled; torch's fused one does
-    }
-    if config.engine.precision == "bf16":
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return settings

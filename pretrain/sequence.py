@@ -29,6 +29,11 @@ class Neighbours:
         self.shared = Shared(self.place, size, self._swap) if size > 1 else None
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
 
+    @property
+    def dealt(self) -> tuple[int, int, bool]:
+        """To whom rows are dealt: which of how many, ranks that share them being one; and whether this one counts them, their first."""
+        return self.group, self.groups, self.place == 0
+
     def own(self, batch: Batch) -> Batch:
         """This rank's slice of whole rows."""
         return batch if self.shared is None else self.shared.own(batch)

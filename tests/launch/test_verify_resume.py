@@ -129,6 +129,8 @@ def test_kills_are_drawn_from_the_seed_each_in_its_own_window_and_moves_always_m
         places = [(leg.workers, leg.stage) for leg in mine]
         assert set(places) == {(3, 1)} if run == "same" else all(a != b for a, b in pairwise(places))
     assert {leg.moment for leg in legs} == {"step", "save", "evaluation", None}
+    shared = resolve_any(tiny(tmp_path), ["cluster.workers=4", "engine.sequence_parallel=2", "model.num_kv_heads=2", "model.num_heads=2"])
+    assert {leg.workers for leg in draw_legs(shared, 21, seed=5)} == {2, 4}
 
 
 def test_one_bit_of_a_loss_one_row_or_a_missing_step_is_a_difference(tmp_path: Path) -> None:
