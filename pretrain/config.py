@@ -106,24 +106,24 @@ class Engine(Settings):
         if ranks % self.sequence_parallel:
             raise Refused(
                 f"engine.sequence_parallel ({self.sequence_parallel}) ranks share each row, and {ranks} ranks are no multiple of that:"
-                " change it, or the number of workers."
+                " change it, or the number of workers"
             )
         return ranks // self.sequence_parallel
 
     def shares(self, what: str, length: int) -> None:
         """Raises Refused where rows cannot be cut into slices of one length."""
         if length % self.sequence_parallel:
-            raise Refused(f"{what} ({length}) must be a multiple of engine.sequence_parallel ({self.sequence_parallel}), to be cut up.")
+            raise Refused(f"{what} ({length}) must be a multiple of engine.sequence_parallel ({self.sequence_parallel}), to be cut up")
 
     def fits(self, model: ModelConfig) -> None:
         """Raises Refused where ranks cannot share the rows of this model."""
         said = f"engine.sequence_parallel ({self.sequence_parallel})"
         if self.sequence_parallel > 1 and (model.cell != "attention" or model.spans):
             what = "a head of spans compares all of a row" if model.spans else f"a model of cell {model.cell} reads it step by step"
-            raise Refused(f"{said} ranks share each row, and {what}: set it to 1.")
+            raise Refused(f"{said} ranks share each row, and {what}: set it to 1")
         for dial in ("num_heads", "num_kv_heads"):
             if (heads := getattr(model, dial)) % self.sequence_parallel:
-                raise Refused(f"model.{dial} ({heads}) must be a multiple of {said}: each rank attends with a share of the heads.")
+                raise Refused(f"model.{dial} ({heads}) must be a multiple of {said}: each rank attends with a share of the heads")
 
     @model_validator(mode="after")
     def _graphs_are_compiled(self) -> "Engine":

@@ -94,6 +94,29 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
     publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
 
 
+def _each(place: Place, configs: list[Finetune]) -> None:
+    for config in configs:
+        train(config, place)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("family", ["encoder", "encoder-decoder"])
+def test_ranks_that_share_rows_learn_a_task_as_ranks_with_rows_of_their_own_do(family: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, family)
+    task = tags(tmp_path)
+    if family == "encoder-decoder":
+        task = {"kind": "translation", "train": [write_pairs(tmp_path / "train", 400, 1)], "dev": [write_pairs(tmp_path / "dev", 40, 2)]}
+    alone, shared = (recipe(tmp_path / f"run-{ranks}", folder, task, steps=20, engine={"sequence_parallel": ranks}) for ranks in (1, 2))
+    for config in (alone, shared):
+        prepare(config, quiet)
+    run_processes(2, _each, [alone, shared], timeout=280)
+    expected, found = metrics(alone), metrics(shared)
+    exact = [name for name in expected if name.startswith("rows")]
+    assert [found.pop(name) for name in exact] == [expected.pop(name) for name in exact]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert scores_of(shared)["scores"] == pytest.approx(scores_of(alone)["scores"])
+
+
 def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_best(tmp_path: Path) -> None:
     folder, task = folder_of(tmp_path, "encoder"), tags(tmp_path)
     changes: dict[str, Any] = {"steps": 20, "evaluate_every": 5, "checkpoints": {"every": 5}, "schedule": {"final": 1.0}}

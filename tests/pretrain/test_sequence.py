@@ -180,6 +180,11 @@ def test_what_cannot_be_shared_is_refused_with_both_numbers(changes: list[str], 
         resolve("configs/demo/decoder.yaml", [*shared, *changes])
 
 
+def test_a_head_of_spans_is_not_shared() -> None:
+    with pytest.raises(Refused, match=r"parallel \(2\) ranks share each row, and a head of spans compares all of a row: set it to 1"):
+        TWO.fits(CONFIGS["modernbert"].model_copy(update={"spans": True}))
+
+
 def test_a_target_side_that_cannot_be_cut_up_is_refused_before_training() -> None:
     config = of_family("t5gemma", 1, 1).model_copy(update={"engine": dials.Engine(sequence_parallel=32)})
     with pytest.raises(Refused, match=r"the target side of a row \(16\) must be a multiple of engine\.sequence_parallel \(32\)"):
