@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from modeling.batch import Batch
 from modeling.config import Generation, Refused
@@ -99,10 +98,10 @@ class Engine:
             from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
 
             lean(self._engine, self._zero)
-        self._graphs = config.engine.cuda_graphs
-        if config.engine.compile:
-            how = {"mode": "reduce-overhead"} if self._graphs else {}
-            self._engine.compile(compile_kwargs={"dynamic": False, **how})
+        self._graphs, self._plain = config.engine.cuda_graphs, model.forward
+        if config.engine.compile:  # not DeepSpeed's `compile`: evaluations would be compiled too
+            mode = "reduce-overhead" if self._graphs else None
+            model.forward = torch.compile(model.forward, dynamic=False, mode=mode)  # type: ignore[method-assign]
         self.device: torch.device = self._engine.device
         cuda = self.device.type == "cuda"
         self._chance = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
@@ -124,7 +123,9 @@ class Engine:
             self._chance.manual_seed(seed + self._neighbours.place)
             here = self._neighbours.own(micro.to(self.device))
             heartbeat.at("forward", micro=i)
-            loss = self._forward(here)
+            if self._graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last one left may be written over
+            loss = self._engine(here)
             if here.parts is not None:
                 loss, nll_BT = loss
                 sums[1:] += here.by_part(nll_BT, self.num_parts).flatten()
@@ -141,14 +142,6 @@ class Engine:
             for key in self._zero.averaged_gradients:  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
         return Step(loss_sum / count, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :])
-
-    def _forward(self, batch: Batch, **what: bool) -> Any:
-        """The model's results. A CUDA graph's next run writes where this one's lie: what is not backpropagated at once is copied."""
-        if not self._graphs:
-            return self._engine(batch, **what)
-        torch.compiler.cudagraph_mark_step_begin()
-        found = self._engine(batch, **what)
-        return found if torch.is_grad_enabled() else tree_map(torch.clone, found)
 
     def _step(self, sums: Tensor, count: int, limits: Limits) -> tuple[list[float], bool, float]:
         """DeepSpeed's step, where it is allowed. Returns `sums`, the loss first, whether it was applied, and the gradient's norm."""
@@ -174,9 +167,13 @@ class Engine:
 
     @torch.no_grad()
     def _asked(self, batch: Batch, **what: bool) -> Any:
+        """Never compiled: that takes a minute, and in torch 2.11 FlexAttention without a gradient then reads memory that is not its own."""
         heartbeat.at("evaluating")
         self._engine.eval()
-        found = self._forward(self._neighbours.own(batch.to(self.device)), **what)
+        model = self._engine.module
+        training, model.forward = model.forward, self._plain
+        found = self._engine(self._neighbours.own(batch.to(self.device)), **what)
+        model.forward = training
         self._engine.train()
         return found
 

@@ -1,6 +1,9 @@
 """A step's counts that no machine changes: how often it waits for the device, how many operations it runs, how often it allocates."""
 
+from functools import partial
+
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from launch.bench.rows import micros
 from launch.config import resolve
@@ -38,6 +41,25 @@ def _synchronizations() -> list[None]:
     found: list[None] = []
     type(get_accelerator()).synchronize = lambda *_: found.append(None)
     return found
+
+
+def _graphs(place: Place) -> list[tuple[int, float]]:
+    """Graphs compiled so far and the loss after steps on rows of different content, and after an evaluation between them."""
+    graphs = CompileCounter()
+    torch.compile = partial(torch.compile, backend=graphs)
+    recipe = resolve("configs/demo/decoder.yaml", ["micro_rows=1", "step_rows=1", "engine.compile=true", "engine.precision=fp32"])
+    engine = Engine(build(recipe.model, 0), recipe, place)
+    batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 3, "cpu")]
+    found = []
+    for batch in batches:
+        found.append((graphs.frame_count, engine.train_step([batch], [0], 100, 1.0).loss))
+        engine.evaluate(batch)
+    return [*found, (graphs.frame_count, 0.0)]
+
+
+def test_training_is_compiled_once_and_evaluating_is_not() -> None:
+    found = run_processes(1, _graphs)[0]
+    assert [graphs for graphs, _ in found] == [0, 1, 1, 1]
 
 
 def test_a_step_waits_computes_and_allocates_as_often_as_was_recorded() -> None:
