@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.bench.rows import Micro, Words, one_by_one
+from launch.bench.rows import Micro, Words, one_by_one, parts
 from modeling.batch import IGNORE, Batch
 from modeling.config import ModelConfig, Refused
 from modeling.huggingface import express
@@ -108,12 +108,15 @@ def stock(
     name: str, model: Callable[[], nn.Module], recipe: Pretrain, steps: Sequence[Sequence[Micro]], place: Place, flops: float,
     *, compiled: bool = False, padded: bool = False, vocab_size: int = 2**31,
 ) -> Contender:  # fmt: skip
-    """A stock class in the Trainer's loop. `padded`: each document a row of its own, instead of the rows as they are.
+    """A stock class in the Trainer's loop. `padded`: each document a row of its own, as many at a time as the recipe's micro batch has.
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
     shifts = family(recipe.objective) == "decoder"
-    inputs = [[stock_inputs(one_by_one(m.batch) if padded else m.batch, shifts, vocab_size) for m in chosen] for chosen in steps]
+    batches = [
+        [part for m in chosen for part in (parts(one_by_one(m.batch), recipe.micro_rows) if padded else [m.batch])] for chosen in steps
+    ]
+    inputs = [[stock_inputs(batch, shifts, vocab_size) for batch in chosen] for chosen in batches]
     low = recipe.engine.precision != "fp32"
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:

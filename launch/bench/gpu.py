@@ -78,13 +78,13 @@ class Shape:
 
 SHAPES = {
     "decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 15, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
-        (("LlamaForCausalLM", None, True, 19), ("GPT2LMHeadModel", GPT2, True, 23), ("LlamaForCausalLM", None, False, 31)),
+        "decoder-110m", "causal", 1024, 32, 14, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
+        (("LlamaForCausalLM", None, True, 19), ("GPT2LMHeadModel", GPT2, True, 19), ("LlamaForCausalLM", None, False, 31)),
         cuda_graphs=True, plain_loop=True,
     ),
     "decoder 24x2048, t2048": Shape(
         "decoder-1.3b", "causal", 2048, 8, 50, "1.25 x Llama compiled, 1.5 x in fp8",
-        (("LlamaForCausalLM", None, True, 50), ("LlamaForCausalLM", None, False, 67)), fp8=True,
+        (("LlamaForCausalLM", None, True, 40), ("LlamaForCausalLM", None, False, 67)), fp8=True,
     ),
     "encoder base, t1024, 30 % masked": Shape(
         "encoder-base", "masked", 1024, 32, 19, "2 x ModernBERT compiled",
@@ -94,11 +94,11 @@ SHAPES = {
         "encoder-base", "masked", 512, 64, 19, "1.7 x BERT", (("BertForMaskedLM", BERT, True, 29), ("BertForMaskedLM", BERT, False, 24))
     ),
     "encoder-decoder base, 512 in / 120 out": Shape(
-        "encoder-decoder-base", "spans", 512, 64, 23, "2 x T5 v1.1 compiled",
-        (("T5ForConditionalGeneration", T5, True, 30), ("T5ForConditionalGeneration", T5, False, 54)), cuda_graphs=True,
+        "encoder-decoder-base", "spans", 512, 64, 21, "2 x T5 v1.1 compiled",
+        (("T5ForConditionalGeneration", T5, True, 29), ("T5ForConditionalGeneration", T5, False, 54)), cuda_graphs=True,
     ),
     "packed documents, decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 15, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False, 34),), documents=4
+        "decoder-110m", "causal", 1024, 32, 14, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False, 34),), documents=4
     ),
 }  # fmt: skip
 TINY = {

@@ -37,7 +37,8 @@ def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = N
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        console.print(f"{out.with_suffix('.json')} and {chart(title, rows, out.with_suffix('.png'))}", highlight=False)
+        drawn = chart(title, rows, out.with_suffix(".png"))
+        console.print(f"{out.with_suffix('.json')}{f' and {drawn}' if drawn else ''}", highlight=False)
 
 
 def said(value: Any) -> str:
@@ -47,15 +48,17 @@ def said(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def chart(title: str, rows: Sequence[Row], file: Path) -> Path:
-    """A bar for each row: its first number. Raises Refused where matplotlib is not installed."""
+def chart(title: str, rows: Sequence[Row], file: Path) -> Path | None:
+    """A bar for each row that has the first number of any; None where nothing was measured. Raises Refused where matplotlib is not
+    installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise Refused("the chart needs matplotlib: pip install 'trifold[report]'") from None
-    measured = [(str(next(iter(row.values()))), row) for row in rows]
-    what = next(name for name, value in rows[0].items() if isinstance(value, float))
-    bars = [(name, row[what]) for name, row in measured if isinstance(row.get(what), float)]
+    what = next((name for row in rows for name, value in row.items() if isinstance(value, float)), None)
+    bars = [(str(next(iter(row.values()))), row[what]) for row in rows if what is not None and isinstance(row.get(what), float)]
+    if what is None:
+        return None
     figure = Figure(figsize=(10, 1 + 0.4 * len(bars)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color="#4878a8")

@@ -4,7 +4,8 @@ The corpus and the vocabulary are made up, everything else is the product's own 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,3 +93,10 @@ def one_by_one(batch: Batch, pad: int = Words.pad) -> Batch:
     own, source, its = batch.segments, batch.source, batch.source_segments
     both = (None, None) if source is None or its is None else (unpacked(source, its, pad), unpacked(its, its, 0).clamp(max=1))
     return Batch(unpacked(batch.tokens, own, pad), unpacked(own, own, 0).clamp(max=1), unpacked(batch.targets, own, IGNORE), *both)
+
+
+def parts(batch: Batch, rows: int) -> list[Batch]:
+    """The same in batches of at most so many rows."""
+    tensors: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    starts = range(0, len(batch.tokens), rows)
+    return [Batch(**{name: x if x is None else x[i : i + rows] for name, x in tensors.items()}) for i in starts]

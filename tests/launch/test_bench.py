@@ -74,10 +74,12 @@ def test_rows_of_an_objective_are_made_at_a_measured_rate() -> None:
 def test_a_table_is_also_a_json_file_and_a_chart(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with (tmp_path / "said").open("w") as said:
-        show(Console(file=said), "speed", [{"": "ours", "tokens/s": 1234.5}, {"": "theirs", "note": "failed"}], tmp_path / "out")
+        show(Console(file=said), "speed", [{"": "theirs", "note": "failed"}, {"": "ours", "tokens/s": 1234.5}], tmp_path / "out")
+        show(Console(file=said), "speed", [{"": "ours", "note": "out of time"}], tmp_path / "nothing")
     assert "1,234" in (tmp_path / "said").read_text() or "1,235" in (tmp_path / "said").read_text()
-    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["tokens/s"] == 1234.5
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][1]["tokens/s"] == 1234.5
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "nothing.json").exists() and not (tmp_path / "nothing.png").exists()
 
 
 def _contender(place: Place, name: str, i: int, out: str) -> list[dict[str, Any]]:
