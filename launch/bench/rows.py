@@ -97,6 +97,9 @@ def one_by_one(batch: Batch, pad: int = Words.pad) -> Batch:
 
 def parts(batch: Batch, rows: int) -> list[Batch]:
     """The same in batches of at most so many rows."""
-    tensors: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+    def cut(x: Any, start: int) -> Any:
+        return None if x is None else x[start : start + rows]
+
     starts = range(0, len(batch.tokens), rows)
-    return [Batch(**{name: x if x is None else x[i : i + rows] for name, x in tensors.items()}) for i in starts]
+    return [Batch(**{field.name: cut(getattr(batch, field.name), start) for field in fields(batch)}) for start in starts]
