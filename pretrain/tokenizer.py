@@ -33,6 +33,7 @@ from pretrain.words import Words
 
 _MARKS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _CUT = {
     "type": "Sequence",
     "pretokenizers": [
@@ -71,12 +72,12 @@ class Tokenizer:
         """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file."""
         self._spec, self._settings, self._model = spec, settings, model
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
-        self.ours = spec["pre_tokenizer"] == _CUT
+        self.ours = (spec["normalizer"], spec["pre_tokenizer"]) == (_SPACES, _CUT)
         ids = self._fast.get_vocab()
         pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self._words = Words(self._fast, self.vocab_size, self.dtype) if self.ours else None
+        self._words = Words(self._fast, spec, self.dtype) if self.ours else None
         marks = {role: ids[token] for role, token in roles.played(spec, settings).items() if token is not None}
         self.pad, self.bos, self.eos, self.start = (marks[role] for role in ("pad", "bos", "eos", "start"))
         self.unk, self.mask = marks.get("unk"), marks.get("mask")

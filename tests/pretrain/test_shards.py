@@ -185,7 +185,7 @@ def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
 ) -> None:
     narrow, _ = prepare(source, tokenizer, tmp_path / "narrow")
     monkeypatch.setattr(tokenizer, "dtype", np.dtype("<u4"))
-    monkeypatch.setattr(tokenizer, "_words", Words(tokenizer._fast, tokenizer.vocab_size, tokenizer.dtype))
+    monkeypatch.setattr(tokenizer, "_words", Words(tokenizer._fast, tokenizer._spec, tokenizer.dtype))
     wide, _ = prepare(source, tokenizer, tmp_path / "wide")
     assert narrow.document(7).dtype == np.uint16 and wide.document(7).dtype == np.uint32
     assert isinstance(narrow.document(7).base.base, np.memmap) and narrow.document(7).tolist() == wide.document(7).tolist()
