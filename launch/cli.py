@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that `trifold --help` answer
 """
 
 import errno
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -247,6 +248,8 @@ def demo() -> None:
 
 def main() -> None:
     """Run a command; a refusal, or the machine's, is printed without a traceback and exits 1."""
+    for vendor in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which names each kernel that this torch cannot load
+        logging.getLogger(vendor).setLevel(logging.ERROR)
     try:
         app()
     except Refused as refusal:
