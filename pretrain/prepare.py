@@ -120,7 +120,7 @@ def _write(
         shutil.rmtree(folder, ignore_errors=True)
     train, heldout = (ShardWriter(folder / part, work.tokenizer, shard_bytes, saved.get(part, {})) for part in ("train", "heldout"))
     batches, documents_done, bytes_done = saved.get("done", (0, 0, 0))
-    for ids, lengths, sizes, held in spread(work, islice(_batches(documents(source)), batches, None)):
+    for ids, lengths, sizes, held in spread(work, islice(batched(documents(source)), batches, None)):
         full = False
         for writer, chosen in ((train, ~held), (heldout, held)):
             full |= writer.add(ids[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
@@ -146,7 +146,8 @@ def _saved(folder: Path, recipe: str) -> dict[str, Any]:
     return state if whole and state["recipe"] == recipe else {}
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts in lists of about `_BATCH` characters, so that a tokenizer's calls are worth their cost and its arrays stay small."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)

@@ -3,9 +3,10 @@
 Ids are 0-3 `<pad> <s> </s> <unk>`, 4 `<mask>`, 5-104 the sentinels `<extra_id_0..99>`, then the language codes that the recipe lists, the
 256 bytes, and the pieces by score.
 A piece holds a space ("▁") at its start only and never a line end, so tokenizer.json cuts text before each space and around each line
-end, and a word always has the same ids. `words.py` remembers them: 2.6M tokens/s per core over a corpus of books and 4 to 6M on words seen
-before, where SentencePiece itself makes 4M and `tokenizers` without that memory 0.5-0.9M. Where words do not recur (Japanese: a line is
-a word) it is 0.3-0.8M against 1.5M. Time is linear in the length of a document. Training on 10 MB takes 14 s of one core.
+end, and a word always has the same ids. `words.py` remembers them: 2.6M tokens/s per core over a corpus of books and 4 to 6M on words
+seen before, where SentencePiece itself makes 4M and `tokenizers` without that memory 0.5-0.9M. Where words do not recur (Japanese: a line
+is a word) it is a little less than half as fast as SentencePiece. Time is linear in the length of a document. Training on 10 MB takes 14 s
+of one core.
 
 Two things are not reversible: a literal "▁" (U+2581) comes back as a space, and a special token written out in a text is that token.
 """
