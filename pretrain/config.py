@@ -58,6 +58,13 @@ class Tokenizer(Settings):
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
     languages: tuple[str, ...] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
 
+    @model_validator(mode="after")
+    def _codes(self) -> "Tokenizer":
+        for code in self.languages:
+            if code.split() != [code]:  # words.py cuts text there
+                raise ValueError(f"languages: the code {code!r} must have no space or line end in it, and one character at least")
+        return self
+
 
 class Optimizer(Settings):
     """AdamW (Loshchilov and Hutter 2019), or Muon for matrices inside blocks with AdamW for everything else."""

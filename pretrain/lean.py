@@ -3,7 +3,7 @@
 In: DeepSpeed's engine and optimizer. Out: the same optimizer, whose gradients are gathered, reduced, measured and clipped group by group
 instead of parameter by parameter: of the 94 bytes a parameter that DeepSpeed 0.19 moves after the backward, 48 are left, and of its 8
 launches of a kernel a parameter one. Whether the step may be applied is decided on the device, which so never waits for the host. All of
-this leans on private parts of DeepSpeed; tests/pretrain/test_engine.py covers it.
+this leans on private parts of DeepSpeed; tests/pretrain/test_lean.py sets a step beside theirs.
 """
 
 import math
@@ -18,7 +18,8 @@ from pretrain.spikes import Limits
 
 
 class Lean(BF16_Optimizer):
-    """`outcome` (2,) float64: the last step's gradient norm, infinite where its loss was bad already, and 1 where it was not applied."""
+    """`outcome` (2,) float64: the last step's gradient norm, infinite where that is not finite or its loss was bad already, and 1 where
+    it was not applied."""
 
     outcome: Tensor
     accumulates = False  # the fp32 gradients hold those of earlier micro batches of the step
@@ -58,9 +59,9 @@ class Lean(BF16_Optimizer):
     def step(self, closure: None = None) -> None:
         """torch's fused AdamW and Muon divide gradients by `grad_scale` while they read them, and do nothing where `found_inf` is 1."""
         norm = torch.nn.utils.get_total_norm(self.fp32_groups_gradients_flat)
-        loss_fine = self.loss.isfinite() & (self.loss <= self.limits.loss)
-        refused = ~(loss_fine & norm.isfinite() & (norm <= self.limits.grad_norm))
-        self.outcome = torch.stack([norm.double().where(loss_fine, math.inf).nan_to_num(nan=math.inf), refused.double()])
+        known = self.loss.isfinite() & (self.loss <= self.limits.loss) & norm.isfinite()
+        refused = ~(known & (norm <= self.limits.grad_norm))
+        self.outcome = torch.stack([norm.double().where(known, math.inf), refused.double()])
         self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1) if self.clip_grad else None
         self.optimizer.found_inf = refused.float()
         for master, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
     assert made.encode_batch(["en_XXabc de_DE"])[0].tolist() == stock("en_XXabc de_DE", add_special_tokens=False)["input_ids"]
     assert stock.convert_tokens_to_ids(["en_XX", "de_DE"]) == [105, 106] and set(stock.all_special_ids) == set(range(107))
     assert made.word_starts[[105, 106]].all()
+
+
+@pytest.mark.parametrize("code", ["en XX", "en\nXX", ""])
+def test_a_language_code_in_which_text_would_be_cut_is_refused(code: str) -> None:
+    with pytest.raises(ValueError, match=f"the code {re.escape(repr(code))} must have no space"):
+        TokenizerConfig(languages=(code,))
 
 
 def test_spaces_come_back_from_a_tokenizer_of_texts_without_spaces(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""ZeRO-1's step in bf16 beside DeepSpeed's own, in one process, with parameters that only some micro batches give a gradient."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling.transformer import Transformer
+from pretrain import lean
+from pretrain.engine import Engine, Place, Step
+from tests.pretrain.test_engine import engine_of, recipe, share, train
+from tests.processes import run_processes
+
+
+def _partly_used(model: Transformer) -> None:
+    """Of each four micro batches the first gives `early` a gradient, and the last `late`."""
+    model.early, model.late = nn.Parameter(torch.full((2, 5), 0.5)), nn.Parameter(torch.full((3,), 0.5))
+    forward, calls = model.forward, list[None]()
+
+    def forward_and_more(*args: Any) -> Tensor:
+        calls.append(None)
+        more = {1: model.early.square().sum(), 0: model.late.sum()}.get(len(calls) % 4, 0)
+        return forward(*args) + 3 * more
+
+    model.forward = forward_and_more  # type: ignore[method-assign]
+
+
+def _theirs(engine: Any, zero: Any) -> None:
+    """DeepSpeed's own step, but for its reduction, which rounds to bf16."""
+    step, engine.buffered_allreduce_fallback, zero.expect = zero.step, lambda *_, **__: None, lambda *_: None
+
+    def step_and_tell() -> None:
+        step()
+        zero.outcome = torch.tensor([float(zero._global_grad_norm), 0], dtype=torch.float64)
+
+    zero.step = step_and_tell
+
+
+def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], Step | None]]:
+    """Two steps, what the first made, and of ours one more, whose gradient is infinite: ours, then DeepSpeed's."""
+    found = []
+    config = recipe("muon", stage=1, precision="bf16")
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": 0.5})})
+    for ours in (True, False):
+        lean.lean = lean.lean if ours else _theirs
+        engine: Engine = engine_of(config, place, _partly_used)
+        steps, state, bad = train(engine, 0), engine.slices(), None
+        steps += train(engine, 1)
+        if ours:
+            engine._engine.module.early.register_hook(lambda grad: grad * math.inf)
+            bad = engine.train_step(*share(2, place), 1.0)
+        found.append((steps, state, bad))
+    return found
+
+
+def test_a_step_in_bf16_is_deepspeeds_own_and_an_infinite_norm_is_told() -> None:
+    (ours, state, bad), (theirs, expected, _) = run_processes(1, _both)[0]
+    assert bad is not None and not bad.applied and math.isfinite(bad.loss) and bad.grad_norm == math.inf
+    assert min(step.grad_norm for step in ours) > 0.5, "nothing was clipped"
+    assert [(s.loss, s.grad_norm) for s in ours] == [pytest.approx((s.loss, s.grad_norm), rel=1e-4) for s in theirs]
+    for name, piece in state.items():
+        for key, values in piece.tensors.items():
+            torch.testing.assert_close(values, expected[name].tensors[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
