@@ -125,6 +125,7 @@ class Rows:
         for number, corpus in enumerate(corpora):
             if corpus.num_tokens == 0:
                 advice = "give more text" if split == "train" else "raise data.heldout_fraction, or give data.heldout or more text"
+                advice += " (in plain text an empty line ends a document; with `documents: line` of its source, each line is one)"
                 raise Refused(f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents: {advice}.")
         self.row_length = row_length or recipe.data.row_length
         self.objective = goal = Objective(recipe.objective, vocabulary, self.row_length)

@@ -133,7 +133,16 @@ class Engine(Settings):
                 raise Refused(f"model.{dial} ({heads}) must be a multiple of {said}: each rank attends with a share of the heads")
 
     @model_validator(mode="after")
-    def _graphs_are_compiled(self) -> "Engine":
+    def _go_together(self) -> "Engine":
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile does not work at zero_stage 3, where the compiled head sees the weights that ZeRO gathers with 0 elements:"
+                " set compile to false, or zero_stage to 1 or 2"
+            )
+        if self.fp8 and self.zero_stage == 3:
+            raise ValueError("fp8 does not go with zero_stage 3, as its linear maps keep every gathered weight until backward: take 2")
+        if self.fp8 and self.precision in ("fp32", "autocast"):
+            raise ValueError(f"fp8 wants precision bf16, and it is {self.precision}: set that, or fp8 to false")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs launches compiled code at once: set compile to true, or cuda_graphs to false")
         if self.cuda_graphs and self.sequence_parallel > 1:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling.batch import Batch
-from modeling.config import Generation, Refused
+from modeling.config import Generation
 from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain import heartbeat
@@ -67,11 +67,6 @@ class Engine:
         """`num_parts`: of a mixture of objectives, whose losses are told apart."""
         self.num_parts = num_parts
         self.place, self.stage, self._decay = place, config.engine.zero_stage, config.ema
-        if self.stage == 3 and config.engine.compile:
-            raise Refused(
-                "engine.compile does not work at engine.zero_stage 3: in the compiled head the weights that ZeRO gathers have 0 elements."
-                " Set compile to false, or zero_stage to 1 or 2."
-            )
         torch.set_num_threads(place.threads)
         heartbeat.at("meeting the other ranks")
         deepspeed = _deepspeed(place)

@@ -28,8 +28,6 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
         _check_device(device)
     if engine.precision != "bf16":
         raise Refused(f"engine.fp8 wants engine.precision bf16, and it is {engine.precision} here.")
-    if engine.zero_stage == 3:
-        raise Refused("engine.fp8 does not go with engine.zero_stage 3: its linear maps keep every gathered weight until backward. Take 2.")
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise Refused("engine.fp8 does not go with lora, whose frozen weights and thin products gain nothing by it: leave one of them out.")
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and ".blocks." in name}

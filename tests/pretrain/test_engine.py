@@ -362,9 +362,9 @@ def test_frozen_parameters_stay_and_are_held_once_and_recompute_and_scores_agree
         assert after[0].loss == pytest.approx(two(1)[0]["adamw", 1, "fp32", False]["start"][1].loss, rel=1e-5)  # recomputed or not
 
 
-def test_compile_at_stage_3_is_refused() -> None:
-    with pytest.raises(Refused, match="zero_stage 3"):
-        engine_of(recipe(stage=3, compile=True), Place(0, 1, 0, "cpu", None, threads=1))
+def test_compile_at_stage_3_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(ValueError, match="zero_stage 3"):
+        recipe(stage=3, compile=True)
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "engine.md"

@@ -121,8 +121,6 @@ def _adapted(model: Transformer) -> None:
     ("settings", "dials", "change", "said"),
     [
         ({"precision": "fp32"}, {}, None, "precision bf16, and it is fp32"),
-        ({"precision": "autocast"}, {}, None, "precision bf16, and it is autocast"),
-        ({"zero_stage": 3}, {}, None, "zero_stage 3"),
         ({}, {"mlp_dim": 40}, None, r"multiples of 16, and decoder.blocks.0.mlp.f.gate.weight is 40 x 32"),
         ({}, {}, _adapted, "lora"),
     ],
@@ -133,6 +131,20 @@ def test_what_does_not_go_with_fp8_is_refused(settings, dials, change: Callable[
         change(model)
     with pytest.raises(Refused, match=said):
         to_fp8(model, EngineConfig(**{"precision": "bf16", **settings}), "cpu", emulate=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "fp32"}, "precision bf16, and it is fp32"),
+        ({"precision": "autocast"}, "precision bf16, and it is autocast"),
+        ({"precision": "bf16", "zero_stage": 3}, "zero_stage 3"),
+    ],
+)
+def test_a_recipe_that_does_not_go_with_fp8_is_refused_before_anything_is_made(settings, said):
+    assert EngineConfig(fp8=True, precision="auto").fp8
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(fp8=True, **settings)
 
 
 def test_a_model_without_blocks_is_refused():
