@@ -38,7 +38,7 @@ def _theirs(engine: Any, zero: Any) -> None:
     zero.step = step_and_tell
 
 
-def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], Step | None]]:
+def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], float, Step | None]]:
     """Two steps, what the first made, and of ours one more, whose gradient is infinite: ours, then DeepSpeed's."""
     found = []
     config = recipe("muon", stage=1, precision="bf16")
@@ -47,19 +47,22 @@ def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], Step | None]]:
         lean.lean = lean.lean if ours else _theirs
         engine: Engine = engine_of(config, place, _partly_used)
         steps, state, bad = train(engine, 0), engine.slices(), None
+        engine._zero.clip_grad = 100.0  # now nothing is clipped
         steps += train(engine, 1)
+        momentum = sum(float(piece.tensors["momentum"].norm()) for piece in engine.slices().values() if "momentum" in piece.tensors)
         if ours:
             engine._engine.module.early.register_hook(lambda grad: grad * math.inf)
             bad = engine.train_step(*share(2, place), 1.0)
-        found.append((steps, state, bad))
+        found.append((steps, state, momentum, bad))
     return found
 
 
 def test_a_step_in_bf16_is_deepspeeds_own_and_an_infinite_norm_is_told() -> None:
-    (ours, state, bad), (theirs, expected, _) = run_processes(1, _both)[0]
+    (ours, state, momentum, bad), (theirs, expected, unclipped, _) = run_processes(1, _both)[0]
     assert bad is not None and not bad.applied and math.isfinite(bad.loss) and bad.grad_norm == math.inf
     assert min(step.grad_norm for step in ours) > 0.5, "nothing was clipped"
     assert [(s.loss, s.grad_norm) for s in ours] == [pytest.approx((s.loss, s.grad_norm), rel=1e-4) for s in theirs]
+    assert momentum == pytest.approx(unclipped, rel=1e-2)
     for name, piece in state.items():
         for key, values in piece.tensors.items():
             torch.testing.assert_close(values, expected[name].tensors[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
