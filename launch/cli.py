@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that `trifold --help` answer
 
 import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -250,6 +251,7 @@ def main() -> None:
     """Run a command; a refusal, or the machine's, is printed without a traceback and exits 1."""
     for vendor in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which names each kernel that this torch cannot load
         logging.getLogger(vendor).setLevel(logging.ERROR)
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # torch's profiler, by which bench counts memory, announces its starts and stops
     try:
         app()
     except Refused as refusal:

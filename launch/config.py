@@ -109,6 +109,9 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind:
     if file.name == "config.yaml" and (file.parent / "events.jsonl").exists():  # a run's own recipe: that run, wherever it was moved to
         values["run"] = str(file.parent)
     _override(values, origins, overrides)
+    said = FinetuneRecipe if "task" in values else Recipe if "objective" in values else kind
+    if said is not kind:
+        raise Refused(f"{file} is a recipe of `trifold {said.command}`, and one of `trifold {kind.command}` is wanted here.")
     return checked(kind, _filled(values, (), origins, file), origins, file)
 
 

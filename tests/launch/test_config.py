@@ -110,6 +110,13 @@ def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
     assert "`task.prompt`: 'Translate' has no {source} in it, where each text is to stand." in str(refusal.value)
 
 
+def test_a_recipe_of_the_other_command_is_refused_with_the_name_of_its_own():
+    with pytest.raises(Refused, match=r"tags\.yaml is a recipe of `trifold finetune`, and one of `trifold pretrain` is wanted here\.$"):
+        resolve("configs/demo/tags.yaml")
+    with pytest.raises(Refused, match=r"encoder\.yaml is a recipe of `trifold pretrain`, and one of `trifold finetune` is wanted here\.$"):
+        resolve("configs/demo/encoder.yaml", kind=FinetuneRecipe)
+
+
 def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text("extends: recipe.yaml\noptimizer: {lrr: 3}\n")
@@ -161,12 +168,12 @@ def test_the_recipe_in_a_run_folder_means_that_run_wherever_it_was_moved(recipe,
 
 
 def test_extends_merges_mappings_and_replaces_lists(recipe, tmp_path):
-    (tmp_path / "other.yaml").write_text("steps: 99\nengine: {zero_stage: 2, compile: true}\n")
+    (tmp_path / "other.yaml").write_text("steps: 99\nengine: {zero_stage: 2, offload: true}\n")
     (tmp_path / "child.yaml").write_text(
         "extends: [recipe.yaml, other.yaml]\nengine: {zero_stage: 3}\ndata: {sources: [{path: b.txt}, {path: c.txt}]}\n"
     )
     child = resolve(tmp_path / "child.yaml")
-    assert (child.steps, child.engine.zero_stage, child.engine.compile) == (99, 3, True)
+    assert (child.steps, child.engine.zero_stage, child.engine.offload) == (99, 3, True)
     assert [source.path for source in child.data.sources] == ["b.txt", "c.txt"]
     assert child.data.row_length == 128
 
