@@ -94,12 +94,12 @@ def checkpoint_bytes(config: Training, model: ModelConfig) -> int:
 def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> float:
     """Bytes that each rank sends in a step with `micros` micro batches of its own, as rings send them (ZeRO, section 7).
 
-    Stages 1 and 2: gradients to their owners, weights back; in bf16 at stage 1 fp32 gradients to everyone, which is twice as far (lean.py).
+    Stages 1 and 2: gradients to their owners, weights back; in bf16 at stage 1 those gradients are fp32 (lean.py).
     Stage 3: weights for forward and for backward, gradients, in every micro. What ranks that share rows send each other is `exchanged`.
     """
     engine, size = config.engine, num_parameters(model) * (world - 1) / world
     if (engine.zero_stage, engine.precision, engine.offload) == (1, "bf16", False):
-        return size * (2 * 4 + 2)
+        return size * (4 + 2)
     return size * (2 if engine.precision == "bf16" else 4) * {1: 2, 2: micros + 1, 3: 3 * micros}[engine.zero_stage]
 
 

@@ -45,11 +45,12 @@ class Lean(BF16_Optimizer):
         self.accumulates = False
 
     def reduce(self, *_: Any, **__: Any) -> None:
-        """The mean of the gradients over all ranks, in place."""
+        """This rank's share of the mean of the gradients over all ranks; the others' are left as they are."""
         if (world := dist.get_world_size()) > 1:
-            for flat in self.fp32_groups_gradients_flat:
-                dist.all_reduce(flat)
-                flat.div_(world)
+            for flat, mine in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True):
+                share = torch.empty_like(mine)
+                dist.reduce_scatter_tensor(share, flat)
+                mine.copy_(share.div_(world))
 
     def expect(self, loss: Tensor, limits: Limits) -> None:
         """Before the step: its loss, on the device."""
@@ -58,7 +59,7 @@ class Lean(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """torch's fused AdamW and Muon divide gradients by `grad_scale` while they read them, and do nothing where `found_inf` is 1."""
-        norm = torch.nn.utils.get_total_norm(self.fp32_groups_gradients_flat)
+        norm = self._norm()
         known = self.loss.isfinite() & (self.loss <= self.limits.loss) & norm.isfinite()
         refused = ~(known & (norm <= self.limits.grad_norm))
         self.outcome = torch.stack([norm.double().where(known, math.inf), refused.double()])
@@ -69,6 +70,14 @@ class Lean(BF16_Optimizer):
         self.optimizer.step()
         self.update_lp_params()
         self.clear_hp_grads()
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, on every rank."""
+        norm = torch.nn.utils.get_total_norm(self.fp32_groups_gradient_flat_partition)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(norm.square_())
+            norm.sqrt_()
+        return norm
 
 
 def lean(engine: Any, zero: BF16_Optimizer) -> None:
