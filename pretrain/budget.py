@@ -21,11 +21,11 @@ from pretrain.config import Training
 from pretrain.engine import Place
 from pretrain.optimizer import make_optimizer
 from pretrain.precision import settled
+from pretrain.zero import BUCKET
 
 T = TypeVar("T", bound=Training)
 
 ROOM = 0.9  # of a device's memory: what is counted here is within a tenth of the peak
-BUCKET = 500_000_000  # elements: the most that DeepSpeed reduces at a time (engine.py)
 
 
 class Memory(NamedTuple):

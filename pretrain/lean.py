@@ -1,9 +1,9 @@
 """ZeRO-1 in bf16 with fp32 accumulation in few passes over memory: DeepSpeed's BF16_Optimizer, its step done on flat tensors.
 
 In: DeepSpeed's engine and optimizer. Out: the same optimizer, whose gradients are gathered, reduced, measured and clipped group by group
-instead of parameter by parameter: of the 94 bytes a parameter that DeepSpeed 0.19 moves after the backward, 48 are left, and of its 8
-launches of a kernel a parameter one. Whether the step may be applied is decided on the device, which so never waits for the host. All of
-this leans on private parts of DeepSpeed; tests/pretrain/test_lean.py sets a step beside theirs.
+instead of parameter by parameter: by count about half the bytes that DeepSpeed 0.19 moves after the backward, and no launch of a kernel
+for each parameter but the one that gathers it. Whether the step may be applied is decided on the device, which so never waits for the
+host. All of this leans on private parts of DeepSpeed; tests/pretrain/test_lean.py sets a step beside theirs.
 """
 
 import math

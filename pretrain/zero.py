@@ -5,10 +5,12 @@ from typing import Any
 from modeling.transformer import Transformer
 from pretrain.config import Training
 
+BUCKET = 500_000_000  # elements: the most that DeepSpeed reduces at a time
+
 
 def settings(config: Training, model: Transformer, device: str) -> dict[str, Any]:
     """What DeepSpeed is started with. Accumulation is ours (set_gradient_accumulation_boundary), hence 1 here."""
-    bucket = min(500_000_000, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
+    bucket = min(BUCKET, 2 * sum(p.numel() for p in model.parameters()))  # DeepSpeed allocates it in every backward
     zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if model.config.cell != "attention":  # gathered once for all its steps: ranks take unequally many, and must gather equally often
         zero["leaf_module"] = {"classes": ["RecurrentStack"]}

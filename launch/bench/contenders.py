@@ -84,7 +84,7 @@ def bare(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
         settings = recipe.optimizer
         optimizer = torch.optim.AdamW(masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
         if recipe.engine.compile:
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, mode="reduce-overhead" if recipe.engine.cuda_graphs else None)
         grads = [torch.empty_like(master) for master in masters]
         for master, grad in zip(masters, grads, strict=True):
             master.grad = grad
@@ -92,6 +92,8 @@ def bare(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]
             for micro in chosen:
+                if recipe.engine.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
                 (model(micro.batch.to(place.device)) / sum(m.targets for m in chosen)).backward()
             torch._foreach_copy_(grads, [weight.grad for weight in weights if weight.grad is not None])
             nn.utils.clip_grad_norm_(masters, settings.clip)

@@ -122,6 +122,7 @@ def _adapted(model: Transformer) -> None:
     [
         ({"precision": "fp32"}, {}, None, "precision bf16, and it is fp32"),
         ({}, {"mlp_dim": 40}, None, r"multiples of 16, and decoder.blocks.0.mlp.f.gate.weight is 40 x 32"),
+        ({}, {"dim": 40}, None, r"multiples of 16, and decoder.blocks.0.attn.f.q.weight is 32 x 40"),
         ({}, {}, _adapted, "lora"),
     ],
 )

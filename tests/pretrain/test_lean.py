@@ -66,3 +66,14 @@ def test_a_step_in_bf16_is_deepspeeds_own_and_an_infinite_norm_is_told() -> None
     for name, piece in state.items():
         for key, values in piece.tensors.items():
             torch.testing.assert_close(values, expected[name].tensors[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+def _three_steps(place: Place) -> list[Step]:
+    return train(engine_of(recipe("muon", stage=1, precision="bf16"), place), 0, 1, 2)
+
+
+def test_two_ranks_take_the_steps_of_one_in_bf16() -> None:
+    (one,), (first, second) = run_processes(1, _three_steps), run_processes(2, _three_steps)
+    assert first == second and all(step.applied for step in first)
+    assert (first[0].loss, first[0].grad_norm) == pytest.approx((one[0].loss, one[0].grad_norm), rel=1e-5)
+    assert [(s.loss, s.grad_norm) for s in first] == [pytest.approx((s.loss, s.grad_norm), rel=1e-2) for s in one]
