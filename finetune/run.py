@@ -5,7 +5,6 @@ a trivial system). `train` continues by itself from the newest checkpoint that v
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
@@ -41,7 +40,7 @@ from pretrain.metrics import Recorder
 from pretrain.run import from_first_rank, newest, peak
 from pretrain.saving import Checkpointer
 from pretrain.stages import Part
-from pretrain.start import begin, check, fingerprint, initialised
+from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
 from pretrain.tokenizer import Tokenizer
 from pretrain.train import Progress
 from pretrain.train import train as train_loop
@@ -58,7 +57,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
     """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming file and line."""
     progress("reading examples", 0)
-    vocabulary = make_tokenizer(config)
+    vocabulary = make_tokenizer(config, progress)
     model, _ = begin(config.model, Path(config.run))
     if vocabulary.vocab_size > model.vocab_size:
         raise Refused(
@@ -160,19 +159,22 @@ def train(config: Finetune, place: Place) -> None:
             judge.finish(recorder)
 
 
-def make_tokenizer(config: Finetune) -> Tokenizer:
-    """The run's tokenizer: what stands in its folder, else the published folder's, the recipe's, or one trained on the training texts."""
-    folder = Path(config.run) / "tokenizer"
-    if not folder.exists():
-        unfinished = folder.with_name("tokenizer.incomplete")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if (path := config.model.folder or config.tokenizer.path) is not None:
-            Tokenizer.open(path).save(unfinished, "encoder-decoder")
-        else:
-            assert config.model.config is not None
-            tokenizer.train(_texts(config), config.tokenizer, config.model.config.vocab_size, unfinished)
-        unfinished.rename(folder)
-    return Tokenizer.open(folder)
+def make_tokenizer(config: Finetune, progress: Callable[[str, int], None]) -> Tokenizer:
+    """The run's tokenizer: the published folder's, the recipe's, or one trained on the training texts."""
+    path = config.model.folder or config.tokenizer.path
+
+    def origin() -> list[Any]:
+        if path is not None:
+            return [Tokenizer.open(path).fingerprint]
+        return [config.tokenizer.model_dump(), config.model.model_dump(mode="json"), *_texts(config)]
+
+    def make(folder: Path) -> None:
+        if path is not None:
+            return Tokenizer.open(path).save(folder, "encoder-decoder")
+        assert config.model.config is not None
+        tokenizer.train(_texts(config), config.tokenizer, config.model.config.vocab_size, folder)
+
+    return own_tokenizer(config, origin, make, progress)
 
 
 def open_tasks(config: Finetune, vocabulary: Tokenizer, family: Family) -> list[Task]:

@@ -3,9 +3,7 @@
 In: a Pretrain recipe and rank facts. Out: the run folder. `train` continues by itself from the newest checkpoint that verifies.
 """
 
-import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -22,7 +20,7 @@ from pretrain import prepare as preparation
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
 from pretrain.config import Pretrain, Source, Start
-from pretrain.corpus import documents, is_heldout
+from pretrain.corpus import corpus_fingerprint, documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
 from pretrain.layout import stack
@@ -32,7 +30,7 @@ from pretrain.metrics import Recorder, peak_flops
 from pretrain.saving import Checkpointer
 from pretrain.shards import Shards
 from pretrain.stages import parts, where
-from pretrain.start import begin, check, fingerprint, initialised
+from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
 from pretrain.tokenizer import Tokenizer
 from pretrain.train import Progress
 from pretrain.train import train as train_loop
@@ -61,31 +59,29 @@ def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None]
 
 
 def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> Tokenizer:
-    """The run's tokenizer: the one that stands in its folder, else a copy of the start's or the recipe's, else one trained on all sources.
+    """The run's tokenizer: a copy of the start's or the recipe's, else one trained on all sources.
 
     Raises Refused for a start that cannot be used, and a tokenizer with more pieces than the model has.
     """
-    folder = Path(config.run) / "tokenizer"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     shape, _ = begin(config.model, Path(config.run))
     config.fits(shape)
     path = config.model.folder if isinstance(config.model, Start) else config.tokenizer.path
-    with folder.with_name("tokenizer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
-        if not folder.exists():
-            progress("training the tokenizer", 0)
-            unfinished = folder.with_name("tokenizer.incomplete")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if path is not None:
-                Tokenizer.open(path).save(unfinished, shape.family)
-            else:
-                texts = (text for source in config.data.sources for text in documents(source))
-                kept = (text for text in texts if not is_heldout(text, config.data.heldout_fraction))
-                tokenizer.train(kept, config.tokenizer, shape.vocab_size, unfinished)
-            unfinished.rename(folder)
-    found = Tokenizer.open(folder)
+    sources, fraction = config.data.sources, config.data.heldout_fraction
+
+    def origin() -> list[Any]:
+        if path is not None:
+            return [Tokenizer.open(path).fingerprint, shape.family]
+        return [config.tokenizer.model_dump(), shape.family, shape.vocab_size, fraction, *map(corpus_fingerprint, sources)]
+
+    def make(folder: Path) -> None:
+        if path is not None:
+            return Tokenizer.open(path).save(folder, shape.family)
+        texts = (text for source in sources for text in documents(source) if not is_heldout(text, fraction))
+        tokenizer.train(texts, config.tokenizer, shape.vocab_size, folder)
+
+    found = own_tokenizer(config, origin, make, progress)
     if found.vocab_size > shape.vocab_size:
-        raise Refused(f"the tokenizer in {folder} has {found.vocab_size} pieces, model.vocab_size is {shape.vocab_size}: raise it")
+        raise Refused(f"the tokenizer in {config.run} has {found.vocab_size} pieces, model.vocab_size is {shape.vocab_size}: raise it")
     return found
 
 

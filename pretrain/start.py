@@ -1,18 +1,24 @@
-"""Where a run begins: in, the `model` of a recipe; out, the model's shape and its weights, from a published folder or new.
+"""Where a run begins: in, the `model` of a recipe; out, the model's shape and its weights, from a published folder or new; its tokenizer.
 
 Pretraining and fine-tuning both begin here. The folder must stay as it is while the run lives: its fingerprint stands in every checkpoint.
 """
 
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from modeling.config import ModelConfig, Refused
 from modeling.transformer import Transformer, build
-from pretrain import published
+from pretrain import published, storage
 from pretrain.checkpoint import Checkpoint
-from pretrain.config import Start
+from pretrain.config import Start, Training
+from pretrain.lease import committed
 from pretrain.tokenizer import Tokenizer
 
 
@@ -34,6 +40,28 @@ def begin(model: ModelConfig | Start, run: Path) -> tuple[ModelConfig, dict[str,
     if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
         raise Refused(f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder.")
     return shape.model_copy(update=dropout), None if model.random else state
+
+
+def own_tokenizer(
+    config: Training, origin: Callable[[], Any], make: Callable[[Path], Any], progress: Callable[[str, int], None]
+) -> Tokenizer:
+    """The run's tokenizer: what stands in its folder. `make` writes it where there is none, and anew where `origin`, plain values that say
+    what it is made of, has changed before a checkpoint was saved: later the rows' fingerprint refuses other text."""
+    run = Path(config.run)
+    folder, fresh = run / "tokenizer", run / "tokenizer.incomplete"
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "tokenizer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
+        if not folder.exists() or not committed(storage.home(run, config.checkpoints.storage)):
+            made_of = sha256(json.dumps(origin()).encode()).hexdigest()
+            if not (folder / "made-of").exists() or (folder / "made-of").read_text() != made_of:
+                progress("making the tokenizer" + " anew: what it is made of has changed" * folder.exists(), 0)
+                shutil.rmtree(fresh, ignore_errors=True)
+                make(fresh)
+                (fresh / "made-of").write_text(made_of)
+                shutil.rmtree(folder, ignore_errors=True)
+                fresh.rename(folder)
+    return Tokenizer.open(folder)
 
 
 def initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> Transformer:

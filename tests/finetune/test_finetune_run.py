@@ -12,7 +12,7 @@ import torch
 from finetune.config import Finetune
 from finetune.evaluate import Opened, scored
 from finetune.judge import best_step
-from finetune.run import open_rows, open_tasks, prepare, train
+from finetune.run import make_tokenizer, open_rows, open_tasks, prepare, train
 from modeling.config import Refused
 from pretrain import published
 from pretrain.adapter import publish_adapter
@@ -190,6 +190,15 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
     task = open_tasks(config, opened.tokenizer, "encoder")[0]
     predictions = task.predict(opened, task.dev, config.generation, 256)
     assert scored(task, predictions, task.dev) == found["scores"]  # merged, it says what it said adapted
+
+
+def test_examples_that_change_before_the_first_checkpoint_make_another_tokenizer(tmp_path: Path) -> None:
+    new = {"config": published.load(folder_of(tmp_path, "encoder"))[0].model_dump(mode="json") | {"vocab_size": 388}}
+    config = recipe(tmp_path / "run", tmp_path, tags(tmp_path), model=new)
+    first = make_tokenizer(config, quiet).fingerprint
+    assert make_tokenizer(config, quiet).fingerprint == first
+    (tmp_path / "train.conll").write_text((tmp_path / "train.conll").read_text().replace("Ada", "Zoya"))
+    assert make_tokenizer(config, quiet).fingerprint != first
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def test_steps_are_safe_while_no_used_rate_would_have_been_another():
     assert not verdict(step=10, old=cosine, schedule__kind="cosine", schedule__decay_steps=0, steps=40)
 
 
-def test_before_the_first_step_only_what_made_the_tokenizer_is_unsafe():
+def test_before_the_first_step_everything_is_safe():
     assert verdict(step=0, seed=3)
-    assert verdict(step=0, steps=40)
-    assert not verdict(step=0, model__vocab_size=300)
+    assert verdict(step=0, model__vocab_size=300)
+    assert not verdict(step=1, model__vocab_size=300)
 
 
 def test_sources_added_or_lost_are_unsafe():

@@ -20,9 +20,10 @@ from pretrain import storage
 from pretrain.checkpoint import newest_verified
 from pretrain.config import Pretrain
 from pretrain.engine import Engine, Place
+from pretrain.lease import COMMIT
 from pretrain.metrics import append_line, read_lines
 from pretrain.objectives.config import Continuation, Infilling, Mixture
-from pretrain.run import open_rows, prepare, train
+from pretrain.run import make_tokenizer, open_rows, prepare, train
 from pretrain.train import micro_seed
 from tests.processes import run_processes
 
@@ -324,6 +325,29 @@ def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
     prepare(config, 1, quiet)
     with pytest.raises(AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"):
         run_processes(1, trained, config)
+
+
+def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_tokenizer_and_later_ones_do_not(tmp_path: Path) -> None:
+    config, told = recipe(tmp_path, "run"), []
+
+    def made(config: Pretrain) -> str:
+        told.clear()
+        return make_tokenizer(config, lambda what, _: told.append(what)).fingerprint
+
+    first = made(config)
+    assert made(config) == first and not told
+    (tmp_path / "corpus.txt").write_text((tmp_path / "corpus.txt").read_text().replace("Anna", "Zoya"))
+    second = made(config)
+    assert second != first and told == ["making the tokenizer anew: what it is made of has changed"]
+    small = config.model_copy(update={"tokenizer": dials.Tokenizer(sample_bytes=9000)})
+    taken = config.model_copy(update={"tokenizer": dials.Tokenizer(path=f"{config.run}/tokenizer"), "run": str(tmp_path / "taken")})
+    assert second != made(small) == made(taken)
+    assert made(config) == second == made(taken)
+
+    (tmp_path / "run" / "checkpoints" / "step-00000004-g0001").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000004-g0001" / COMMIT).touch()
+    write_corpus(tmp_path / "corpus.txt", documents=200)
+    assert made(config) == second and not told
 
 
 def test_heldout_loss_does_not_depend_on_the_world(tmp_path: Path) -> None:
