@@ -3,6 +3,7 @@
 One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and `micro_rows`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -50,6 +51,9 @@ class Data(Settings):
         return self
 
 
+TAKEN = re.compile(r"<(pad|s|/s|unk|mask|extra_id_\d\d?|0x[0-9A-F]{2})>")  # what a tokenizer of ours holds in any case (tokenizer.py)
+
+
 class Tokenizer(Settings):
     """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
 
@@ -61,8 +65,10 @@ class Tokenizer(Settings):
     @model_validator(mode="after")
     def _codes(self) -> "Tokenizer":
         for code in self.languages:
-            if code.split() != [code]:  # words.py cuts text there
-                raise ValueError(f"languages: the code {code!r} must have no space or line end in it, and one character at least")
+            if code.split() != [code] or re.search("[▁\0]", code):  # words.py cuts text there
+                raise ValueError(f"languages: the code {code!r} must have no space, ▁, line end or zero in it, and one character at least")
+            if TAKEN.fullmatch(code) or self.languages.count(code) > 1:
+                raise ValueError(f"languages: {code!r} is a token of every tokenizer, or twice in this list: take another code, as en_XX")
         return self
 
 

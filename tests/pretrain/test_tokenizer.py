@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from modeling.config import Refused
 from pretrain import tokenizer as module
 from pretrain import words
+from pretrain.config import TAKEN
 from pretrain.config import Tokenizer as TokenizerConfig
 from pretrain.tokenizer import Tokenizer, train
 
@@ -107,10 +108,21 @@ def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
     assert made.word_starts[[105, 106]].all()
 
 
-@pytest.mark.parametrize("code", ["en XX", "en\nXX", ""])
+@pytest.mark.parametrize("code", ["en XX", "en\nXX", "", "en▁XX", "\0"])
 def test_a_language_code_in_which_text_would_be_cut_is_refused(code: str) -> None:
     with pytest.raises(ValueError, match=f"the code {re.escape(repr(code))} must have no space"):
         TokenizerConfig(languages=(code,))
+
+
+@pytest.mark.parametrize("codes", [("<0x41>",), ("</s>",), ("<mask>",), ("<extra_id_99>",), ("en_XX", "de_DE", "en_XX")])
+def test_a_language_code_that_is_another_token_already_is_refused(codes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(repr(codes[0]))} is a token of every tokenizer, or twice in this list"):
+        TokenizerConfig(languages=codes)
+
+
+def test_every_token_that_a_tokenizer_has_in_any_case_is_known_as_taken(tokenizer: Tokenizer) -> None:
+    pieces = [tokenizer.decode([i]) for i in range(105)] + [f"<0x{byte:02X}>" for byte in range(256)]
+    assert all(TAKEN.fullmatch(piece) for piece in pieces)
 
 
 def test_spaces_come_back_from_a_tokenizer_of_texts_without_spaces(tmp_path: Path) -> None:
