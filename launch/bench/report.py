@@ -61,7 +61,9 @@ def chart(title: str, rows: Sequence[Row], file: Path) -> Path | None:
         return None
     figure = Figure(figsize=(10, 1 + 0.4 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color="#4878a8")
+    peers = any("Trifold" in name for name, _ in bars)  # what is ours stands out among them
+    colours = ["#b8bec6" if peers and "Trifold" not in name else "#4878a8" for name, _ in bars]
+    drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color=colours)
     axes.bar_label(drawn, [said(value) for _, value in bars], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.25)
