@@ -46,7 +46,8 @@ def _way(opened: Opened) -> Callable[[Opened, list[str], Generation], Iterator[d
 def plain(said: dict[str, Any]) -> str:
     """An answer as a line of text."""
     if "entities" in said:
-        return "  ".join(f"{entity['text']} [{entity['type']} {entity['start']}-{entity['end']}]" for entity in said["entities"])
+        found = (f"{entity['text']} [{entity['type']} {entity['start']}-{entity['end']}]" for entity in said["entities"])
+        return "  ".join(found) or "(no entities)"
     return f"{said['answer']}  ({said['start']}, {said['score']:.2f})" if "answer" in said else str(said["text"])
 
 

@@ -54,9 +54,13 @@ def demo(console: Console) -> None:
     began = time.monotonic()
     write_world(Path("runs/demo/world"))
     write_tasks(Path("runs/demo/tasks"))
-    families = [_family(path, prompt, console) for path, prompt in FAMILIES.items()]
-    trained = time.monotonic()
-    tasks = [_task(path, prompt, console) for path, prompt in TASKS.items()]
+    try:
+        families = [_family(path, prompt, console) for path, prompt in FAMILIES.items()]
+        trained = time.monotonic()
+        tasks = [_task(path, prompt, console) for path, prompt in TASKS.items()]
+    except SystemExit:  # a run was stopped, and has said what continues it
+        console.print("That continues this one run. `trifold demo` begins all of them anew.", highlight=False)
+        raise
     for title, rows, seconds in (
         ("Pretraining", families, trained - began),
         ("Fine-tuning: what pretraining was worth", tasks, time.monotonic() - trained),

@@ -29,6 +29,9 @@ def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
     [said] = answers(opened, [text], Generation())
     assert said == {"entities": [{"text": t, "type": "PER", "start": s, "end": s + 3} for t, s in (("Ada", 5), ("Bob", 15))]}
     assert plain(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
+    opened.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)  # type: ignore[method-assign]
+    [said] = answers(opened, [text], Generation())
+    assert said == {"entities": []} and plain(said) == "(no entities)"
 
 
 def test_a_span_head_answers_with_place_and_score_and_wants_a_context(tmp_path: Path) -> None:

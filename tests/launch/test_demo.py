@@ -3,10 +3,11 @@
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from launch.config import FinetuneRecipe, resolve
-from launch.demo import FAMILIES, KILLED, TASKS, _killed, _side_by_side
+from launch.demo import FAMILIES, KILLED, TASKS, _killed, _side_by_side, demo
 from launch.world_tasks import write_tasks
 from pretrain.metrics import append_line
 
@@ -23,6 +24,19 @@ def test_every_finetune_starts_from_a_folder_and_files_that_the_demo_makes(monke
     assert {recipe.task.kind for recipe in recipes} == {"translation", "summarization", "ner", "qa"}
     [killed] = [recipe for recipe in recipes if recipe.task.kind == KILLED]
     assert recipe.checkpoints.every < killed.steps // 2 + 5 < killed.steps  # a checkpoint to go on from, and steps to lose
+
+
+def test_a_demo_that_is_stopped_says_that_the_run_can_go_on_and_the_demo_begins_anew(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(*_: object) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr("launch.demo._family", stopped)
+    console = Console(width=80, record=True, file=StringIO())
+    with pytest.raises(SystemExit, match="130"):
+        demo(console)
+    assert console.export_text().endswith("That continues this one run. `trifold demo` begins all of them anew.\n")
 
 
 def test_a_table_fits_a_terminal_and_says_what_happened(tmp_path):
