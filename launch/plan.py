@@ -21,6 +21,7 @@ from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from pretrain import budget
 from pretrain.engine import Place
+from pretrain.fp8 import check_device
 from pretrain.layout import stack
 from pretrain.metrics import read_lines
 from pretrain.precision import settled
@@ -73,11 +74,13 @@ class Rates(NamedTuple):
     save_waits: float
     save_written: float
     save_read: float
-    process: int
+    process: int | None  # None: not known, as no process was seen
 
 
 def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     """What is known before a run, by name; the names say the unit."""
+    if recipe.engine.fp8:
+        check_device(where.device)
     model = begin(recipe.model, Path(recipe.run))[0]
     part = parts(recipe)[-1]
     micros = (_batch(recipe, model, part.micro_rows, part.row_length) for part in parts(recipe))
@@ -92,8 +95,8 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     rounds = -(-part.micros // recipe.engine.groups(where.ranks))
     exchanged = budget.exchanged(recipe, model, micro, where.device)
     step = rounds * rates.micro + rates.optimizer
-    peak = memory.total + rates.process
-    fits = where.memory - rates.process
+    process = rates.process or 0
+    peak, fits = memory.total + process, where.memory - process
     return {
         "parameters": num_parameters(model),
         "recompute": recompute,
@@ -147,6 +150,8 @@ def _said(name: str) -> str:
 
 def shown(name: str, value: Any) -> str:
     """A value in the unit that its name ends with."""
+    if value is None:
+        return "not known without steps here"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if "bytes" in name:
@@ -179,7 +184,8 @@ def _given(where: Where, tokens: float, saved: int) -> Rates:
     """From the rates of a device that is not here."""
     assert where.tokens_per_second is not None
     written = saved / where.ranks / where.write_bytes_per_second
-    return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, 0)
+    process = 0 if where.device == "cuda" else None  # of a GPU's memory it holds nothing that torch does not count
+    return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, process)
 
 
 def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:

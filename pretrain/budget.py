@@ -17,7 +17,7 @@ from modeling.config import ModelConfig, Refused
 from modeling.counts import num_parameters
 from modeling.memory import Held, held
 from modeling.transformer import Transformer
-from pretrain.config import Training
+from pretrain.config import Engine, Training
 from pretrain.engine import Place
 from pretrain.optimizer import make_optimizer
 from pretrain.precision import settled
@@ -98,7 +98,7 @@ def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> fl
     Stage 3: weights for forward and for backward, gradients, in every micro. What ranks that share rows send each other is `exchanged`.
     """
     engine, size = config.engine, num_parameters(model) * (world - 1) / world
-    if (engine.zero_stage, engine.precision, engine.offload) == (1, "bf16", False):
+    if _lean(engine):
         return size * (4 + 2)
     return size * (2 if engine.precision == "bf16" else 4) * {1: 2, 2: micros + 1, 3: 3 * micros}[engine.zero_stage]
 
@@ -121,6 +121,11 @@ def lost_share(interval: float, stall: float, restart: float, between_failures: 
     return stall / interval + (interval / 2 + restart) / between_failures
 
 
+def _lean(engine: Engine) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, whose steps are ours (lean.py): with offload it does not."""
+    return (engine.zero_stage, engine.precision, engine.offload) == (1, "bf16", False)
+
+
 def _held(config: Training, model: ModelConfig, batch: Batch, device: str) -> Held:
     engine = config.engine
     return held(model, batch, engine.precision, engine.recompute is True, device, engine.sequence_parallel)
@@ -135,11 +140,13 @@ def _memory(config: Training, size: int, micro: Held, world: int, model: ModelCo
     if engine.zero_stage == 3:
         weights, gradients = low * size // world, low * size // world
         working = micro.peak - micro.kept + (low * min(size, 10**9) if world > 1 else 0)  # gathered weights: stage3_max_live_parameters
-    elif engine.zero_stage == 1 and engine.precision == "bf16":  # DeepSpeed's BF16_Optimizer: whole fp32 gradients, no bucket
+    elif _lean(engine):  # whole fp32 gradients, no bucket
         gradients, bucket = 4 * size + (low * size if accumulates else 0), 0
         working = micro.peak - micro.kept
     else:
-        if accumulates:
+        if accumulates and engine.offload:  # added up in host memory; in bf16 at stage 1 their sum in fp32 is here too
+            gradients = 4 * size if (engine.zero_stage, engine.precision) == (1, "bf16") else 0
+        elif accumulates:
             gradients = {1: 8 * size, 2: 4 * size // world}[engine.zero_stage]
         first = 4 * model.vocab_size * model.dim  # the head's gradient is there when the bucket is made
         working = max(first, micro.peak - micro.kept - bucket)

@@ -25,7 +25,8 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
     Raises Refused where the device has no fp8, the engine's other settings do not go with it, or sizes do not.
     """
     if not emulate:
-        _check_device(device)
+        check_device(device)
+        _check_capability()
     if engine.precision != "bf16":
         raise Refused(f"engine.fp8 wants engine.precision bf16, and it is {engine.precision} here.")
     if any(isinstance(module, Adapted) for module in model.modules()):
@@ -49,9 +50,13 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in found)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises Refused for the CPU, whether a run or a plan of one is meant."""
     if device != "cuda":
         raise Refused("engine.fp8 wants a GPU that multiplies in fp8 (compute capability 8.9), and this runs on the CPU: set it to false.")
+
+
+def _check_capability() -> None:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
         raise Refused(

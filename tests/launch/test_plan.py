@@ -10,6 +10,7 @@ from rich.console import Console
 from launch.config import Recipe, resolve
 from launch.plan import Where, beside, plan, predict, rate_of
 from modeling.config import ModelConfig, Refused
+from pretrain.budget import Memory
 from pretrain.metrics import append_line
 
 GIVEN = Where(4, "cpu", memory=2**34, tokens_per_second=1000.0, write_bytes_per_second=1e6, price_per_hour=2.0, hours_per_failure=100.0)
@@ -59,6 +60,23 @@ def test_a_plan_says_whether_blocks_are_recomputed(recipe: Recipe, tmp_path: Pat
     assert (ample["recompute"], tight["recompute"]) == (False, True)
     assert tight["memory_activations_bytes"] < ample["memory_activations_bytes"]
     assert [line.split()[-2] for line in (tmp_path / "said").read_text().splitlines() if "recompute" in line][:2] == ["no", "yes"]
+
+
+def test_what_a_process_holds_besides_is_not_known_from_a_rate_and_none_of_it_is_a_gpus(recipe: Recipe, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w") as said:
+        found = plan(recipe, GIVEN, Console(file=said, width=200))
+    assert found["memory_process_bytes"] is None
+    assert found["memory_peak_bytes"] == sum(found[f"memory_{part}_bytes"] for part in Memory._fields)
+    [line] = [line for line in (tmp_path / "said").read_text().splitlines() if "memory: process" in line]
+    assert "not known without steps here" in line
+    assert predict(recipe, replace(GIVEN, device="cuda"))["memory_process_bytes"] == 0
+
+
+def test_fp8_is_planned_for_a_gpu_alone(recipe: Recipe) -> None:
+    fp8 = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"fp8": True, "precision": "bf16"})})
+    with pytest.raises(Refused, match="on the CPU"):
+        predict(fp8, GIVEN)
+    assert predict(fp8, replace(GIVEN, device="cuda"))["step_seconds"] > 0
 
 
 def test_a_rate_cannot_be_measured_on_a_device_that_is_not_here(recipe: Recipe) -> None:

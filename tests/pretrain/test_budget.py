@@ -91,6 +91,35 @@ def test_state_is_shared_out_as_zero_says() -> None:
         assert found.weights == 2 * size // weights and found.optimizer == 12 * size // 8
 
 
+def _offloaded(config: Recipe) -> Recipe:
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"offload": True})})
+
+
+def test_with_offload_bf16_at_stage_1_has_a_bucket_and_the_sum_of_gradients_and_no_state() -> None:
+    config = _offloaded(small(1, "bf16", "decoder", 16))
+    size = num_parameters(config.model)
+    found = budget.memory(config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 8, "cpu")
+    assert (found.weights, found.optimizer, found.gradients, found.buckets) == (2 * size, 0, 4 * size, 2 * 2 * size)
+
+
+def _offloaded_peak(place: Place, per_step: int) -> int:
+    config = _offloaded(small(1, "bf16", "encoder", per_step))
+    made = micros(config, config.model.vocab_size, 2, per_step, "cpu")
+    with bytes_held(place) as held:
+        engine = Engine(build(config.model, 0), config, place)
+        engine.train_step([micro.batch for micro in made], list(range(len(made))), 100, 1.0)
+    return held[1]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_a_real_step_with_offload_holds_what_was_planned_and_on_the_cpu_what_is_offloaded_too(per_step: int) -> None:
+    config = _offloaded(small(1, "bf16", "encoder", per_step))
+    planned = budget.memory(config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu").total
+    host = 12 + 4 + 2 * per_step  # fp32 state and gradients, weights on their way back, gradients added up
+    assert planned + host * num_parameters(config.model) == pytest.approx(run_processes(1, _offloaded_peak, per_step)[0], rel=0.1)
+
+
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
     config = small(1, "bf16", "decoder", 1)
 
