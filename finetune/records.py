@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
     text = "".join(lines(path))
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not whole JSON: {error}.") from None
 
 
@@ -124,7 +124,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{where}, is not JSON ({error}): each line must hold one whole object.") from None
         if not isinstance(row, dict):
             raise Refused(f"{where}, holds a {type(row).__name__}: each line must hold one object.")

@@ -195,7 +195,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise Refused(f"{where}{line}: {error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Refused(f"{where}: {str(error).splitlines()[0]}.") from None
 
 

@@ -152,7 +152,7 @@ def _json_lines(path: Location, column: str) -> Iterator[str]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{where}, is not JSON ({error}): each line must hold one whole object") from None
         if not isinstance(row, dict) or column not in row:
             has = f"has the columns {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
@@ -166,7 +166,7 @@ def _questions(path: Location) -> Iterator[str]:
         whole = json.loads("".join(lines(path)))
         for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
             yield from (f"{asked['question']}\n{paragraph['context']}" for asked in paragraph["qas"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(
             f"{path} is no SQuAD file, as which .json is read ({type(error).__name__} {error}): give other text as .jsonl"
         ) from None

@@ -141,7 +141,7 @@ def _saved(folder: Path, recipe: str) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text())
         whole = all((folder / part / name).stat().st_size >= size for part in ("train", "heldout") for name, size in state[part]["sizes"])
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return state if whole and state["recipe"] == recipe else {}
 

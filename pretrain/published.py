@@ -143,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"there is no {path}: a published folder holds it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not whole JSON ({error})") from None
     if not isinstance(content, dict):
         raise Refused(f"{path} holds a {type(content).__name__}, not an object of names and values")

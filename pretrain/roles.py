@@ -64,5 +64,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         raise Refused(f"there is no {path}: a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None

@@ -30,7 +30,7 @@ class Shards:
         self.folder = Path(folder)
         try:
             self.index: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             raise Refused(f"{self.folder} holds no complete token shards (index.json is missing or broken): prepare them again") from None
         for name, size in self.index["sizes"].items():
             path = self.folder / name

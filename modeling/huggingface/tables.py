@@ -111,7 +111,7 @@ def from_stock(
     """A stock state dict under our names, in fp32, and the names of what was dropped. `shapes` are those of our tensors.
 
     `headless`: tensors of the head may be missing, and are then left out. Raises Refused naming missing and unexpected tensors, a
-    tensor of another shape, and copies that differ.
+    tensor of another shape or with NaN in it, and copies that differ.
     """
     written = [
         line for line in lines(table, config, shapes) if line.stock in stock or not headless or not line.sources[0].startswith("head.")
@@ -125,6 +125,8 @@ def from_stock(
         value, want = stock[line.stock].float(), _stock_shape(line, shapes)
         if value.shape != want:
             raise Refused(f"{line.stock} has the shape {tuple(value.shape)}; this config.json means {tuple(want)}")
+        if value.isnan().any():
+            raise Refused(f"{line.stock} holds NaN, which no model computes with: copy the folder again, or publish a sound checkpoint")
         parts = OPS[line.op][1](value).split([shapes[source][0] for source in line.sources])
         for source, part in zip(line.sources, parts, strict=True):
             if not torch.equal(state.setdefault(source, part.contiguous()), part):

@@ -38,6 +38,7 @@ def test_the_same_pairs_from_every_format(tmp_path: Path) -> None:
         ({"a": "1\n2\n", "b": "1\n\n"}, "a,b", "a, line 2: target is empty"),
         ({"p.jsonl": '{"source": "1"}\n'}, "p.jsonl", r"line 1 has no column 'target': it has source\. Name the columns"),
         ({"p.jsonl": '{"source": "1", "target": "2"}\n{"sou'}, "p.jsonl", "line 2, is not JSON"),
+        ({"p.jsonl": '{"source": ' + "[" * 100_000 + "\n"}, "p.jsonl", "line 1, is not JSON"),
         ({"p.jsonl": '{"source": "1", "target": 2}\n'}, "p.jsonl", "line 1: the column 'target' holds a int"),
         ({"p.tsv": "source\ttarget\n1\t2\t3\n"}, "p.tsv", "line 2, has 3 columns, and the first line names 2"),
         (

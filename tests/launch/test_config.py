@@ -36,6 +36,7 @@ def recipe(tmp_path) -> Path:
     [
         ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
+        ("seed=" + "[" * 100_000, "maximum recursion depth exceeded."),
         ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
         ("scoring.held_out.novels=[{paht: x}]", "`scoring.held_out.novels.0.path`?"),
         ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' stands before the names of its scores"),

@@ -88,6 +88,8 @@ REFUSALS = [
     ("cut.txt.gz", TRUNCATED, "not a whole gzip file"),
     ("plain.txt.gz", b"not compressed", "not a whole gzip file"),
     ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),
+    ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1, is not JSON"),
+    ("deep.json", b'{"data": ' + b"[" * 100_000, "no SQuAD file"),
     ("list.jsonl", b"[1, 2]\n", "line 1, .* is a list"),
     ("column.jsonl", b'{"body": "x", "id": 1}\n', "line 1, has no column 'text': it has the columns body, id"),
     ("number.jsonl", b'{"text": 7}\n', "line 1: the column 'text' holds a int"),

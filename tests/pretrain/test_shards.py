@@ -179,6 +179,10 @@ def test_a_damaged_shard_is_named_and_made_again(
     with pytest.raises(Refused, match=r"00000\.tokens has 0 bytes"):
         Shards(shards.folder)
 
+    (shards.folder / "index.json").write_text('{"sizes": ' + "[" * 100_000)
+    with pytest.raises(Refused, match=r"index\.json is missing or broken"):
+        Shards(shards.folder)
+
 
 def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
     tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch

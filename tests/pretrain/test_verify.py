@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling import huggingface
 from modeling.config import ModelConfig, Refused
@@ -222,12 +224,21 @@ def test_a_flipped_byte_is_seen_and_its_file_named(folder_of: Any) -> None:
     assert "weights: lm_head" in verify(folder, reference).failures or "weights: model." in verify(folder, reference).failures
 
 
+def spoilt_weight(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"][3] = math.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
         ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7]), r"model\.safetensors is not whole"),
         ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")), r"pytorch_model\.bin may be a pickle"),
         ("config.json", lambda path: path.write_text("{"), r"config\.json is not whole JSON"),
+        ("config.json", lambda path: path.write_text('{"a": ' + "[" * 100_000), r"config\.json is not whole JSON"),
+        ("tokenizer.json", lambda path: path.write_text('{"a": ' + "[" * 100_000), r"tokenizer\.json is not whole JSON"),
+        ("model.safetensors", lambda path: spoilt_weight(path), "input_layernorm.weight holds NaN"),
         ("config.json", lambda path: path.unlink(), r"there is no .*config\.json"),
         ("tokenizer.json", lambda path: path.unlink(), r"there is no .*tokenizer\.json"),
         ("tokenizer.json", lambda path: path.write_text("{}"), r"tokenizer\.json is JSON, but no tokenizer"),
