@@ -51,7 +51,7 @@ class Scoring(Settings):
 
     held_out: dict[str, tuple[Source, ...]] = Field(default={})  # texts by name, under the recipe's own objective
     tasks: dict[str, str] = Field(default={})  # fine-tuning recipes by name: the checkpoint is taught each, and scored as the recipe says
-    cpus: float = Field(default=1, gt=0)
+    cpus: float = Field(default=1, ge=0)  # 0: those of the workers, as far as they leave them idle
     gpus: float = Field(default=0, ge=0)
     wait: float = Field(default=600, ge=0)  # seconds, at the end of the run, for the scores of its last checkpoint
 

@@ -38,7 +38,8 @@ EVENTS = {
     "regrouping": "going on with {workers} workers",
     "hanging": "rank {rank} on {host} hangs at {phase} in step {step}: this attempt is ended",
     "scoring_failed": "{checkpoint} has no scores: {reason}",
-    "scoring_waits": "the scorer finds no room for its {cpus} CPUs and {gpus} GPUs: scores come when there is some, or at the end",
+    "scoring_waits": "the scorer waits for {wants} that no worker holds: scores come when there is room, or at the end. With less in"
+    " scoring.cpus (0: it shares the workers') it begins earlier",
     "scoring_last": "waiting up to {seconds} s for the scores of {checkpoint}",
     "terminated": "rank {rank} is told to end (SIGTERM): saving",
     "stopped": "stopped at step {step}",

@@ -58,7 +58,8 @@ class Beside:
             self._where = None
         elif self._where is not None and time.monotonic() - self._began > ROOM:
             self._began = math.inf  # said once
-            tell(self.folder, "scoring_waits", cpus=self.recipe.scoring.cpus, gpus=self.recipe.scoring.gpus)
+            dials = self.recipe.scoring
+            tell(self.folder, "scoring_waits", wants=f"{dials.cpus:g} CPU(s)" + (f" and {dials.gpus:g} GPU(s)" if dials.gpus else ""))
 
     def lent(self) -> Lent:
         """What the actor uses of a host, which a worker may have."""

@@ -133,7 +133,10 @@ def scored_beside(folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def beside(ray_cluster, tmp_path_factory) -> Path:
-    return scored_beside(tmp_path_factory.mktemp("scoring"))
+    """Beside a worker that holds every CPU of the cluster."""
+    folder = tmp_path_factory.mktemp("scoring")
+    scoring = {"held_out": {"people": [{"path": f"{folder}/heldout.txt"}]}, "cpus": 0}
+    return scored_beside(folder, scoring=scoring, cluster={"workers": 1, "threads_per_worker": 1, "cpus_per_worker": 3})
 
 
 @pytest.fixture(scope="module")
