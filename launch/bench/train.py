@@ -72,7 +72,7 @@ def results(racing: Sequence[Contender], recipe: Recipe, place: Place) -> list[R
     return [result(contender, racing[0], peak) for contender in racing]
 
 
-def result(contender: Contender, ours: Contender, peak: float) -> Row:
+def result(contender: Contender, ours: Contender, peak: float | None) -> Row:
     if not contender.seconds:
         return {"": contender.name, "note": contender.failed}
     seconds, cpu = median(contender.seconds), median(contender.cpu_seconds)
@@ -80,7 +80,7 @@ def result(contender: Contender, ours: Contender, peak: float) -> Row:
         "": contender.name,
         "tokens/s": contender.tokens / seconds,
         "ours, times": ours.tokens / median(ours.seconds) / (contender.tokens / seconds) if ours.seconds else None,
-        "MFU %": 100 * contender.flops / seconds / peak,
+        **({} if peak is None else {"MFU %": 100 * contender.flops / seconds / peak}),
         "peak MiB": contender.peak / 2**20,
         "ms a step": 1e3 * seconds,
         "CPU ms a step": 1e3 * cpu,
