@@ -65,7 +65,10 @@ def demo(console: Console) -> None:
         ("Pretraining", families, trained - began),
         ("Fine-tuning: what pretraining was worth", tasks, time.monotonic() - trained),
     ):
+        folders = [row.pop("folder") for row in rows]  # a column of a terminal is too narrow for a path
         console.print(_side_by_side(f"{title}, {seconds:.0f} s", rows))
+        console.print(*folders, sep="\n", highlight=False)
+    console.print('Ask any of them:  trifold generate FOLDER "a text"', markup=False, highlight=False)
 
 
 def _side_by_side(title: str, rows: list[dict[str, str]]) -> Table:

@@ -39,6 +39,16 @@ def test_a_demo_that_is_stopped_says_that_the_run_can_go_on_and_the_demo_begins_
     assert console.export_text().endswith("That continues this one run. `trifold demo` begins all of them anew.\n")
 
 
+def test_the_folders_stand_below_the_tables_each_on_a_line_of_its_own_to_be_copied(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.demo._family", lambda path, *_: {"family": path, "folder": f"runs/of/{Path(path).stem}/published"})
+    monkeypatch.setattr("launch.demo._task", lambda path, *_: {"task": path, "folder": f"runs/of/{Path(path).stem}/published"})
+    console = Console(width=80, record=True, file=StringIO())
+    demo(console)
+    said = console.export_text().splitlines()
+    assert all(f"runs/of/{Path(path).stem}/published" in said for path in (*FAMILIES, *TASKS))
+
+
 def test_a_table_fits_a_terminal_and_says_what_happened(tmp_path):
     append_line(tmp_path / "events.jsonl", {"event": "resumed", "step": 50})
     row = {"task": "qa", "from pretrained": "61.0", "killed and resumed": _killed(tmp_path, {"step": 65})}
