@@ -14,6 +14,7 @@ HOMES = {
     "obstore": ("pretrain/objects.py",),
     "torchao": ("pretrain/fp8.py",),
     "datasets": ("pretrain/corpus.py", "finetune/"),
+    "pyarrow": ("pretrain/words.py",),
     "transformers": ("pretrain/verify.py", "launch/bench/contenders.py"),  # the peers that training is set beside
     "matplotlib": ("launch/report.py", "launch/bench/report.py"),
     "mlflow": ("launch/trackers.py",),
