@@ -15,8 +15,8 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,27 @@ def join(address: str | None = None, cpus: float = 0) -> None:
 
 
 def _look(host: str, port: int) -> None:
-    """Whether a head may be there, of which Ray itself would make sure for minutes."""
+    """Whether a head is there that takes our token, of which Ray itself would make sure for 20 s to minutes."""
     with socket.create_connection((host, port), timeout=5) as there, suppress(TimeoutError):
         there.settimeout(1)
         there.sendall(b"GET / HTTP/1.0\r\n\r\n")
         if there.recv(5) == b"HTTP/":
             raise ValueError("that is a web server, such as the one for jobs (trifold submit); a head listens at port 6379 unless told")
+    with _silence():
+        ray._raylet.GcsClient(address=f"{host}:{port}")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """While inside, nothing reaches stderr, where Ray's own C++ writes warnings under any setting."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def run(
@@ -190,6 +205,8 @@ def _why(error: BaseException) -> str:
     if text.startswith("Version mismatch"):
         there, here = (" and Python ".join(found) for found in re.findall(r"Ray: (\S+)\s+Python: (\S+)", text))
         return f"it runs Ray {there}, and here are Ray {here}: install the same releases on both sides"
-    if text.startswith("Failed to connect to Ray cluster"):  # though the port was open
-        return "what listens there is no Ray head, or does not accept this token (~/.ray/auth_token, or the file in RAY_AUTH_TOKEN_PATH)"
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return "it does not accept this token (~/.ray/auth_token, or the file in RAY_AUTH_TOKEN_PATH)"
+    if isinstance(error, ray.exceptions.RpcError):  # though the port was open
+        return "what listens there is no Ray head"
     return getattr(error, "strerror", None) or _first_line(error).partition(". ")[0].removesuffix(".")

@@ -120,6 +120,8 @@ def test_a_wrong_token_and_an_unknown_run_are_one_sentence_each(tmp_path):
     with Hosts(0) as hosts:
         said = trifold(hosts, "status", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
         assert said.returncode == 1 and f"{hosts.jobs} does not accept this token" in said.stderr
+        said = trifold(hosts, "doctor", "--address", hosts.address, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+        assert said.returncode == 1 and "it does not accept this token" in said.stderr and said.stderr.count("\n") == 1, said.stderr
         said = trifold(hosts, "logs", "nobody")
         assert said.returncode == 1 and f"{hosts.jobs} has no run nobody. The runs there: none yet." in said.stderr
 
