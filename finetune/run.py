@@ -96,7 +96,8 @@ def train(config: Finetune, place: Place) -> None:
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
     chosen = {"zero_stage": config.engine.zero_stage, "precision": engine.precision, "recompute": engine.recompute}
     recorder.event("started", world=place.world, **chosen, pid=os.getpid())
-    recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, fingerprint=rows.fingerprint)
+    prints = {"fingerprint": rows.fingerprint, "heldout_fingerprint": heldout.fingerprint}
+    recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, **prints)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
     judge = Judge(config, engine, task, heldout)
     facts = {

@@ -6,10 +6,12 @@ more recipe adds one more model.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -29,6 +31,7 @@ from pretrain.batches import Numbered
 from pretrain.metrics import ended, read_lines
 from pretrain.published import read_json
 from pretrain.run import open_rows as text_rows
+from pretrain.run import prepare
 from pretrain.start import begin
 from pretrain.tokenizer import Tokenizer
 
@@ -84,8 +87,9 @@ def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word:
     if word:
         ends(sentence or "", word)
     comparable(recipes)
-    for recipe in recipes:
-        if not _finished(recipe):
+    finished = [_finished(recipe) for recipe in recipes]
+    for recipe, done in zip(recipes, finished, strict=True):
+        if not done:
             console.rule(recipe.run)
             finetune(recipe, console) if isinstance(recipe, FinetuneRecipe) else pretrain(recipe, console)
     runs = []
@@ -129,7 +133,10 @@ def _shape(recipe: AnyRecipe) -> ModelConfig:
 
 
 def _finished(recipe: AnyRecipe) -> bool:
-    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or scores the model anew."""
+    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or scores the model anew.
+
+    Raises Refused where it is at its end, and the data that the recipe names are not those any more.
+    """
     file = Path(recipe.run) / "config.yaml"
     if not file.exists() or any(
         not change.key.startswith(ELSEWHERE)
@@ -139,14 +146,40 @@ def _finished(recipe: AnyRecipe) -> bool:
     end = ended(Path(recipe.run))
     steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
     if isinstance(recipe, FinetuneRecipe):
-        return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
-    return end == "finished" and steps >= recipe.steps
+        done = end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
+    else:
+        done = end == "finished" and steps >= recipe.steps
+    if done:
+        _check_data(recipe)
+    return done
+
+
+def _check_data(recipe: AnyRecipe) -> None:
+    """Refuse a finished run that learned from, or was scored on, other rows than the files of its recipe make now."""
+    if isinstance(recipe, Recipe):
+        prepare(recipe, os.cpu_count() or 1, lambda what, done: None)  # only where files are not as they were
+    told = [event for event in read_lines(Path(recipe.run) / "events.jsonl") if event["event"] == "data"][-1]
+    for key, rows in zip(("fingerprint", "heldout_fingerprint"), _rows(recipe), strict=True):
+        if told.get(key, rows.fingerprint) != rows.fingerprint:  # runs of before held-out ones were written down count
+            raise Refused(
+                f"{recipe.run} is finished with rows of {key} {told[key]}, and its recipe's files make rows of {rows.fingerprint} now: they"
+                " (or, in another version of Trifold, the way rows are made) have changed. Give another `run` folder to train it anew."
+            )
+
+
+def _rows(recipe: AnyRecipe) -> tuple[Any, Any]:
+    """The rows that a run learns from at its end, and those held out."""
+    if isinstance(recipe, Recipe):
+        rows, heldout = text_rows(recipe)
+        return rows[-1], heldout
+    tokenizer = Tokenizer.open(Path(recipe.run) / "tokenizer")
+    return task_rows(recipe, open_tasks(recipe, tokenizer, _shape(recipe).family), tokenizer)
 
 
 def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
     folder = Path(recipe.run)
     model, tokenizer = opened(folder), Tokenizer.open(folder / "tokenizer")
-    heldout, first = _heldout(recipe, tokenizer, model.config)
+    heldout, first = _heldout(recipe, tokenizer)
     points = curve(folder)
     by_length = _by_length(folder) if _group(recipe) == "translation" else []
     return Run(
@@ -166,16 +199,15 @@ def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
     )
 
 
-def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer, model: ModelConfig) -> tuple[Numbered, str]:
+def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer) -> tuple[Numbered, str]:
     """Held-out rows, and a text of theirs to look at."""
+    heldout = _rows(recipe)[1]
     if isinstance(recipe, Recipe):
-        rows = text_rows(recipe)[1]
-        row = rows.row(0)
-        return rows, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
-    tasks = open_tasks(recipe, tokenizer, model.family)
+        row = heldout.row(0)
+        return heldout, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
     lines = read_lines(Path(recipe.run) / "predictions.jsonl")
     texts = sorted((line["source"] for line in lines if "source" in line), key=lambda text: abs(len(text.split()) - 14))
-    return task_rows(recipe, tasks, tokenizer)[1], texts[0] if texts else "She said that it was late."
+    return heldout, texts[0] if texts else "She said that it was late."
 
 
 def curve(folder: Path) -> list[Point]:

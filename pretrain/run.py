@@ -103,7 +103,8 @@ def train(config: Pretrain, place: Place) -> None:
     recorder.event("started", world=place.world, **chosen, pid=os.getpid())
     start = from_first_rank(engine, lambda: fingerprint(config.model))
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
-    recorder.event("data", **facts[-1], fingerprint=rows[-1].fingerprint, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
+    prints = {"fingerprint": rows[-1].fingerprint, "heldout_fingerprint": heldout.fingerprint}
+    recorder.event("data", **facts[-1], **prints, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
         folder = from_first_rank(engine, lambda: newest(home, recorder))
