@@ -4,10 +4,10 @@ In: a Finetune recipe and rank facts. Out: the run folder, with predictions.json
 a trivial system). `train` continues by itself from the newest checkpoint that verifies; which one was best is read from the checkpoints.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,18 @@ from modeling.config import Family, ModelConfig, Refused
 from modeling.counts import train_flops_per_row
 from modeling.lora import adapt
 from modeling.transformer import Transformer
-from pretrain import budget, heartbeat, storage, tokenizer
+from pretrain import budget, storage, tokenizer
 from pretrain.checkpoint import State, open_checkpoint
 from pretrain.engine import Engine, Place
 from pretrain.layout import stack
-from pretrain.lease import Lease, take_generation
 from pretrain.loader import Loader
 from pretrain.metrics import Recorder
-from pretrain.run import from_first_rank, newest, peak
+from pretrain.run import from_first_rank, newest, peak, take_turn
 from pretrain.saving import Checkpointer
 from pretrain.stages import Part
 from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
 from pretrain.tokenizer import Tokenizer
-from pretrain.train import Progress
+from pretrain.train import Progress, Work
 from pretrain.train import train as train_loop
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -88,14 +87,8 @@ def train(config: Finetune, place: Place) -> None:
     rows, heldout = open_rows(config, tasks, vocabulary)
     answers = budget.answered(config, model, [stack([rows.empty_row()] * config.micro_rows)], place)
     engine = Engine(_initialised(model, state, config), answers, place)
-    home = storage.home(run, config.checkpoints.storage)
-    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
-    heartbeat.end_when_superseded(lease)
-    recorder = Recorder(run, place, lease.generation)
-    storage.told = recorder.event
+    lease, recorder = take_turn(config, engine)
     weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
-    chosen = {"zero_stage": config.engine.zero_stage, "precision": engine.precision, "recompute": engine.recompute}
-    recorder.event("started", world=place.world, **chosen, pid=os.getpid())
     prints = {"fingerprint": rows.fingerprint, "heldout_fingerprint": heldout.fingerprint}
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, **prints)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
@@ -108,7 +101,7 @@ def train(config: Finetune, place: Place) -> None:
     }
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(home, recorder))
+        folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
         return _resume(storage.location(folder), engine, config, rows, began, recorder, judge) if folder else None
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
@@ -124,38 +117,21 @@ def train(config: Finetune, place: Place) -> None:
             extra={**progress.kept, "scores": scores, "history": judge.history, "best": judge.best, **facts},
         )
 
-    def load(progress: Progress) -> Loader:
-        return Loader(
-            [rows],
-            [Part(config.row_length, config.step_rows, config.micro_rows)],
-            start=progress.step,
-            stop=config.steps,
-            rank=engine.rank,
-            world=engine.world,
-            prefetch=config.prefetch,
-            skips=progress.skips,
-            pin=place.device == "cuda",
-            counts=engine.counts,
-        )
-
+    flops, full = config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source), peak(engine)
     with closing(recorder):
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **judge.score(0))
-        train_loop(
-            config,
-            engine,
-            load,
-            Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
-            recorder,
-            progress,
-            score=lambda complete: judge.score(progress.step),
-            describe=describe,
-            restore=restore,
-            flops=lambda step: config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
-            peak_flops=peak(engine),
+        saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
+        work = Work(
+            partial(_loader, config, rows, engine),
+            lambda complete: judge.score(progress.step),
+            describe,
+            restore,
+            lambda step, seconds: flops / seconds / full,
             enough=judge.enough,
         )
+        train_loop(config, engine, saves, recorder, progress, work)
         if progress.step == config.steps or judge.enough():
             judge.finish(recorder)
 
@@ -193,6 +169,21 @@ def open_rows(config: Finetune, tasks: Sequence[Task], vocabulary: Tokenizer) ->
     room = room_for([*sets, *dev], config.row_length)
     weights = [getattr(task, "weight", 1.0) for task in (config.task, *config.more)]
     return Rows(sets, room, vocabulary.pad, weights, config.seed), Rows(dev, room, vocabulary.pad, [1.0], None)
+
+
+def _loader(config: Finetune, rows: Rows, engine: Engine, progress: Progress) -> Loader:
+    return Loader(
+        [rows],
+        [Part(config.row_length, config.step_rows, config.micro_rows)],
+        start=progress.step,
+        stop=config.steps,
+        rank=engine.rank,
+        world=engine.world,
+        prefetch=config.prefetch,
+        skips=progress.skips,
+        pin=engine.place.device == "cuda",
+        counts=engine.counts,
+    )
 
 
 def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Finetune) -> Transformer:

@@ -19,7 +19,7 @@ from pretrain import budget, heartbeat, storage, tokenizer
 from pretrain import prepare as preparation
 from pretrain.batches import Rows
 from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
-from pretrain.config import Pretrain, Source, Start
+from pretrain.config import Pretrain, Source, Start, Training
 from pretrain.corpus import corpus_fingerprint, documents, is_heldout
 from pretrain.engine import Engine, Place
 from pretrain.evaluate import evaluate, unigram_loss
@@ -32,7 +32,7 @@ from pretrain.shards import Shards
 from pretrain.stages import parts, where
 from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
 from pretrain.tokenizer import Tokenizer
-from pretrain.train import Progress
+from pretrain.train import Progress, Work
 from pretrain.train import train as train_loop
 
 T = TypeVar("T")
@@ -94,32 +94,15 @@ def train(config: Pretrain, place: Place) -> None:
     micros = (stack([r.empty_row()] * part.micro_rows) for part, r in zip(plan, rows, strict=True))
     answers = budget.answered(config, model, micros, place)
     engine = Engine(initialised(model, weights, config.seed), answers, place, len(heldout.parts))
-    home = storage.home(run, config.checkpoints.storage)
-    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
-    heartbeat.end_when_superseded(lease)
-    recorder = Recorder(run, place, lease.generation)
-    storage.told = recorder.event
-    chosen = {"zero_stage": config.engine.zero_stage, "precision": engine.precision, "recompute": engine.recompute}
-    recorder.event("started", world=place.world, **chosen, pid=os.getpid())
+    lease, recorder = take_turn(config, engine)
     start = from_first_rank(engine, lambda: fingerprint(config.model))
     facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
     prints = {"fingerprint": rows[-1].fingerprint, "heldout_fingerprint": heldout.fingerprint}
     recorder.event("data", **facts[-1], **prints, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(home, recorder))
+        folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
         return _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder) if folder else None
-
-    def score(complete: bool) -> dict[str, Any]:
-        num_rows = heldout.num_rows if complete else config.evaluate_rows
-        scores = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
-        if complete and place.rank == 0:
-            scores["unigram_loss"] = unigram_loss(rows[-1], heldout, model.vocab_size)
-        if config.ema:
-            with engine.averaged():
-                averaged = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
-            scores |= {f"{name}_ema": averaged[name] for name in averaged if name != "heldout_targets"}
-        return scores
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
@@ -133,28 +116,32 @@ def train(config: Pretrain, place: Place) -> None:
             extra={**progress.kept, "scores": scores, "model": model.model_dump(mode="json"), "start": start},
         )
 
-    def flops(step: int) -> float:
-        part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
-        return part.step_rows * train_flops_per_row(model, room.tokens, room.source)
+    full = peak(engine)
 
+    def mfu(step: int, seconds: float) -> float:
+        part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
+        return part.step_rows * train_flops_per_row(model, room.tokens, room.source) / seconds / full
+
+    score = partial(_scored, config, engine, rows[-1], heldout, model.vocab_size)
     with closing(recorder):
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **score(False))
-        train_loop(
-            config,
-            engine,
-            partial(_loader, config, rows, engine),
-            Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event),
-            recorder,
-            progress,
-            score=score,
-            describe=describe,
-            restore=restore,
-            flops=flops,
-            peak_flops=peak(engine),
-            parts=heldout.parts,
-        )
+        saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
+        work = Work(partial(_loader, config, rows, engine), score, describe, restore, mfu, parts=heldout.parts)
+        train_loop(config, engine, saves, recorder, progress, work)
+
+
+def take_turn(config: Training, engine: Engine) -> tuple[Lease, Recorder]:
+    """All ranks of an attempt begin: they take the run's next generation, and say that they have started."""
+    home = storage.home(Path(config.run), config.checkpoints.storage)
+    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
+    heartbeat.end_when_superseded(lease)
+    recorder = Recorder(Path(config.run), engine.place, lease.generation)
+    storage.told = recorder.event
+    chosen = {"zero_stage": engine.stage, "precision": engine.precision, "recompute": engine.recompute}
+    recorder.event("started", world=engine.place.world, **chosen, pid=os.getpid())
+    return lease, recorder
 
 
 def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
@@ -190,6 +177,19 @@ def newest(home: storage.Location, recorder: Recorder) -> str | None:
     """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
     checkpoint = newest_verified(home, recorder.event)
     return None if checkpoint is None else str(checkpoint.folder)
+
+
+def _scored(config: Pretrain, engine: Engine, rows: Rows, heldout: Rows, vocab_size: int, complete: bool) -> dict[str, Any]:
+    """Held-out losses, by the averaged weights too where there are any; `complete`: of all rows, beside the simplest model's."""
+    num_rows = heldout.num_rows if complete else config.evaluate_rows
+    scores = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
+    if complete and engine.place.rank == 0:
+        scores["unigram_loss"] = unigram_loss(rows, heldout, vocab_size)
+    if config.ema:
+        with engine.averaged():
+            averaged = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
+        scores |= {f"{name}_ema": averaged[name] for name in averaged if name != "heldout_targets"}
+    return scores
 
 
 def _read_so_far(config: Pretrain, rows: list[Rows], step: int) -> Rows:

@@ -61,39 +61,34 @@ class Progress:
         vars(self).update(vars(replace(earlier, skips=[*self.skips, skipped])))
 
 
-def train(
-    config: Training,
-    engine: Engine,
-    load: Callable[[Progress], Iterable[StepRows]],
-    checkpointer: Checkpointer,
-    recorder: Recorder,
-    progress: Progress,
-    *,
-    score: Callable[[bool], dict[str, Any]],
-    describe: Callable[[Progress, dict[str, Any]], State],
-    restore: Callable[[], Progress | None],
-    flops: Callable[[int], float],
-    peak_flops: float,
-    enough: Callable[[], bool] = lambda: False,
-    parts: Sequence[str] = (),
-) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What a kind of run brings to the loop. Every rank calls each of these equally often."""
+
+    load: Callable[[Progress], Iterable[StepRows]]  # the rows of each step from where the run stands
+    score: Callable[[bool], dict[str, Any]]  # evaluates; True: completely
+    describe: Callable[[Progress, dict[str, Any]], State]  # progress and scores as the state that a checkpoint records
+    restore: Callable[[], Progress | None]  # the last verified checkpoint into the engine, and where it stood; None: there is none
+    mfu: Callable[[int, float], float]  # of a step that took so many seconds
+    enough: Callable[[], bool] = lambda: False  # ends training before its last step
+    parts: Sequence[str] = ()  # of a mixture of objectives
+
+
+def train(config: Training, engine: Engine, checkpointer: Checkpointer, recorder: Recorder, progress: Progress, work: Work) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (see StopRequest).
 
-    `load(progress)` gives the rows of each step from there; `score(complete)` evaluates; `describe(progress, scores)` makes the state a
-    checkpoint records; `restore()` puts the last verified checkpoint into the engine and says where it stood, None where there is none;
-    `flops(step)` are those of all ranks; `enough()` ends training before its last step, on all ranks alike; `parts` names those of a
-    mixture of objectives. Raises Refused where `config.spikes` says so, and once a save finds its storage full or refusing.
+    Raises Refused where `config.spikes` says so, and once a save finds its storage full or refusing.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
     began = saved = progress.step
-    for rows in _following(load, progress):
+    for rows in _following(work.load, progress):
         start, start_cpu = time.perf_counter(), time.process_time()
         heartbeat.at("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
         if checkpointer.lasting:
             _saved(checkpointer, progress)
         count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
-        if stopping or enough():
+        if stopping or work.enough():
             break
         factor = lr_factor(config.schedule, rows.step, config.steps)
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
@@ -106,18 +101,18 @@ def train(
             lr=config.optimizer.lr * factor,
             tokens=progress.tokens + tokens,
             tokens_per_s=tokens / seconds,
-            mfu=flops(rows.step) / seconds / peak_flops,
+            mfu=work.mfu(rows.step, seconds),
             seconds=seconds,
             cpu_seconds=time.process_time() - start_cpu,
             peak_bytes=engine.meter.peak(),
             rows_hash=f"{rows_hash:012x}",
-            **_told(rows, step, parts),
+            **_told(rows, step, work.parts),
         )
         recorder.join_scores()
         if rows.step == began:
             recorder.event("stepping", step=rows.step + 1)
         if not step.applied and _went_back(
-            config, recorder, checkpointer, progress, rows, reason(step.loss, step.grad_norm, most), restore
+            config, recorder, checkpointer, progress, rows, reason(step.loss, step.grad_norm, most), work.restore
         ):
             scores = scores if progress.step == rows.step else {}
             continue
@@ -125,18 +120,18 @@ def train(
 
         finished = progress.step == config.steps
         if finished or progress.step % config.evaluate_every == 0:
-            scores = score(finished)
+            scores = work.score(finished)
             recorder.metrics(progress.step, **scores)
         if finished or progress.step % config.checkpoints.every == 0:
-            _save(checkpointer, engine, describe(progress, scores))
+            _save(checkpointer, engine, work.describe(progress, scores))
             scores, saved = {}, progress.step
         heartbeat.at("reading rows")
     if stop.terminated:
         recorder.event("terminated", rank=engine.place.rank, step=progress.step)
     if saved != progress.step:  # lower after a rollback
-        _save(checkpointer, engine, describe(progress, scores))
+        _save(checkpointer, engine, work.describe(progress, scores))
     _saved(checkpointer, progress)
-    recorder.event("finished" if progress.step == config.steps or enough() else "stopped", step=progress.step)
+    recorder.event("finished" if progress.step == config.steps or work.enough() else "stopped", step=progress.step)
 
 
 def micro_seed(seed: int, micro: int) -> int:
