@@ -16,7 +16,7 @@ from modeling.block import ACTIVATIONS, make_norm
 from modeling.config import ModelConfig
 from modeling.crf import CRF
 
-CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**28}  # logits that exist at a time
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at a time
 
 
 class Head(nn.Module):
