@@ -94,13 +94,14 @@ def checkpoint_bytes(config: Training, model: ModelConfig) -> int:
 def traffic(config: Training, model: ModelConfig, world: int, micros: int) -> float:
     """Bytes that each rank sends in a step with `micros` micro batches of its own, as rings send them (ZeRO, section 7).
 
-    Stages 1 and 2: gradients to their owners, weights back; in bf16 at stage 1 those gradients are fp32 (lean.py).
+    Stages 1 and 2: gradients to their owners, weights back; at stage 1 those gradients are fp32 (lean.py).
     Stage 3: weights for forward and for backward, gradients, in every micro. What ranks that share rows send each other is `exchanged`.
     """
     engine, size = config.engine, num_parameters(model) * (world - 1) / world
+    low = 2 if engine.precision == "bf16" else 4
     if _lean(engine):
-        return size * (4 + 2)
-    return size * (2 if engine.precision == "bf16" else 4) * {1: 2, 2: micros + 1, 3: 3 * micros}[engine.zero_stage]
+        return size * (4 + low)
+    return size * low * {1: 2, 2: micros + 1, 3: 3 * micros}[engine.zero_stage]
 
 
 def exchanged(config: Training, model: ModelConfig, batch: Batch, device: str) -> int:
@@ -122,8 +123,8 @@ def lost_share(interval: float, stall: float, restart: float, between_failures: 
 
 
 def _lean(engine: Engine) -> bool:
-    """Whether DeepSpeed takes its BF16_Optimizer, whose steps are ours (lean.py): with offload it does not."""
-    return (engine.zero_stage, engine.precision, engine.offload) == (1, "bf16", False)
+    """Whether the optimizer's steps are ours (lean.py): whole gradients in fp32, no buckets."""
+    return engine.zero_stage == 1 and not engine.offload
 
 
 def _held(config: Training, model: ModelConfig, batch: Batch, device: str) -> Held:
@@ -140,7 +141,7 @@ def _memory(config: Training, size: int, micro: Held, world: int, model: ModelCo
     if engine.zero_stage == 3:
         weights, gradients = low * size // world, low * size // world
         working = micro.peak - micro.kept + (low * min(size, 10**9) if world > 1 else 0)  # gathered weights: stage3_max_live_parameters
-    elif _lean(engine):  # whole fp32 gradients, no bucket
+    elif _lean(engine):
         gradients, bucket = 4 * size + (low * size if accumulates else 0), 0
         working = micro.peak - micro.kept
     else:

@@ -88,7 +88,7 @@ class Engine:
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._zero, _, _ = deepspeed.initialize(None, model, optimizer, config=settings(config, model, place.device))
-        leans = hasattr(self._zero, "bf16_groups") and self.stage == 1
+        leans = self.stage == 1 and not config.engine.offload
         if leans:
             from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
 

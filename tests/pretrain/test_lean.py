@@ -1,4 +1,4 @@
-"""ZeRO-1's step in bf16 beside DeepSpeed's own, in one process, with parameters that only some micro batches give a gradient."""
+"""ZeRO-1's step beside DeepSpeed's own, in one process, with parameters that only some micro batches give a gradient."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def _partly_used(model: Transformer) -> None:
 
 
 def _theirs(engine: Any, zero: Any) -> None:
-    """DeepSpeed's own step, but for its reduction, which rounds to bf16."""
+    """DeepSpeed's own step, but for its reduction in bf16, which rounds."""
     step, engine.buffered_allreduce_fallback, zero.expect = zero.step, lambda *_, **__: None, lambda *_: None
 
     def step_and_tell() -> None:
@@ -38,10 +38,10 @@ def _theirs(engine: Any, zero: Any) -> None:
     zero.step = step_and_tell
 
 
-def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], float, Step | None]]:
+def _both(place: Place, precision: str) -> list[tuple[list[Step], dict[str, Any], float, Step | None]]:
     """Two steps, what the first made, and of ours one more, whose gradient is infinite: ours, then DeepSpeed's."""
     found = []
-    config = recipe("muon", stage=1, precision="bf16")
+    config = recipe("muon", stage=1, precision=precision)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": 0.5})})
     for ours in (True, False):
         lean.lean = lean.lean if ours else _theirs
@@ -57,8 +57,9 @@ def _both(place: Place) -> list[tuple[list[Step], dict[str, Any], float, Step | 
     return found
 
 
-def test_a_step_in_bf16_is_deepspeeds_own_and_an_infinite_norm_is_told() -> None:
-    (ours, state, momentum, bad), (theirs, expected, unclipped, _) = run_processes(1, _both)[0]
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_step_is_deepspeeds_own_and_an_infinite_norm_is_told(precision: str) -> None:
+    (ours, state, momentum, bad), (theirs, expected, unclipped, _) = run_processes(1, _both, precision)[0]
     assert bad is not None and not bad.applied and math.isfinite(bad.loss) and bad.grad_norm == math.inf
     assert min(step.grad_norm for step in ours) > 0.5, "nothing was clipped"
     assert [(s.loss, s.grad_norm) for s in ours] == [pytest.approx((s.loss, s.grad_norm), rel=1e-4) for s in theirs]
@@ -68,12 +69,13 @@ def test_a_step_in_bf16_is_deepspeeds_own_and_an_infinite_norm_is_told() -> None
             torch.testing.assert_close(values, expected[name].tensors[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
-def _three_steps(place: Place) -> list[Step]:
-    return train(engine_of(recipe("muon", stage=1, precision="bf16"), place), 0, 1, 2)
+def _three_steps(place: Place, precision: str) -> list[Step]:
+    return train(engine_of(recipe("muon", stage=1, precision=precision), place), 0, 1, 2)
 
 
-def test_two_ranks_take_the_steps_of_one_in_bf16() -> None:
-    (one,), (first, second) = run_processes(1, _three_steps), run_processes(2, _three_steps)
+@pytest.mark.parametrize(("precision", "distance"), [("bf16", 1e-2), ("fp32", 1e-5)])
+def test_two_ranks_take_the_steps_of_one(precision: str, distance: float) -> None:
+    (one,), (first, second) = run_processes(1, _three_steps, precision), run_processes(2, _three_steps, precision)
     assert first == second and all(step.applied for step in first)
     assert (first[0].loss, first[0].grad_norm) == pytest.approx((one[0].loss, one[0].grad_norm), rel=1e-5)
-    assert [(s.loss, s.grad_norm) for s in first] == [pytest.approx((s.loss, s.grad_norm), rel=1e-2) for s in one]
+    assert [(s.loss, s.grad_norm) for s in first] == [pytest.approx((s.loss, s.grad_norm), rel=distance) for s in one]
