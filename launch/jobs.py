@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from launch import facts
 from launch.config import CLONE, AnyRecipe, resolve_any, write
@@ -105,18 +106,11 @@ class Jobs:
     def status(self, name: str | None, console: Console) -> None:
         """How every run stands, or one of them: from its folder, and from Ray whether its job lives."""
         newest = {job.metadata["name"]: job for job in ([self._find(name)] if name else self._jobs())}
-        rows = [
-            {"run": run, "job": ENDED.get(job.status, job.status.value.lower())}
-            | standing(Path(job.metadata["run"]), thorough=name is not None)
-            for run, job in newest.items()
-        ]
-        shown = [column for column in rows[0] if any(row[column] for row in rows)] if rows else ["run", "job"]
-        table = Table(title=f"runs at {self.address}")
-        for column in shown:
-            table.add_column(column, no_wrap=column in ("run", "job", "step"))  # a narrow terminal folds the others first
-        for row in rows:
-            table.add_row(*(row[column] for column in shown))
-        console.print(table)
+        console.print(f"runs at {self.address}" + ("" if newest else ": none yet"), **_PLAIN)
+        for run, job in newest.items():
+            facts = standing(Path(job.metadata["run"]), thorough=name is not None)
+            console.print(f"{run}: {ENDED.get(job.status, job.status.value.lower())}", **_PLAIN)
+            console.print(Padding(Text(" · ".join(f"{what} {value}" for what, value in facts.items() if value)), (0, 0, 0, 2)))
 
     def stop(self, name: str, wait: float, console: Console) -> None:
         """Ask a run to save and end, and wait until it has; after `wait` seconds end its job without."""

@@ -61,10 +61,10 @@ def standing(run: Path, thorough: bool) -> dict[str, str]:
         "step": str(last["step"]) if last else "",
         "loss": f"{last['loss']:.3f}" if last else "",
         "tokens/s": _short(last["tokens_per_s"]) if last else "",
-        "scores": next((headline(record) for record in reversed(metrics) if "checkpoint" in record), ""),
         "workers": next((str(event["world"]) for event in reversed(events) if event["event"] == "started"), ""),
         "restarts": str(sum(event["event"] == "restarting" for event in events)),
         "verified checkpoint" if thorough else "checkpoint": checkpoint,
+        "scores": next((headline(record) for record in reversed(metrics) if "checkpoint" in record), ""),
     }
 
 

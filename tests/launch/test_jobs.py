@@ -11,15 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.job_submission import JobStatus
+from rich.console import Console
 
 from launch.jobs import Jobs
 from modeling.config import Refused
 from pretrain.lease import committed
-from pretrain.metrics import read_lines
+from pretrain.metrics import append_line, read_lines
 from tests.hosts import Hosts, missing
 
 RECIPE = {
@@ -98,13 +102,13 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
         said = client.communicate(timeout=30)[0]
         assert "2 worker(s) started" in said and "run-left goes on without you. Back to it: trifold logs run-left -f" in said
         assert client.returncode == 0
-    assert re.search(r"run-left +│ running +│ \d+", trifold(hosts, "status").stdout)
+    assert re.search(r"run-left: running\n  step \d+ · loss", trifold(hosts, "status").stdout)
 
     stopped = trifold(hosts, "stop", "run-left")
     assert stopped.returncode == 0, stopped.stderr
     last = step(run)
     assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and committed(run)[-1].name.startswith(f"step-{last:08d}")
-    assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left", COLUMNS="200").stdout
+    assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left").stdout
     assert "does not run any more" in trifold(hosts, "stop", "run-left").stderr
 
     with following(hosts, "resume", "run-left"):
@@ -124,6 +128,22 @@ def test_a_wrong_token_and_an_unknown_run_are_one_sentence_each(tmp_path):
         assert said.returncode == 1 and "it does not accept this token" in said.stderr and said.stderr.count("\n") == 1, said.stderr
         said = trifold(hosts, "logs", "nobody")
         assert said.returncode == 1 and f"{hosts.jobs} has no run nobody. The runs there: none yet." in said.stderr
+
+
+def test_every_fact_of_a_run_can_be_read_on_80_columns(tmp_path, monkeypatch):
+    jobs, console = object.__new__(Jobs), Console(width=80, record=True, file=StringIO())
+    jobs.address = "http://10.0.0.1:8265"
+    job = SimpleNamespace(metadata={"name": "a-run-with-a-name", "run": str(tmp_path)}, status=JobStatus.STOPPED)
+    monkeypatch.setattr(jobs, "_jobs", lambda: [job])
+    append_line(tmp_path / "events.jsonl", {"event": "started", "world": 64})
+    append_line(tmp_path / "metrics.jsonl", {"step": 123456, "loss": 3.412, "tokens_per_s": 123456.0})
+    scores = {"novels/heldout_loss": 3.456, "wnut17/f1": 31.2}
+    append_line(tmp_path / "metrics.jsonl", {"step": 123000, "checkpoint": "step-00123000-g0003", **scores})
+    jobs.status(None, console)
+    said = console.export_text()
+    assert all(len(line) <= 80 for line in said.splitlines()) and "a-run-with-a-name: stopped by Ray\n" in said
+    facts = "step 123456 · loss 3.412 · tokens/s 123.5k · workers 64 · restarts 0 · checkpoint none"
+    assert f"{facts} · scores step 123000: novels/heldout_loss 3.456, wnut17/f1 31.200" in " ".join(said.split())
 
 
 def test_an_address_where_nobody_takes_jobs_is_refused_within_seconds():
