@@ -148,7 +148,7 @@ def _memory(config: Training, size: int, micro: Held, world: int, model: ModelCo
         if accumulates and engine.offload:  # added up in host memory; in bf16 at stage 1 their sum in fp32 is here too
             gradients = 4 * size if (engine.zero_stage, engine.precision) == (1, "bf16") else 0
         elif accumulates:
-            gradients = {1: 8 * size, 2: 4 * size // world}[engine.zero_stage]
+            gradients = 4 * size // world
         first = 4 * model.vocab_size * model.dim  # the head's gradient is there when the bucket is made
         working = max(first, micro.peak - micro.kept - bucket)
     return Memory(weights, 0 if engine.offload else own, gradients, bucket, micro.kept, working)
