@@ -102,17 +102,18 @@ def settle(recipe: AnyRecipe) -> list[Change]:
     file = Path(recipe.run) / "config.yaml"
     changes: list[Change] = []
     home = storage.home(file.parent, recipe.checkpoints.storage)
-    if (file.parent / "tokenizer").exists():  # made first; before it, nothing depends on the recipe
-        steps = [record["step"] for record in read_lines(file.parent / "metrics.jsonl")]
-        changes = differences(resolve(file, kind=type(recipe)), recipe, max(steps, default=0))  # type: ignore[type-var]
-        if steps and recipe.checkpoints.storage is not None and newest_generation(home) == 0:
-            raise Refused(
-                f"{recipe.run} has trained {max(steps)} steps, and {home} holds nothing of it: checkpoints.storage knows a run by the"
-                " name of its folder. Give the folder back its name."
-            )
-    elif found := committed(home):  # a folder that is new here, of a run that was trained elsewhere
+    made = (file.parent / "tokenizer").exists()  # first; before it, nothing here depends on the recipe
+    steps = max((record["step"] for record in read_lines(file.parent / "metrics.jsonl")), default=0)
+    if not (made and steps) and (found := committed(home)):  # a folder that is new here, of a run that was trained elsewhere
         state = read_marker(found[-1])["state"]
         changes = differences(checked(type(recipe), state["config"], {}, str(found[-1])), recipe, state["step"])
+    elif made:
+        changes = differences(resolve(file, kind=type(recipe)), recipe, steps)  # type: ignore[type-var]
+        if steps and recipe.checkpoints.storage is not None and newest_generation(home) == 0:
+            raise Refused(
+                f"{recipe.run} has trained {steps} steps, and {home} holds nothing of it: checkpoints.storage knows a run by the"
+                " name of its folder. Give the folder back its name."
+            )
     if unsafe := [change for change in changes if not change.safe]:
         said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
         raise Refused(

@@ -7,6 +7,8 @@ import pytest
 from launch.changes import SAFE, differences, settle
 from launch.config import FinetuneRecipe, Recipe, flatten, resolve
 from modeling.config import Refused
+from pretrain.checkpoint import render_marker
+from pretrain.lease import COMMIT
 from pretrain.metrics import append_line
 
 BASE = {
@@ -126,3 +128,16 @@ def test_an_existing_folder_refuses_each_unsafe_key_and_keeps_its_recipe(tmp_pat
     assert resolve(tmp_path / "run" / "config.yaml").seed == 0
     assert [change.key for change in settle(recipe(run=run, cluster__workers=4))] == ["cluster.workers"]
     assert resolve(tmp_path / "run" / "config.yaml").cluster.workers == 4
+
+
+def test_a_folder_that_was_only_prepared_here_is_compared_with_the_checkpoint_that_was_trained_elsewhere(tmp_path):
+    there = {"run": str(tmp_path / "run"), "checkpoints__storage": str(tmp_path / "store")}
+    settle(recipe(**there))
+    (tmp_path / "run" / "tokenizer").mkdir()
+    assert [change.key for change in settle(recipe(**there, seed=7))] == ["seed"]  # nothing is trained anywhere
+    checkpoint = tmp_path / "store" / "run" / "checkpoints" / "step-00000010-g0001"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 10, "config": recipe(**there).model_dump(mode="json")}
+    (checkpoint / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
+    with pytest.raises(Refused, match="seed: 0 there, 7 here"):
+        settle(recipe(**there, seed=7))
