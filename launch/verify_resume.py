@@ -85,7 +85,7 @@ def draw_legs(recipe: AnyRecipe, kills: int, seed: int) -> list[Leg]:
     sharing = recipe.engine.sequence_parallel
     most = max(2, recipe.cluster.workers) // sharing * sharing
     worlds = range(sharing, most + 1, sharing)
-    stages = (1, 2) if recipe.engine.compile or recipe.engine.fp8 else (1, 2, 3)
+    stages = (1, 2) if recipe.engine.fp8 else (1, 2, 3)
     usual = (most, recipe.engine.zero_stage)
     legs = [Leg("straight", *usual)]
     for run, count in (("same", kills - kills // 2), ("moved", kills // 2)):

@@ -83,14 +83,15 @@ class Visibility:
 
     def added(self) -> tuple[Tensor, Tensor]:
         """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which queries (B, 1, Q, 1) see a key."""
-        if self._added is None:  # no cached_property: in Python 3.11 it takes a lock, and a compiler stops there
-            mask: Tensor = self.mask
-            seen = mask if mask.dtype == torch.bool else mask > float("-inf")
-            scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
-            added = scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
+        if self._added is not None:  # no cached_property: in Python 3.11 it takes a lock, and a compiler stops there
+            return self._added
+        mask: Tensor = self.mask
+        seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+        scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
+        added = scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
+        if not torch.compiler.is_compiling():  # else the first block that is compiled by itself would have another graph than the rest
             object.__setattr__(self, "_added", added)
-        assert self._added is not None
-        return self._added
+        return added
 
     def _mask(self) -> Any:
         if self.query_segments is None:

@@ -108,7 +108,7 @@ class Engine(Settings):
     # bf16: weights too, fp32 master; autocast: fp32 weights; auto: bf16 where every rank's device is fast in it, else fp32 (precision.py)
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "fp32"
     recompute: Literal["auto"] | bool = False  # activations, block by block; auto: where memory would not suffice without (budget.py)
-    compile: bool = False
+    compile: bool = False  # training: the whole model, at stage 3 block by block (compile.py)
     cuda_graphs: bool = False  # with compile: forward and backward are launched as one each; pays where a step is short
     fp8: bool = False  # products of the linear maps inside blocks, in bf16 training on GPUs that have it (fp8.py)
     offload: bool = False  # optimizer state in host memory
@@ -129,7 +129,12 @@ class Engine(Settings):
             raise Refused(f"{what} ({length}) must be a multiple of engine.sequence_parallel ({self.sequence_parallel}), to be cut up")
 
     def fits(self, model: ModelConfig) -> None:
-        """Raises Refused where ranks cannot share the rows of this model."""
+        """Raises Refused where ranks cannot share the rows of this model, or it has no blocks to compile."""
+        if self.compile and self.zero_stage == 3 and model.cell != "attention":
+            raise Refused(
+                f"engine.compile goes block by block at zero_stage 3, and a model of cell {model.cell} has no blocks:"
+                " set it to false, or zero_stage to 1 or 2"
+            )
         said = f"engine.sequence_parallel ({self.sequence_parallel})"
         if self.sequence_parallel > 1 and (model.cell != "attention" or model.spans):
             what = "a head of spans compares all of a row" if model.spans else f"a model of cell {model.cell} reads it step by step"
@@ -140,17 +145,14 @@ class Engine(Settings):
 
     @model_validator(mode="after")
     def _go_together(self) -> "Engine":
-        if self.compile and self.zero_stage == 3:
-            raise ValueError(
-                "compile does not work at zero_stage 3, where the compiled head sees the weights that ZeRO gathers with 0 elements:"
-                " set compile to false, or zero_stage to 1 or 2"
-            )
         if self.fp8 and self.zero_stage == 3:
             raise ValueError("fp8 does not go with zero_stage 3, as its linear maps keep every gathered weight until backward: take 2")
         if self.fp8 and self.precision in ("fp32", "autocast"):
             raise ValueError(f"fp8 wants precision bf16, and it is {self.precision}: set that, or fp8 to false")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs launches compiled code at once: set compile to true, or cuda_graphs to false")
+        if self.cuda_graphs and self.zero_stage == 3:
+            raise ValueError("cuda_graphs reads weights where they lay before, and zero_stage 3 gathers them elsewhere: set it to false")
         if self.cuda_graphs and self.sequence_parallel > 1:
             raise ValueError(f"cuda_graphs holds no exchange between sequence_parallel ({self.sequence_parallel}) ranks: set it to false")
         return self

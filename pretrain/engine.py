@@ -26,6 +26,7 @@ from modeling.config import Generation
 from modeling.generate import generate
 from modeling.transformer import Transformer
 from pretrain import heartbeat
+from pretrain.compile import compile_blocks, compile_whole, plain_linear
 from pretrain.config import Training
 from pretrain.fp8 import to_fp8
 from pretrain.meter import Meter, keep_freed_pages
@@ -86,6 +87,11 @@ class Engine:
         if self.precision == "autocast":
             # Not DeepSpeed's torch_autocast: that gathers weights and reduces gradients in bf16, and at stage 3 no two runs agree.
             model.forward = torch.autocast(place.device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        self._graphs = config.engine.cuda_graphs
+        if config.engine.compile and self.stage == 3:
+            compile_blocks(model)
+        elif config.engine.compile:
+            compile_whole(model, self._graphs)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._zero, _, _ = deepspeed.initialize(None, model, optimizer, config=settings(config, model, place.device))
         leans = self.stage == 1 and not config.engine.offload
@@ -93,10 +99,8 @@ class Engine:
             from pretrain.lean import lean  # DeepSpeed must know its accelerator before it is imported
 
             lean(self._engine, self._zero)
-        self._graphs, self._plain = config.engine.cuda_graphs, model.forward
-        if config.engine.compile:  # not DeepSpeed's `compile`: evaluations would be compiled too
-            mode = "reduce-overhead" if self._graphs else None
-            model.forward = torch.compile(model.forward, dynamic=False, mode=mode)  # type: ignore[method-assign]
+        if config.engine.compile and self.stage == 3:
+            plain_linear()
         self.device: torch.device = self._engine.device
         cuda = self.device.type == "cuda"
         self._chance = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
@@ -162,13 +166,9 @@ class Engine:
 
     @torch.no_grad()
     def _asked(self, batch: Batch, **what: bool) -> Any:
-        """Never compiled: that takes a minute, and in torch 2.11 FlexAttention without a gradient then reads memory that is not its own."""
         heartbeat.at("evaluating")
         self._engine.eval()
-        model = self._engine.module
-        training, model.forward = model.forward, self._plain
         found = self._engine(self._neighbours.own(batch.to(self.device)), **what)
-        model.forward = training
         self._engine.train()
         return found
 

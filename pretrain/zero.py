@@ -14,6 +14,8 @@ def settings(config: Training, model: Transformer, device: str) -> dict[str, Any
     zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if model.config.cell != "attention":  # gathered once for all its steps: ranks take unequally many, and must gather equally often
         zero["leaf_module"] = {"classes": ["RecurrentStack"]}
+    elif config.engine.compile:  # a block's graph wants all its weights (compile.py)
+        zero["leaf_module"] = {"classes": ["Block"]}
     if config.engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     found: dict[str, Any] = {

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("launch", "finetune", "pretrain", "modeling")  # each may import itself and what stands to its right
 HOMES = {
     "ray": ("launch/",),
-    "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/slices.py", "pretrain/muon.py", "pretrain/lean.py"),
+    "deepspeed": tuple(f"pretrain/{name}.py" for name in ("engine", "checkpoint", "slices", "muon", "lean", "compile")),
     "sentencepiece": ("pretrain/tokenizer.py", "launch/bench/data.py"),  # whose own speed ours is set beside
     "obstore": ("pretrain/objects.py",),
     "torchao": ("pretrain/fp8.py",),

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling import attention
+from modeling.attention import Visibility
 from modeling.batch import Batch
 from modeling.memory import held
 from modeling.transformer import build
@@ -56,6 +59,23 @@ def test_packed_rows_of_changing_content_run_in_one_graph_that_is_compiled_once(
     for seed in range(3):
         compiled(batch(name, seed)).backward()
     assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_that_are_given_a_mask_of_blocks_are_compiled_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA at ZeRO-3 (pretrain/compile.py), forward alone: FlexAttention has no backward on the CPU."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    monkeypatch.setattr(attention, "_flex", lambda: (flex_attention, create_block_mask))
+    monkeypatch.setattr(Visibility, "_mask", Visibility.blocks)
+    model = build(CONFIGS["modernbert"], 0)
+    with torch.no_grad():
+        expected = [model(batch("modernbert", seed)) for seed in range(3)]
+        for block in model.encoder.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False, backend=graphs, fullgraph=True)
+        assert [model(batch("modernbert", seed)) for seed in range(3)] == expected
+    assert graphs.frame_count == 2  # with a window and without
     torch._dynamo.reset()
 
 
