@@ -58,7 +58,7 @@ def _training(plain: Callable[..., Any], mode: str | None) -> Callable[..., Any]
 
 def _with_gradient(block: Block, args: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     """What comes from frozen embeddings has no gradient, and DeepSpeed takes a leaf's backward for done before it began if its input has
-    none: it would reduce gradients of nothing, silently."""
+    none: it reduces gradients that are not there yet, and lets go of weights that are still needed."""
     x_BTD, *shared = args
     if torch.is_grad_enabled() and not x_BTD.requires_grad:
         x_BTD = x_BTD.detach().requires_grad_()
