@@ -118,7 +118,8 @@ def settle(recipe: AnyRecipe) -> list[Change]:
         said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
         raise Refused(
             f"{home} is a run of another recipe, and these keys change what was trained so far:\n{said}\n"
-            "Give them back their values to continue it, or name another folder with run=..."
+            "Give them back their values to continue it, or name another folder with run=...,"
+            " which model.from=... begins with the weights of a published one."
         )
     write(recipe, file)
     return changes

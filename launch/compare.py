@@ -6,7 +6,6 @@ more recipe adds one more model.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -31,7 +30,6 @@ from pretrain.batches import Numbered
 from pretrain.metrics import ended, read_lines
 from pretrain.published import read_json
 from pretrain.run import open_rows as text_rows
-from pretrain.run import prepare
 from pretrain.start import begin
 from pretrain.tokenizer import Tokenizer
 
@@ -87,11 +85,13 @@ def compare(recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word:
     if word:
         ends(sentence or "", word)
     comparable(recipes)
-    finished = [_finished(recipe) for recipe in recipes]
-    for recipe, done in zip(recipes, finished, strict=True):
-        if not done:
+    finished = [recipe for recipe in recipes if _finished(recipe)]
+    _same_rows(finished)
+    for recipe in recipes:
+        if recipe not in finished:
             console.rule(recipe.run)
             finetune(recipe, console) if isinstance(recipe, FinetuneRecipe) else pretrain(recipe, console)
+    _same_rows(recipes)
     runs = []
     for recipe in recipes:
         console.print(f"measuring {recipe.run}", highlight=False)
@@ -133,10 +133,7 @@ def _shape(recipe: AnyRecipe) -> ModelConfig:
 
 
 def _finished(recipe: AnyRecipe) -> bool:
-    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or scores the model anew.
-
-    Raises Refused where it is at its end, and the data that the recipe names are not those any more.
-    """
+    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or scores the model anew."""
     file = Path(recipe.run) / "config.yaml"
     if not file.exists() or any(
         not change.key.startswith(ELSEWHERE)
@@ -146,25 +143,22 @@ def _finished(recipe: AnyRecipe) -> bool:
     end = ended(Path(recipe.run))
     steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
     if isinstance(recipe, FinetuneRecipe):
-        done = end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
-    else:
-        done = end == "finished" and steps >= recipe.steps
-    if done:
-        _check_data(recipe)
-    return done
+        return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
+    return end == "finished" and steps >= recipe.steps
 
 
-def _check_data(recipe: AnyRecipe) -> None:
-    """Refuse a finished run that learned from, or was scored on, other rows than the files of its recipe make now."""
-    if isinstance(recipe, Recipe):
-        prepare(recipe, os.cpu_count() or 1, lambda what, done: None)  # only where files are not as they were
-    told = [event for event in read_lines(Path(recipe.run) / "events.jsonl") if event["event"] == "data"][-1]
-    for key, rows in zip(("fingerprint", "heldout_fingerprint"), _rows(recipe), strict=True):
-        if told.get(key, rows.fingerprint) != rows.fingerprint:  # runs of before held-out ones were written down count
-            raise Refused(
-                f"{recipe.run} is finished with rows of {key} {told[key]}, and its recipe's files make rows of {rows.fingerprint} now: they"
-                " (or, in another version of Trifold, the way rows are made) have changed. Give another `run` folder to train it anew."
-            )
+def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
+    """Refuse runs of one group that learned from, or were scored on, unlike rows: their files have changed from one run to the other.
+    Families may read the same examples in unlike rows."""
+    for a, b in combinations(recipes, 2):
+        if (_group(a), _shape(a).family) == (_group(b), _shape(b).family):
+            left, right = ([e for e in read_lines(Path(r.run) / "events.jsonl") if e["event"] == "data"][-1] for r in (a, b))
+            for key in left.keys() & right.keys() & {"fingerprint", "heldout_fingerprint"}:
+                if left[key] != right[key]:
+                    raise Refused(
+                        f"{a.run} has rows of {key} {left[key]}, and {b.run} of {right[key]}: the files that both name (or, in another"
+                        " version of Trifold, the way rows are made) have changed in between. Give one another `run` folder."
+                    )
 
 
 def _rows(recipe: AnyRecipe) -> tuple[Any, Any]:

@@ -34,6 +34,10 @@ class Cluster(Settings):
     threads_per_worker: int = Field(default=0, ge=0)  # 0: the machine's cores shared among its workers
     max_restarts: int = Field(default=3, ge=0)  # after failures in a row, with no checkpoint saved between them
 
+    def threads(self, ranks: int) -> int:
+        """Of each of so many ranks on this machine."""
+        return self.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks)
+
     @property
     def least(self) -> int:
         """The workers that the run needs to go on."""

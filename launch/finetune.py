@@ -4,7 +4,6 @@ In: a recipe, or a published folder and texts. Out: a run folder with scores.jso
 """
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +37,7 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
         run.prepare(recipe, watch.prepared)
         with stopping(folder) as stop:
             if recipe.cluster.workers == 0:
-                threads = recipe.cluster.threads_per_worker or os.cpu_count() or 1
-                run.train(recipe, Place(0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, threads))
+                run.train(recipe, Place(0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, recipe.cluster.threads(1)))
             else:
                 from launch import cluster  # imports Ray: 2 s
 

@@ -192,7 +192,7 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     """A few steps of one and of two micros on this machine, and a few saves beside the run folder, by one rank."""
     if where.device == "cuda" and not torch.cuda.is_available():
         raise Refused("there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a run's folder")
-    place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads_per_worker or 1)
+    place = Place(0, 1, 0, "cuda" if where.device == "cuda" else "cpu", None, recipe.cluster.threads(max(1, recipe.cluster.workers)))
     alone = recipe.engine.model_copy(update={"sequence_parallel": 1})
     one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows, "engine": alone})
     batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)

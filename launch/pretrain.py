@@ -142,7 +142,4 @@ def _settled(recipe: Recipe, console: Console) -> Watch:
 
 def _here(recipe: Recipe) -> Place:
     """This process as the only rank."""
-    threads = recipe.cluster.threads_per_worker or os.cpu_count() or 1
-    return Place(
-        rank=0, world=1, local_rank=0, device="cuda" if recipe.cluster.gpus_per_worker else "cpu", init_method=None, threads=threads
-    )
+    return Place(0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, recipe.cluster.threads(1))

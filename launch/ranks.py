@@ -30,7 +30,7 @@ class Ranks:
     def __init__(self, recipe: AnyRecipe, train: Train, world: int, log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="trifold-")
         meet = f"file://{self._folder.name}/meet" if world > 1 else None
-        threads = recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // world)
+        threads = recipe.cluster.threads(world)
         cuda = recipe.cluster.gpus_per_worker > 0
         if not cuda:  # its accelerator named, DeepSpeed touches no device when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"

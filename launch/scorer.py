@@ -5,7 +5,6 @@ A text is scored as training scores its own held-out rows. A task's recipe is ta
 no Ray, and it writes nothing into the run folder. Cost: the checkpoint is read once, then each text once, and each task's own steps.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +129,7 @@ def score_here(recipe: Recipe, tasks: Tasks) -> None:
     run, name = Path(recipe.run), committed(home_of(Path(recipe.run)))[-1].name
     if name not in scored(run):
         try:
-            hand_over(run, Scorer(recipe, tasks, recipe.cluster.threads_per_worker or os.cpu_count() or 1).score(name))
+            hand_over(run, Scorer(recipe, tasks, recipe.cluster.threads(1)).score(name))
         except Exception as error:  # whatever a task raises: the run is trained
             tell(run, "scoring_failed", checkpoint=name, reason=why(error))
 

@@ -91,7 +91,7 @@ def _place(recipe: "AnyRecipe", file: str | None) -> "Place":
         local_rank=context.get_local_rank(),
         device="cuda" if gpus else "cpu",
         init_method=file,  # the training function makes the process group
-        threads=recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size()),
+        threads=recipe.cluster.threads(context.get_local_world_size()),
     )
 
 

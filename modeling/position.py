@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modeling.config import ModelConfig
 
@@ -145,6 +146,7 @@ class _Turn(torch.autograd.Function):
         return _turned(x_BNTH, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turned(grad_outputs[0], cos, -sin), None, None

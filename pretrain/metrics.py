@@ -108,7 +108,7 @@ class Recorder:
 
 def peak_flops(place: Place, dtype: torch.dtype) -> float:
     """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else the best of the matrix products
-    of `dtype` that fit into 0.2 s here."""
+    of `dtype` that fit into 0.2 s here, on a CPU by one thread, times threads: two that wait for each other tell how busy a machine is."""
     if place.device == "cuda":
         name = torch.cuda.get_device_name(place.local_rank)
         for part, peak in PEAK_FLOPS.items():
@@ -117,8 +117,11 @@ def peak_flops(place: Place, dtype: torch.dtype) -> float:
     side = 4096 if place.device == "cuda" else 256  # on a busy CPU the larger one never runs undisturbed: 25 GFLOP/s of 80
     a = torch.randn(side, side, device=place.device, dtype=dtype)
     seconds: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     while sum(seconds) < 0.2:
         start = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    torch.set_num_threads(threads)
+    return 2 * side**3 / min(seconds) * (1 if place.device == "cuda" else place.threads)

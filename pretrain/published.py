@@ -20,6 +20,7 @@ from modeling.config import Generation, ModelConfig, Refused
 from modeling.huggingface import decoding, export, restore
 from modeling.huggingface.generation import write_generation
 from pretrain import storage
+from pretrain.roles import absent
 from pretrain.tokenizer import Tokenizer
 
 RECORD, CARD, INDEX, GENERATION = "trifold.json", "README.md", "model.safetensors.index.json", "generation_config.json"
@@ -142,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refused(f"there is no {path}: a published folder holds it") from None
+        raise absent(path, f"a published folder holds {path.name}") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not whole JSON ({error})") from None
     if not isinstance(content, dict):

@@ -58,11 +58,20 @@ def played(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, str | No
     return tokens | {"pad": tokens["pad"] or tokens["eos"], "bos": tokens["bos"] or tokens["eos"], "start": start}
 
 
+def absent(path: Path, holds: str) -> Refused:
+    """What is said of a file that is not there; `holds`: what kind of folder it belongs to."""
+    if not path.parent.exists():
+        return Refused(f"there is no folder {path.parent}: {holds}")
+    if (path.parent / "config.yaml").exists():
+        return Refused(f"{path.parent} is the folder of a run: publish it first, trifold publish {path.parent} --out FOLDER")
+    return Refused(f"there is no {path}: {holds}")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
-        raise Refused(f"there is no {path}: a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
+        raise absent(path, "a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None

@@ -1,7 +1,6 @@
 """`trifold compare` on three tiny models: trained once, drawn, grown by one more; and what it refuses."""
 
 import json
-import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from launch.cli import app
 from launch.compare import Point, Run, _finished, comparable, compare, curve
 from launch.config import FinetuneRecipe, resolve_any
 from launch.finetune import finetune
-from launch.pretrain import pretrain
 from launch.probes import Map, maps, reach
 from launch.report import write
 from modeling.batch import IGNORE, Batch
@@ -27,7 +25,7 @@ from modeling.transformer import build
 from pretrain import published
 from pretrain.layout import Row, stack
 from pretrain.metrics import append_line, read_lines
-from tests.finetune.small_tasks import NAMES, vocabulary, write_pairs
+from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT
 
 pytest.importorskip("matplotlib")
@@ -112,37 +110,19 @@ def test_a_finished_run_of_another_recipe_is_refused_or_scored_anew(tmp_path: Pa
     compare(recipes(tmp_path, ["gru"], generation={"max_new": 1}), out, None, None, console)
     assert [line["event"] for line in read_lines(events)].count("scored") == 2
     assert all(len(line["prediction"]) < 12 for line in read_lines(tmp_path / "gru" / "predictions.jsonl"))
-    [same] = recipes(tmp_path, ["gru"], generation={"max_new": 1})
+
+
+def test_models_that_learned_from_unlike_files_are_refused_and_what_is_finished_is_only_read(tmp_path: Path) -> None:
+    console, out = Console(quiet=True), tmp_path / "out"
+    gru, transformer = recipes(tmp_path, ["gru", "transformer"])
+    compare([gru], out, None, None, console)
     write_pairs(tmp_path / "train", 40, 2)
-    with pytest.raises(Refused, match=r"gru is finished with rows of fingerprint \w+, .* Give another `run` folder"):
-        compare([same], out, None, None, console)
-
-
-def test_a_finished_run_on_text_that_is_another_now_is_refused_and_copied_text_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # tokenize here
-    values = {
-        "run": str(tmp_path / "run"), "model": SHAPES["gru"] | {"family": "decoder"}, "tokenizer": {"path": str(tmp_path / "vocabulary")},
-        "data": {"sources": [{"path": f"{tmp_path}/text"}], "heldout": [{"path": f"{tmp_path}/heldout"}], "row_length": 32},
-        "objective": {"kind": "causal"}, "optimizer": {"lr": 1e-3}, "steps": 1, "step_rows": 2, "micro_rows": 2, "evaluate_rows": 2,
-        "cluster": {"workers": 0, "threads_per_worker": 1},
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    vocabulary(tmp_path)
-    text, heldout = tmp_path / "text", tmp_path / "heldout"
-    for file in (text, heldout):
-        file.write_text("\n\n".join(f"Mr {a} sees {b}. In {a} we call {b}, yes." for a in NAMES for b in NAMES))
-    recipe: Any = resolve_any(tmp_path / "recipe.yaml")
-    pretrain(recipe, Console(quiet=True))
-    os.utime(text, ns=(1, 1))
-    assert _finished(recipe)
-    for file, key in ((heldout, "heldout_fingerprint"), (text, "fingerprint")):
-        was = file.read_text()
-        file.write_text(was.replace("yes", "Ada"))
-        with pytest.raises(Refused, match=rf"run is finished with rows of {key} \w+, and its recipe's files make"):
-            _finished(recipe)
-        file.write_text(was)
+    was = {file: file.read_bytes() for file in (tmp_path / "gru").rglob("*") if file.is_file()}
+    compare([gru], out, None, None, console)
+    for _ in range(2):  # once it was trained, and at once
+        with pytest.raises(Refused, match=r"gru has rows of \w*fingerprint \w+, and .*transformer of \w+: .* Give one another `run`"):
+            compare([gru, transformer], out, None, None, console)
+    assert {file: file.read_bytes() for file in (tmp_path / "gru").rglob("*") if file.is_file()} == was
 
 
 def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -69,6 +69,24 @@ def test_a_step_is_deepspeeds_own_and_an_infinite_norm_is_told(precision: str) -
             torch.testing.assert_close(values, expected[name].tensors[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
+def _unused(place: Place, precision: str) -> bool:
+    """Whether parameters that get a gradient in every step but the second stay as they were in that."""
+    config = recipe("adamw", stage=1, precision=precision)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0, "betas": (0.0, 0.0)})})
+    engine = engine_of(config, place, _partly_used)
+    train(engine, 0)
+    model = engine._engine.module
+    del model.forward  # without what uses them
+    before = [p.detach().clone() for p in (model.early, model.late)]
+    train(engine, 1)
+    return all(torch.equal(*pair) for pair in zip(before, (model.early, model.late), strict=True)) and bool(model.early.ne(0.5).any())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_parameter_without_a_gradient_in_a_step_does_not_take_the_last_one_again(precision: str) -> None:
+    assert run_processes(1, _unused, precision) == [True]
+
+
 def _three_steps(place: Place, precision: str) -> list[Step]:
     return train(engine_of(recipe("muon", stage=1, precision=precision), place), 0, 1, 2)
 

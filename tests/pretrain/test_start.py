@@ -165,13 +165,19 @@ def test_packed_rows_have_the_loss_that_the_stock_model_of_an_imported_folder_gi
 
 def test_a_start_that_does_not_suit_the_recipe_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "folder", "decoder")
+    (tmp_path / "run-of-another").mkdir()
+    (tmp_path / "run-of-another" / "config.yaml").touch()
     for changes, message in (
         ({"objective": dials.Masked()}, "the masked objective trains a model of family encoder, not decoder"),
         (
             {"data": dials.Data(sources=(dials.Source(path="x"),), heldout_fraction=0.1, row_length=65)},
             r"row_length \(65\) exceeds .* \(64\)",
         ),
-        ({"model": Start(folder=str(tmp_path / "none"))}, "there is no .*none/config.json"),
+        ({"model": Start(folder=str(tmp_path / "none"))}, "there is no folder .*none: a published folder holds config.json"),
+        (
+            {"model": Start(folder=str(tmp_path / "run-of-another"))},
+            "is the folder of a run: publish it first, trifold publish",
+        ),
     ):
         with pytest.raises(Refused, match=message):
             prepare(started(tmp_path, "run", "decoder", folder, **changes), 1, quiet)

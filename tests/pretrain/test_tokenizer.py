@@ -108,7 +108,7 @@ def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
     assert made.word_starts[[105, 106]].all()
 
 
-@pytest.mark.parametrize("code", ["en XX", "en\nXX", "", "en▁XX", "\0"])
+@pytest.mark.parametrize("code", ["en XX", "en\nXX", "", "en▁XX", "\0", "\ud800"])
 def test_a_language_code_in_which_text_would_be_cut_is_refused(code: str) -> None:
     with pytest.raises(ValueError, match=f"the code {re.escape(repr(code))} must have no space"):
         TokenizerConfig(languages=(code,))
