@@ -66,9 +66,7 @@ class Tokenizer(Settings):
     def _codes(self) -> "Tokenizer":
         for code in self.languages:
             if code.split() != [code] or re.search("[▁\0\ud800-\udfff]", code):  # words.py cuts text there
-                raise ValueError(
-                    f"languages: the code {code!r} must have no space, ▁, line end, zero or lone surrogate in it, and one character at least"
-                )
+                raise ValueError(f"languages: the code {code!r} must have a character, and no space, ▁, line end, zero or lone surrogate")
             if TAKEN.fullmatch(code) or self.languages.count(code) > 1:
                 raise ValueError(f"languages: {code!r} is a token of every tokenizer, or twice in this list: take another code, as en_XX")
         return self
