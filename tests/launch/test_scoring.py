@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -136,7 +137,8 @@ def beside(ray_cluster, tmp_path_factory) -> Path:
     """Beside a worker that holds every CPU of the cluster."""
     folder = tmp_path_factory.mktemp("scoring")
     scoring = {"held_out": {"people": [{"path": f"{folder}/heldout.txt"}]}, "cpus": 0}
-    return scored_beside(folder, scoring=scoring, cluster={"workers": 1, "threads_per_worker": 1, "cpus_per_worker": 3})
+    cpus = ray.cluster_resources()["CPU"] if ray.is_initialized() else 3  # else the run makes a cluster of as many
+    return scored_beside(folder, scoring=scoring, cluster={"workers": 1, "threads_per_worker": 1, "cpus_per_worker": cpus})
 
 
 @pytest.fixture(scope="module")
