@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """The local cluster that the first `cluster.run` starts serves all later ones (three CPUs); stopped when the session ends."""
+    """The local cluster that the first `cluster.run` starts serves all later ones (its CPUs: what that wanted); stopped at the end."""
     yield
     import ray
 
