@@ -38,7 +38,7 @@ slice: $(STAMP) $(S3_SERVER)
 # The table of goals on one GPU, under nine minutes. Where a torch for its CUDA is installed already: make bench-gpu BENCH_PYTHON=python3
 BENCH_PYTHON ?= $(BIN)/python
 bench-gpu:
-	$(BENCH_PYTHON) -m launch.cli bench gpu --out runs/bench-gpu
+	$(BENCH_PYTHON) -m trifold.launch.cli bench gpu --out runs/bench-gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
-"""What a fine-tuning run is, as plain values: a published folder (or new weights), a task, and pretraining's own training settings."""
+"""What a fine-tuning run is, as plain values: a published folder (or new weights), a task, and pretraining's
+own training settings.
+"""
 
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from modeling.config import Generation, Lora, Settings
-from pretrain.config import Start, Tokenizer, Training
+from trifold.modeling.config import Generation, Lora, Settings
+from trifold.pretrain.config.pretraining import Start, Tokenizer
+from trifold.pretrain.config.training import Training
 
 
 def _asking(prompt: str | None) -> str | None:
@@ -25,19 +28,25 @@ class Columns(Settings):
 
 
 class Translation(Settings):
-    """Pairs of sentences: two parallel line files joined by a comma, or one file of pairs (.jsonl, .tsv, .parquet), or hub:NAME:SPLIT."""
+    """Pairs of sentences: two parallel line files joined by a comma, or one file of pairs (.jsonl, .tsv,
+    .parquet), or hub:NAME:SPLIT.
+    """
 
     kind: Literal["translation"] = "translation"
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
     columns: Columns = Columns()
-    prompt: Prompt = None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
+    prompt: Prompt = (
+        None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
+    )
     truncate: bool = False  # cut what does not fit instead of refusing it
     weight: float = Field(default=1.0, gt=0)
 
 
 class Summarization(Settings):
-    """Documents and their summaries, in the same files as translation's pairs. An encoder picks sentences of the document."""
+    """Documents and their summaries, in the same files as translation's pairs. An encoder picks sentences of
+    the document.
+    """
 
     kind: Literal["summarization"] = "summarization"
     train: tuple[str, ...] = Field(min_length=1)
@@ -49,7 +58,9 @@ class Summarization(Settings):
 
 
 class Ner(Settings):
-    """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag), or hub:NAME:SPLIT."""
+    """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag),
+    or hub:NAME:SPLIT.
+    """
 
     kind: Literal["ner"] = "ner"
     train: tuple[str, ...] = Field(min_length=1)
@@ -68,14 +79,20 @@ class Qa(Settings):
     dev: tuple[str, ...] = Field(min_length=1)
     stride: int = Field(default=64, ge=0)  # tokens that two windows over a long context share
     longest: int = Field(default=30, gt=0)  # tokens of an answer
-    cloze: int = Field(default=0, ge=0)  # questions made of the training contexts, learned along with the asked ones
-    prompted: bool = False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
+    cloze: int = Field(
+        default=0, ge=0
+    )  # questions made of the training contexts, learned along with the asked ones
+    prompted: bool = (
+        False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
+    )
     prompt: Prompt = None
     weight: float = Field(default=1.0, gt=0)
 
 
 class Matching(Settings):
-    """Which tokens of a context stand in its question too, from the same files: the first lesson of a model that is to find answers."""
+    """Which tokens of a context stand in its question too, from the same files: the first lesson of a model
+    that is to find answers.
+    """
 
     kind: Literal["matching"] = "matching"
     train: tuple[str, ...] = Field(min_length=1)
@@ -92,23 +109,34 @@ class Finetune(Training):
     """A run that learns a task."""
 
     model: Start
-    tokenizer: Tokenizer = Tokenizer()  # of a model.config: trained on the task's own text, or a trained one's folder
+    tokenizer: Tokenizer = (
+        Tokenizer()
+    )  # of a model.config: trained on the task's own text, or a trained one's folder
     task: Task
-    more: tuple[Task, ...] = ()  # text-to-text tasks learned along, each as often as its weight says; `task` alone is chosen by
+    more: tuple[
+        Task, ...
+    ] = ()  # text-to-text tasks learned along, each as often as its weight says; `task` alone is chosen by
     row_length: int = Field(gt=1)  # tokens of a row (of its source side for an encoder-decoder)
     generation: Generation = Generation()
     evaluate_examples: int = Field(default=200, gt=0)  # dev examples during training; the end scores them all
-    patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score before training ends; 0: never
+    patience: int = Field(
+        default=0, ge=0
+    )  # evaluations in a row without a better score before training ends; 0: never
     best: str | None = None  # the score that chooses the best checkpoint; None: the task's own
-    freeze: tuple[str, ...] = ()  # patterns of parameter names that are not trained, such as embed.* or encoder.blocks.0.*
-    lora: Lora | None = None  # train low-rank adapters (and a task's head) alone; what is published has them merged in
+    freeze: tuple[
+        str, ...
+    ] = ()  # patterns of parameter names that are not trained, such as embed.* or encoder.blocks.0.*
+    lora: Lora | None = (
+        None  # train low-rank adapters (and a task's head) alone; what is published has them merged in
+    )
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
     @model_validator(mode="after")
     def _choosable(self) -> "Finetune":
         if self.evaluate_every % self.checkpoints.every:
             raise ValueError(
-                f"evaluate_every ({self.evaluate_every}) must be a multiple of checkpoints.every ({self.checkpoints.every}),"
+                f"evaluate_every ({self.evaluate_every}) must be a multiple of checkpoints.every"
+                f" ({self.checkpoints.every}),"
                 " so that every model that is scored can be kept"
             )
         return self

@@ -1,7 +1,9 @@
-"""Packed rows of examples, by number: in, segments; out, `Rows.row(i)`, a pure function of (fingerprint, seed, i), as in pretraining.
+"""Packed rows of examples, by number: in, segments; out, `Rows.row(i)`, a pure function of (fingerprint,
+seed, i), as in pretraining.
 
-The examples of a set are packed once (best fit), and each epoch visits the rows in an order drawn from (seed, epoch). Several sets take
-turns by weight. Examples never see each other. Cost: 30,000 pairs pack in 0.1 s; all of them stand in memory.
+The examples of a set are packed once (best fit), and each epoch visits the rows in an order drawn from (seed,
+epoch). Several sets take turns by weight. Examples never see each other. Cost: 30,000 pairs pack in 0.1 s;
+all of them stand in memory.
 """
 
 import hashlib
@@ -9,19 +11,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretrain.layout import Row, assemble
-from pretrain.objectives import Segment
-from pretrain.order import Order, turns
-from pretrain.packing import Pieces, Room, pack
+from trifold.pretrain.data.collate import Row, assemble
+from trifold.pretrain.data.objectives import Segment
+from trifold.pretrain.data.packing import Pieces, Room, pack
+from trifold.pretrain.data.row_order import Order, turns
 
 
 class Rows:
-    """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in order."""
+    """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in
+    order.
+    """
 
     targets_per_byte: float | None = None
     parts: Sequence[str] = ()
 
-    def __init__(self, sets: Sequence[Sequence[Segment]], room: Room, pad: int, weights: Sequence[float], seed: int | None) -> None:
+    def __init__(
+        self,
+        sets: Sequence[Sequence[Segment]],
+        room: Room,
+        pad: int,
+        weights: Sequence[float],
+        seed: int | None,
+    ) -> None:
         self.sets, self.room, self.pad = sets, room, pad
         self.packed = [pack(_pieces(segments), room) for segments in sets]
         sizes = [len(packed.offsets) - 1 for packed in self.packed]
@@ -29,7 +40,9 @@ class Rows:
         keys = [None if seed is None else (seed, 2, number) for number in range(len(sets))]
         self.orders = [Order(np.array([size]), key) for size, key in zip(sizes, keys, strict=True)]
         self._turns = turns(weights)
-        used = sum(len(s.tokens) + (0 if s.source is None else len(s.source)) for segments in sets for s in segments)
+        used = sum(
+            len(s.tokens) + (0 if s.source is None else len(s.source)) for segments in sets for s in segments
+        )
         self.waste = 1 - used / (self.num_rows * (room.tokens + room.source))
         self.fingerprint = _fingerprint(sets, room, weights)
 
@@ -40,7 +53,9 @@ class Rows:
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Several rows."""
         places = [self._place(i) for i in numbers]
-        return assemble([[self.sets[number][j] for j in members] for number, members in places], self.room, self.pad)
+        return assemble(
+            [[self.sets[number][j] for j in members] for number, members in places], self.room, self.pad
+        )
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
@@ -61,7 +76,9 @@ class Rows:
 
 
 def room_for(sets: Sequence[Sequence[Segment]], row_length: int) -> Room:
-    """What a row holds: `row_length` positions; where there are sources, those, and as many target positions as go with them on average."""
+    """What a row holds: `row_length` positions; where there are sources, those, and as many target positions
+    as go with them on average.
+    """
     segments = [segment for segments in sets for segment in segments]
     if segments[0].source is None:
         return Room(row_length)
@@ -78,7 +95,9 @@ def _pieces(segments: Sequence[Segment]) -> Pieces:
 
 
 def _fingerprint(sets: Sequence[Sequence[Segment]], room: Room, weights: Sequence[float]) -> str:
-    digest = hashlib.blake2b(repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16
+    )
     for segment in (segment for segments in sets for segment in segments):
         for array in (segment.tokens, segment.targets, segment.source):
             if array is not None:

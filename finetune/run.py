@@ -1,7 +1,9 @@
-"""A fine-tuning run: a published folder -> the task's head -> pretraining's loop -> scores of the best checkpoint.
+"""A fine-tuning run: a published folder -> the task's head -> pretraining's loop -> scores of the best
+checkpoint.
 
-In: a Finetune recipe and rank facts. Out: the run folder, with predictions.jsonl and scores.json (the best checkpoint on all of dev, beside
-a trivial system). `train` continues by itself from the newest checkpoint that verifies; which one was best is read from the checkpoints.
+In: a Finetune recipe and rank facts. Out: the run folder, with predictions.jsonl and scores.json (the best
+checkpoint on all of dev, beside a trivial system). `train` continues by itself from the newest checkpoint
+that verifies; which one was best is read from the checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,36 +15,40 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune import config as dials
-from finetune.asked import read_squad
-from finetune.config import Finetune
-from finetune.judge import Judge
-from finetune.matching import Matching
-from finetune.ner import open_ner
-from finetune.qa import open_qa
-from finetune.records import read_pairs
-from finetune.rows import Rows, room_for
-from finetune.summarization import open_summarization
-from finetune.tagged import read_tagged
-from finetune.task import Task, TextToText
-from finetune.translation import Translation
-from modeling.config import Family, ModelConfig, Refused
-from modeling.counts import train_flops_per_row
-from modeling.lora import adapt
-from modeling.transformer import Transformer
-from pretrain import budget, storage, tokenizer
-from pretrain.checkpoint import State, open_checkpoint
-from pretrain.engine import Engine, Place
-from pretrain.layout import stack
-from pretrain.loader import Loader
-from pretrain.metrics import Recorder
-from pretrain.run import from_first_rank, newest, peak, take_turn
-from pretrain.saving import Checkpointer
-from pretrain.stages import Part
-from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
-from pretrain.tokenizer import Tokenizer
-from pretrain.train import Progress, Work
-from pretrain.train import train as train_loop
+from trifold.finetune import config as dials
+from trifold.finetune.config import Finetune
+from trifold.finetune.evaluation.model_selection import Judge
+from trifold.finetune.examples.conll import read_tagged
+from trifold.finetune.examples.pairs import read_pairs
+from trifold.finetune.examples.squad import read_squad
+from trifold.finetune.rows import Rows, room_for
+from trifold.finetune.tasks.matching import Matching
+from trifold.finetune.tasks.ner import open_ner
+from trifold.finetune.tasks.qa import open_qa
+from trifold.finetune.tasks.summarization import open_summarization
+from trifold.finetune.tasks.task import Task, TextToText
+from trifold.finetune.tasks.translation import Translation
+from trifold.modeling.config import Family, ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.flops import train_flops_per_row
+from trifold.modeling.lora import adapt
+from trifold.modeling.transformer import Transformer
+from trifold.pretrain.checkpoint.checkpoint import State, open_checkpoint
+from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.data.collate import stack
+from trifold.pretrain.data.loader import Loader
+from trifold.pretrain.data.stages import Part
+from trifold.pretrain.data.tokenizer import tokenizer
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine import memory_estimate
+from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.initial_model import begin, check, fingerprint, initialised, own_tokenizer
+from trifold.pretrain.monitor.metrics import Recorder
+from trifold.pretrain.session import from_first_rank, newest, peak, take_turn
+from trifold.pretrain.storage import storage
+from trifold.pretrain.train import Progress, Work
+from trifold.pretrain.train import train as train_loop
 
 TASKS: dict[str, Callable[..., Task]] = {
     "translation": Translation,
@@ -54,13 +60,16 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
-    """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming file and line."""
+    """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming
+    file and line.
+    """
     progress("reading examples", 0)
     vocabulary = make_tokenizer(config, progress)
     model, _ = begin(config.model, Path(config.run))
     if vocabulary.vocab_size > model.vocab_size:
         raise Refused(
-            f"{config.run}/tokenizer has {vocabulary.vocab_size} pieces, and model.config.vocab_size is {model.vocab_size}: raise it."
+            f"{config.run}/tokenizer has {vocabulary.vocab_size} pieces, and model.config.vocab_size is"
+            f" {model.vocab_size}: raise it."
         )
     check_examples(config, vocabulary, model)
 
@@ -78,17 +87,21 @@ def check_examples(config: Finetune, vocabulary: Tokenizer, model: ModelConfig) 
 
 
 def train(config: Finetune, place: Place) -> None:
-    """One rank of a run, from wherever the run stands to its scores. Every rank calls it with the same recipe."""
+    """One rank of a run, from wherever the run stands to its scores. Every rank calls it with the same
+    recipe.
+    """
     run = Path(config.run)
     vocabulary = Tokenizer.open(run / "tokenizer")
     shape, state = begin(config.model, Path(config.run))
     tasks = open_tasks(config, vocabulary, shape.family)
     task, model = tasks[0], tasks[0].shaped(shape)
     rows, heldout = open_rows(config, tasks, vocabulary)
-    answers = budget.answered(config, model, [stack([rows.empty_row()] * config.micro_rows)], place)
+    answers = memory_estimate.answered(config, model, [stack([rows.empty_row()] * config.micro_rows)], place)
     engine = Engine(_initialised(model, state, config), answers, place)
     lease, recorder = take_turn(config, engine)
-    weights = f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
+    weights = (
+        f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
+    )
     prints = {"fingerprint": rows.fingerprint, "heldout_fingerprint": heldout.fingerprint}
     recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, **prints)
     began = from_first_rank(engine, lambda: fingerprint(config.model))
@@ -96,13 +109,21 @@ def train(config: Finetune, place: Place) -> None:
     facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
-        "task": {"kind": config.task.kind, "prompt": getattr(task, "prompt", None), "picks": getattr(task, "number", None)},
+        "task": {
+            "kind": config.task.kind,
+            "prompt": getattr(task, "prompt", None),
+            "picks": getattr(task, "number", None),
+        },
         "start": began,
     }
 
     def restore() -> Progress | None:
         folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
-        return _resume(storage.location(folder), engine, config, rows, began, recorder, judge) if folder else None
+        return (
+            _resume(storage.location(folder), engine, config, rows, began, recorder, judge)
+            if folder
+            else None
+        )
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
@@ -117,7 +138,10 @@ def train(config: Finetune, place: Place) -> None:
             extra={**progress.kept, "scores": scores, "history": judge.history, "best": judge.best, **facts},
         )
 
-    flops, full = config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source), peak(engine)
+    flops, full = (
+        config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
+        peak(engine),
+    )
     with closing(recorder):
         progress = restore() or Progress()
         if progress.step == 0:
@@ -155,10 +179,16 @@ def make_tokenizer(config: Finetune, progress: Callable[[str, int], None]) -> To
 
 
 def open_tasks(config: Finetune, vocabulary: Tokenizer, family: Family) -> list[Task]:
-    """The task that is chosen by, and those that are learned along. Raises Refused for a bad example, by file and line."""
-    tasks = [TASKS[task.kind](task, vocabulary, family, config.row_length) for task in (config.task, *config.more)]
+    """The task that is chosen by, and those that are learned along. Raises Refused for a bad example, by file
+    and line.
+    """
+    tasks = [
+        TASKS[task.kind](task, vocabulary, family, config.row_length) for task in (config.task, *config.more)
+    ]
     if len(tasks) > 1 and not all(isinstance(task, TextToText) for task in tasks):
-        raise Refused("`more` adds text-to-text tasks to a text-to-text task: other heads cannot be shared in one run.")
+        raise Refused(
+            "`more` adds text-to-text tasks to a text-to-text task: other heads cannot be shared in one run."
+        )
     return tasks
 
 
@@ -168,7 +198,9 @@ def open_rows(config: Finetune, tasks: Sequence[Task], vocabulary: Tokenizer) ->
     dev = [tasks[0].segments(tasks[0].dev)]
     room = room_for([*sets, *dev], config.row_length)
     weights = [getattr(task, "weight", 1.0) for task in (config.task, *config.more)]
-    return Rows(sets, room, vocabulary.pad, weights, config.seed), Rows(dev, room, vocabulary.pad, [1.0], None)
+    return Rows(sets, room, vocabulary.pad, weights, config.seed), Rows(
+        dev, room, vocabulary.pad, [1.0], None
+    )
 
 
 def _loader(config: Finetune, rows: Rows, engine: Engine, progress: Progress) -> Loader:
@@ -192,23 +224,37 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
     if config.lora is not None:
         adapt(made, config.lora, config.seed)
     for pattern in config.freeze:
-        frozen = [parameter.requires_grad_(False) for name, parameter in made.named_parameters() if fnmatchcase(name, pattern)]
+        frozen = [
+            parameter.requires_grad_(False)
+            for name, parameter in made.named_parameters()
+            if fnmatchcase(name, pattern)
+        ]
         if not frozen:
-            raise Refused(f"freeze: no parameter is named like {pattern!r}; there are {', '.join(list(made.state_dict())[:5])}, ...")
+            raise Refused(
+                f"freeze: no parameter is named like {pattern!r}; there are"
+                f" {', '.join(list(made.state_dict())[:5])}, ..."
+            )
     if not any(parameter.requires_grad for parameter in made.parameters()):
         raise Refused(f"freeze: {', '.join(config.freeze)} leave nothing to train.")
     return made
 
 
 def _resume(
-    folder: storage.Location, engine: Engine, config: Finetune, rows: Rows, began: str | None, recorder: Recorder, judge: Judge
+    folder: storage.Location,
+    engine: Engine,
+    config: Finetune,
+    rows: Rows,
+    began: str | None,
+    recorder: Recorder,
+    judge: Judge,
 ) -> Progress:
     checkpoint = open_checkpoint(folder)
     check(checkpoint, config.model, began)
     state = checkpoint.state
     if state.fingerprint != rows.fingerprint:
         raise Refused(
-            f"{folder} was trained on examples of fingerprint {state.fingerprint}, and this recipe makes rows of {rows.fingerprint}: files,"
+            f"{folder} was trained on examples of fingerprint {state.fingerprint}, and this recipe makes"
+            f" rows of {rows.fingerprint}: files,"
             " tokenizer, prompt, row length or weights have changed. Give another `run` folder."
         )
     engine.load(checkpoint.read, state.optimizer_step)
@@ -227,4 +273,7 @@ def _texts(config: Finetune) -> Iterator[str]:
             yield from (sentence.text for place in task.train for sentence in read_tagged(place))
         else:
             questions = [question for place in task.train for question in read_squad(place)]
-            yield from (*(question.question for question in questions), *dict.fromkeys(question.context for question in questions))
+            yield from (
+                *(question.question for question in questions),
+                *dict.fromkeys(question.context for question in questions),
+            )

@@ -2,8 +2,9 @@
 
 import os
 
-# Read by Ray when it is imported, which only modules of this room do. Its own defaults: a look at the workers every 2 s, minutes until a
-# silent one counts as dead, a changed working directory, prints through its logger, one more process that watches for drained hosts.
+# Read by Ray when it is imported, which only modules of this room do. Its own defaults: a look at the workers
+# every 2 s, minutes until a silent one counts as dead, a changed working directory, prints through its
+# logger, one more process that watches for drained hosts.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -15,5 +16,6 @@ os.environ |= {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # no line of Ray's own between ours: this driver tells of a dead worker in one sentence
+    # no line of Ray's own between ours: this driver tells of a dead worker in one sentence
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }

@@ -1,8 +1,9 @@
-"""Attention: queries, keys, values and a description of who may attend go in, mixed values come out; the kernel is chosen here.
+"""Attention: queries, keys, values and a description of who may attend go in, mixed values come out; the
+kernel is chosen here.
 
-Plain rows take SDPA's own causal kernel. Packed and windowed rows take a mask that is made once per forward: dense on the CPU
-(FlexAttention has no backward there), in blocks for FlexAttention on CUDA. Both come from one predicate, `Visibility.sees`.
-Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
+Plain rows take SDPA's own causal kernel. Packed and windowed rows take a mask that is made once per forward:
+dense on the CPU (FlexAttention has no backward there), in blocks for FlexAttention on CUDA. Both come from
+one predicate, `Visibility.sees`. Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Measured on an H200, causal, T 1024: 186, 141 TFLOP/s for the first two; a kernel that cannot is passed over.
-KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Measured on an H200, causal, T 1024: 186, 141 TFLOP/s for the first two; a kernel that cannot is passed
+# over.
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
-# SDPA's backward in bf16 is slow on the CPU. Forward and backward of 8 rows, 8 heads of 32, written out and by SDPA, one core with AMX:
-# 16 and 33 ms at T 256, 71 and 90 ms at 512; at 1,024 they are even.
+# SDPA's backward in bf16 is slow on the CPU. Forward and backward of 8 rows, 8 heads of 32, written out and
+# by SDPA, one core with AMX: 16 and 33 ms at T 256, 71 and 90 ms at 512; at 1,024 they are even.
 WRITTEN_OUT_KEYS = 512
 WRITTEN_OUT_SCORES = 2**22  # scores that exist at a time and stay in the cache: one 8 MB chunk
 
@@ -29,9 +36,9 @@ WRITTEN_OUT_SCORES = 2**22  # scores that exist at a time and stay in the cache:
 class Visibility:
     """Who may attend to whom. One object serves all layers of a kind, so that its mask is made once.
 
-    Segments number the documents of a row, 0 is padding. None: each row is one whole document; a window, a bias or a
-    `query_start` needs them. `window` > 0 limits the distance. Query i stands at position `query_start + i` of its row, key j at
-    j. `bias` (1, N, Q, K) is added to the scores.
+    Segments number the documents of a row, 0 is padding. None: each row is one whole document; a window, a
+    bias or a `query_start` needs them. `window` > 0 limits the distance. Query i stands at position
+    `query_start + i` of its row, key j at j. `bias` (1, N, Q, K) is added to the scores.
     """
 
     causal: bool
@@ -49,7 +56,8 @@ class Visibility:
     def sees(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q of row b sees key k: indices that broadcast.
 
-        Padding sees padding. In cross-attention a query may see no key at all: the kernels then give zeros, never NaN.
+        Padding sees padding. In cross-attention a query may see no key at all: the kernels then give zeros,
+        never NaN.
         """
         assert self.query_segments is not None and self.key_segments is not None
         seen = self.query_segments[b, q] == self.key_segments[b, k]
@@ -69,27 +77,36 @@ class Visibility:
         return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
 
     def blocks(self) -> Any:
-        """The predicate as FlexAttention's BlockMask: blocks of 128 x 128 pairs that see nothing cost nothing.
+        """The predicate as FlexAttention's BlockMask: blocks of 128 x 128 pairs that see nothing cost
+        nothing.
 
         Smaller blocks, which a narrow window would like, have no backward on Hopper (torch 2.11).
         """
         assert self.query_segments is not None and self.key_segments is not None
         (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
 
-        def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:  # flex counts arguments: a method has one too many
+        def sees(
+            b: Tensor, head: Tensor, q: Tensor, k: Tensor
+        ) -> Tensor:  # flex counts arguments: a method has one too many
             return self.sees(b, q, k)
 
         return _flex()[1](sees, rows, None, queries, keys, device=self.query_segments.device)
 
     def added(self) -> tuple[Tensor, Tensor]:
-        """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which queries (B, 1, Q, 1) see a key."""
-        if self._added is not None:  # no cached_property: in Python 3.11 it takes a lock, and a compiler stops there
+        """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which
+        queries (B, 1, Q, 1) see a key.
+        """
+        if (
+            self._added is not None
+        ):  # no cached_property: in Python 3.11 it takes a lock, and a compiler stops there
             return self._added
         mask: Tensor = self.mask
         seen = mask if mask.dtype == torch.bool else mask > float("-inf")
         scores = torch.zeros_like(mask, dtype=torch.bfloat16) if mask.dtype == torch.bool else mask.bfloat16()
         added = scores.masked_fill(~seen, torch.finfo(torch.bfloat16).min), seen.any(-1, keepdim=True)
-        if not torch.compiler.is_compiling():  # else the first block that is compiled by itself would have another graph than the rest
+        if (
+            not torch.compiler.is_compiling()
+        ):  # else the first block that is compiled by itself would have another graph than the rest
             object.__setattr__(self, "_added", added)
         return added
 
@@ -101,36 +118,56 @@ class Visibility:
 
 
 def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G // N.
+    """softmax(scale * q k^T) v over the visible keys: (B, N, Q, H). Query head n reads key/value head n * G
+    // N.
 
     There is no dropout here: no fast kernel has it, and it costs the CPU three times the attention itself.
     """
     mask, gqa = visibility.mask, q_BNQH.shape[1] != k_BGKH.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
         return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
-    small = q_BNQH.dtype == torch.bfloat16 and q_BNQH.device.type == "cpu" and k_BGKH.shape[2] <= WRITTEN_OUT_KEYS
+    small = (
+        q_BNQH.dtype == torch.bfloat16 and q_BNQH.device.type == "cpu" and k_BGKH.shape[2] <= WRITTEN_OUT_KEYS
+    )
     if mask is not None and small and q_BNQH.requires_grad:
         return _written_out(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
     if mask is not None and visibility.bias is not None:
         mask = mask.to(q_BNQH.dtype)
     causal = visibility.causal and mask is None
-    with sdpa_kernel(KERNELS, set_priority=True) if q_BNQH.is_cuda else nullcontext():  # the CPU has one kernel, and choosing takes time
-        return F.scaled_dot_product_attention(q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    with (
+        sdpa_kernel(KERNELS, set_priority=True) if q_BNQH.is_cuda else nullcontext()
+    ):  # the CPU has one kernel, and choosing takes time
+        return F.scaled_dot_product_attention(
+            q_BNQH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
 
 
-def _written_out(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float) -> Tensor:
+def _written_out(
+    q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float
+) -> Tensor:
     """Attention as its formula, some rows at a time."""
     added_B1QK, sees_B1Q1 = visibility.added()
     heads = q_BNQH.shape[1]
-    k_BNKH, v_BNKH = (x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x for x in (k_BGKH, v_BGKH))
+    k_BNKH, v_BNKH = (
+        x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
+        for x in (k_BGKH, v_BGKH)
+    )
     rows = max(1, WRITTEN_OUT_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))
-    chunks = zip((q_BNQH * scale).split(rows), k_BNKH.split(rows), v_BNKH.split(rows), added_B1QK.split(rows), strict=True)
+    chunks = zip(
+        (q_BNQH * scale).split(rows),
+        k_BNKH.split(rows),
+        v_BNKH.split(rows),
+        added_B1QK.split(rows),
+        strict=True,
+    )
     return torch.cat([(q @ k.mT + added).softmax(-1) @ v for q, k, v, added in chunks]) * sees_B1Q1
 
 
 @cache
 def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """FlexAttention and its mask maker, compiled: uncompiled they hold whole score matrices. Imported on CUDA alone."""
+    """FlexAttention and its mask maker, compiled: uncompiled they hold whole score matrices. Imported on CUDA
+    alone.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)

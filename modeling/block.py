@@ -1,7 +1,9 @@
-"""The one block of all three families: `x = post(x + inner(sublayer(pre(x))))`, any of the three norms absent.
+"""The one block of all three families: `x = post(x + inner(sublayer(pre(x))))`, any of the three norms
+absent.
 
-Pre-norm, sandwich and post-norm are settings, not branches. In: hidden states and what the layers of a forward share (View).
-Out: hidden states. Shapes: B rows, T tokens, S memory, D model, N heads, G key/value heads, H head dim.
+Pre-norm, sandwich and post-norm are settings, not branches. In: hidden states and what the layers of a
+forward share (View). Out: hidden states. Shapes: B rows, T tokens, S memory, D model, N heads, G key/value
+heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -13,17 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.attention import Cache, Visibility, attend
-from modeling.config import ModelConfig
-from modeling.position import Rotation, rotate
-from modeling.sharing import Shared
+from trifold.modeling.attention import Cache, Visibility, attend
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.position import Rotation, rotate
+from trifold.modeling.sequence_parallel import Shared
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,9 @@ class Block(nn.Module):
         self.cross = Residual(config, Attention(config)) if cross else None
         self.mlp = Residual(config, MLP(config))
 
-    def forward(self, x_BTD: Tensor, views: Views, caches: Caches | tuple[None, None] = (None, None)) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, views: Views, caches: Caches | tuple[None, None] = (None, None)
+    ) -> Tensor:
         x_BTD = self.attn(x_BTD, views.local if self.local else views.whole, caches[0])
         if self.cross is not None:
             x_BTD = self.cross(x_BTD, views.cross, caches[1])
@@ -116,13 +125,18 @@ class Attention(nn.Module):
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
     def weights(self, x_BTD: Tensor, view: View) -> Tensor:
-        """Where each head looks, (B, N, T, K): what the kernels never make, for pictures. The view's rows need segments."""
+        """Where each head looks, (B, N, T, K): what the kernels never make, for pictures. The view's rows
+        need segments.
+        """
         q_BNTH, k = (
-            self._turned(f(x), view) for f, x in ((self.q, x_BTD), (self.k, x_BTD if view.memory_BSD is None else view.memory_BSD))
+            self._turned(f(x), view)
+            for f, x in ((self.q, x_BTD), (self.k, x_BTD if view.memory_BSD is None else view.memory_BSD))
         )
         scores = self.scale * q_BNTH @ k.repeat_interleave(q_BNTH.shape[1] // k.shape[1], dim=1).mT
         seen = view.visibility.dense()
-        return (scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen).softmax(-1)
+        return (
+            scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+        ).softmax(-1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -158,18 +172,23 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMS.apply(x, self.weight, self.eps)
         h = x.float()
-        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(
+            x
+        )
 
 
 class _RMS(torch.autograd.Function):
-    """The same for eager training, whose derivative autograd would take in twice as many passes over memory; a compiler fuses them.
+    """The same for eager training, whose derivative autograd would take in twice as many passes over memory;
+    a compiler fuses them.
 
     On one core with AVX2 1.7 ms instead of 3.0 for 2,048 x 256 in fp32, there and back.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()  # rounded as the stock classes round it
+        scale = (
+            x.float().square().mean(-1, keepdim=True) + eps
+        ).rsqrt()  # rounded as the stock classes round it
         ctx.save_for_backward(x, scale, weight_D)
         return (x * scale).mul_(weight_D).type_as(x)
 
@@ -179,7 +198,9 @@ class _RMS(torch.autograd.Function):
         (grad,), (x, scale, weight_D) = grad_outputs, ctx.saved_tensors
         normed = x * scale
         product, weight = grad * normed, weight_D.to(normed.dtype)
-        along = (product @ weight)[..., None] / x.shape[-1]  # the part of the gradient that would only lengthen x
+        along = (product @ weight)[..., None] / x.shape[
+            -1
+        ]  # the part of the gradient that would only lengthen x
         grad_x = torch.addcmul(grad * weight, normed, along, value=-1).mul_(scale)
         return grad_x.type_as(x), product.flatten(0, -2).sum(0).type_as(weight_D), None
 

@@ -1,7 +1,8 @@
-"""What stands on the hidden states: logits over the vocabulary or over labels, and the loss, without all logits at once.
+"""What stands on the hidden states: logits over the vocabulary or over labels, and the loss, without all
+logits at once.
 
-In: hidden states (B, P, D) of the positions that count. Out: the sum of cross-entropies, or each position's, or logits.
-Shapes: B rows, P positions, D model, V vocabulary or labels.
+In: hidden states (B, P, D) of the positions that count. Out: the sum of cross-entropies, or each position's,
+or logits. Shapes: B rows, P positions, D model, V vocabulary or labels.
 """
 
 from collections.abc import Iterator
@@ -11,20 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.batch import IGNORE
-from modeling.block import ACTIVATIONS, make_norm
-from modeling.config import ModelConfig
-from modeling.crf import CRF
+from trifold.modeling.batch import IGNORE
+from trifold.modeling.block import ACTIVATIONS, make_norm
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.recurrent.crf import CRF
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at a time
 
 
 class Head(nn.Module):
-    """The vocabulary head, tied to the embeddings or not, or a task's head (labels, spans); each after an optional dense transform."""
+    """The vocabulary head, tied to the embeddings or not, or a task's head (labels, spans); each after an
+    optional dense transform.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.logit_scale, self.smoothing, self.spans = config.logit_scale, config.label_smoothing, config.spans
+        self.logit_scale, self.smoothing, self.spans = (
+            config.logit_scale,
+            config.label_smoothing,
+            config.spans,
+        )
         dense = config.head_dense and (config.task_dense or not config.outputs)
         self.dense = nn.Linear(config.dim, config.dim, config.bias) if dense else None
         self.act, self.norm = ACTIVATIONS[config.activation], make_norm(config, dense)
@@ -32,10 +39,14 @@ class Head(nn.Module):
         self.crf = CRF(config.outputs) if config.crf else None
         words = self.labels is None
         untied = words and not config.tie_embeddings
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
+        self.weight: nn.Parameter | None = (
+            nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
+        )
         self.bias: nn.Parameter | None = None
         if words and config.logit_bias:
-            self.bias = nn.Parameter(torch.empty(config.vocab_size), requires_grad=config.logit_bias != "fixed")
+            self.bias = nn.Parameter(
+                torch.empty(config.vocab_size), requires_grad=config.logit_bias != "fixed"
+            )
 
     def forward(
         self,
@@ -46,10 +57,12 @@ class Head(nn.Module):
         per_token: bool = False,
         each: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and whether it is right;
-        `each`: the sum, which alone has a gradient, and each loss (the vocabulary's and labels' heads).
+        """Without targets: logits (B, P, V). With them: their summed loss, fp32; `per_token`: each loss, and
+        whether it is right; `each`: the sum, which alone has a gradient, and each loss (the vocabulary's and
+        labels' heads).
 
-        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Spans and chains need the segments.
+        A tied weight is read from `embed` in here, so that ZeRO-3 gathers it for this call alone. Spans and
+        chains need the segments.
         """
         if self.dense is not None:
             h_BPD = self.norm(self.act(self.dense(h_BPD)))
@@ -61,7 +74,11 @@ class Head(nn.Module):
         if self.crf is not None:
             scores = F.linear(h_BPD, weight, bias)
             nll = self.crf(scores, targets_BP, segments_BP)
-            return (nll, self.crf(scores, targets_BP, segments_BP, best=True).argmax(-1) == targets_BP) if per_token else nll.sum()
+            return (
+                (nll, self.crf(scores, targets_BP, segments_BP, best=True).argmax(-1) == targets_BP)
+                if per_token
+                else nll.sum()
+            )
         if self.spans:
             assert segments_BP is not None
             nll, correct = span_losses(F.linear(h_BPD, weight, bias), segments_BP, targets_BP)
@@ -80,19 +97,34 @@ class Head(nn.Module):
 
 
 def span_losses(logits_BP2: Tensor, segments_BP: Tensor, targets_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of an answer's start and end, each a choice among the positions of one segment: (B, P) fp32 and whether right, bool.
+    """The losses of an answer's start and end, each a choice among the positions of one segment: (B, P) fp32
+    and whether right, bool.
 
-    A segment's first two targets are where the answer starts and where its last token stands, counted from the segment's first
-    position; all others are IGNORE. So a segment counts as two targets.
+    A segment's first two targets are where the answer starts and where its last token stands, counted from
+    the segment's first position; all others are IGNORE. So a segment counts as two targets.
     """
-    logits, at = logits_BP2.float(), torch.arange(segments_BP.shape[1], device=segments_BP.device).expand_as(segments_BP)
-    room = (len(logits), segments_BP.shape[1] + 1)  # a row has at most as many segments as positions, numbered from 1
+    logits, at = (
+        logits_BP2.float(),
+        torch.arange(segments_BP.shape[1], device=segments_BP.device).expand_as(segments_BP),
+    )
+    room = (
+        len(logits),
+        segments_BP.shape[1] + 1,
+    )  # a row has at most as many segments as positions, numbered from 1
     first = at.new_full(room, room[1]).scatter_reduce(1, segments_BP, at, "amin").gather(1, segments_BP)
     index = segments_BP[..., None].expand(-1, -1, 2)
-    top = logits.detach().new_full((*room, 2), float("-inf")).scatter_reduce(1, index, logits.detach(), "amax").gather(1, index)
+    top = (
+        logits.detach()
+        .new_full((*room, 2), float("-inf"))
+        .scatter_reduce(1, index, logits.detach(), "amax")
+        .gather(1, index)
+    )
     total = logits.new_zeros(*room, 2).scatter_add(1, index, (logits - top).exp()).gather(1, index)
     valid = targets_BP != IGNORE
-    answer, which = (first + targets_BP).where(valid, 0), (at > first).long()[..., None]  # 0 at a segment's first position, else 1
+    answer, which = (
+        (first + targets_BP).where(valid, 0),
+        (at > first).long()[..., None],
+    )  # 0 at a segment's first position, else 1
 
     def chosen(x_BP2: Tensor) -> Tensor:
         return x_BP2.gather(1, answer[..., None].expand(-1, -1, 2)).gather(2, which)[..., 0]
@@ -102,15 +134,21 @@ def span_losses(logits_BP2: Tensor, segments_BP: Tensor, targets_BP: Tensor) -> 
     return (log_total - chosen(logits)) * valid, (chosen(logits) >= best) & valid
 
 
-def loss_sum(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum of cross-entropies in nats over the targets that are not IGNORE: an fp32 scalar, 0 where there is none.
+def loss_sum(
+    h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """Sum of cross-entropies in nats over the targets that are not IGNORE: an fp32 scalar, 0 where there is
+    none.
 
-    `smoothing` spreads that share of each target over all V (Szegedy et al. 2016); without gradient the loss is the plain one.
+    `smoothing` spreads that share of each target over all V (Szegedy et al. 2016); without gradient the loss
+    is the plain one.
     """
     return losses(h_PD, weight_VD, bias_V, targets_P, smoothing)[0]
 
 
-def losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def losses(
+    h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """`loss_sum`, and beside it each target's plain loss (P,) fp32, without a gradient of its own."""
     if not torch.is_grad_enabled():
         nll = token_losses(h_PD, weight_VD, bias_V, targets_P)[0]
@@ -119,8 +157,12 @@ def losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Te
 
 
 @torch.no_grad()
-def token_losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (P,) fp32 and whether the best guess is right (P,) bool; zero and False where the target is IGNORE."""
+def token_losses(
+    h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (P,) fp32 and whether the best guess is right (P,) bool; zero and False where the target
+    is IGNORE.
+    """
     nll, right = [], []
     for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
         logp = _log_softmax(h, weight, bias)
@@ -130,10 +172,11 @@ def token_losses(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets
 
 
 class _LossSum(torch.autograd.Function):
-    """Makes the gradients in forward, chunk by chunk, while the logits are at hand: nothing is computed twice.
+    """Makes the gradients in forward, chunk by chunk, while the logits are at hand: nothing is computed
+    twice.
 
-    IGNORE positions are computed too, with weight 0: shapes stay fixed for the compiler. What is kept for backward is the size
-    of h and of the weight. The weight's gradient adds up in fp32.
+    IGNORE positions are computed too, with weight 0: shapes stay fixed for the compiler. What is kept for
+    backward is the size of h and of the weight. The weight's gradient adds up in fp32.
     """
 
     @staticmethod
@@ -143,7 +186,9 @@ class _LossSum(torch.autograd.Function):
         exact = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_h, each, spread = [], [], []
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
+        )
         for h, weight, bias, targets in _chunks(h_PD, weight_VD, bias_V, targets_P):
             logp = _log_softmax(h, weight, bias)
             valid = (targets != IGNORE)[:, None]
@@ -182,7 +227,9 @@ class _LossSum(torch.autograd.Function):
 def _chunks(
     h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
-    """Positions in chunks of CHUNK_LOGITS logits, with the weight in the precision of the arithmetic, cast once."""
+    """Positions in chunks of CHUNK_LOGITS logits, with the weight in the precision of the arithmetic, cast
+    once.
+    """
     device = h_PD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     size = max(128, CHUNK_LOGITS[device] // len(weight_VD) // 128 * 128)  # whole tiles of a matrix product
@@ -197,11 +244,17 @@ def _log_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _minus_hits(logp_PV: Tensor, targets_P: Tensor, hit: float) -> Tensor:
-    """Probabilities, `hit` less at the targets; takes `logp_PV` over. A compiler fuses the comparison into what follows, and would have to
-    write all of them out for a scatter; without one the scatter touches least."""
+    """Probabilities, `hit` less at the targets; takes `logp_PV` over. A compiler fuses the comparison into
+    what follows, and would have to write all of them out for a scatter; without one the scatter touches
+    least.
+    """
     if torch.compiler.is_compiling():
-        return logp_PV.exp() - hit * (torch.arange(logp_PV.shape[1], device=logp_PV.device) == targets_P[:, None])
-    return logp_PV.exp_().scatter_add_(1, targets_P.clamp(min=0)[:, None], logp_PV.new_full((len(logp_PV), 1), -hit))
+        return logp_PV.exp() - hit * (
+            torch.arange(logp_PV.shape[1], device=logp_PV.device) == targets_P[:, None]
+        )
+    return logp_PV.exp_().scatter_add_(
+        1, targets_P.clamp(min=0)[:, None], logp_PV.new_full((len(logp_PV), 1), -hit)
+    )
 
 
 def _nll(logp_PV: Tensor, targets_P: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022): beside a frozen matrix W a trained product of two thin ones, W + scale * B A.
+"""Low-rank adapters (LoRA, Hu et al. 2022): beside a frozen matrix W a trained product of two thin ones, W +
+scale * B A.
 
-In: a built model, and the names of its linear maps that get one. Out: the same model with parameters `NAME.a` (r, in) and `NAME.b`
-(out, r); B begins at zero, so that nothing is changed at first. `merged` makes plain weights of it again, which is what is published.
+In: a built model, and the names of its linear maps that get one. Out: the same model with parameters `NAME.a`
+(r, in) and `NAME.b` (out, r); B begins at zero, so that nothing is changed at first. `merged` makes plain
+weights of it again, which is what is published.
 """
 
 from collections.abc import Mapping
@@ -10,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.config import Lora, Refused
-from modeling.transformer import Transformer, generator
+from trifold.modeling.config import Lora
+from trifold.modeling.errors import Refused
+from trifold.modeling.transformer import Transformer, generator
 
 
 class Adapted(nn.Linear):
@@ -29,16 +32,26 @@ class Adapted(nn.Linear):
 
 
 def adapt(model: Transformer, lora: Lora, seed: int) -> None:
-    """Give the model its adapters, and freeze all else but a task's head. A is uniform within 1 / sqrt(in), keyed by (seed, name)."""
+    """Give the model its adapters, and freeze all else but a task's head. A is uniform within 1 / sqrt(in),
+    keyed by (seed, name).
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".blocks." in f".{name}"]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".blocks." in f".{name}"
+    ]
     if not found:
-        raise Refused(f"lora adapts the linear maps of blocks, and a model of cell {model.config.cell} has none: leave it out.")
+        raise Refused(
+            f"lora adapts the linear maps of blocks, and a model of cell {model.config.cell} has none: leave"
+            " it out."
+        )
     for target in lora.targets:
         if not any(name.endswith(f".{target}") for name, _ in found):
             raise Refused(
-                f"lora.targets names {target!r}; the linear maps here are {', '.join(sorted({n.split('.')[-1] for n, _ in found}))}."
+                f"lora.targets names {target!r}; the linear maps here are"
+                f" {', '.join(sorted({n.split('.')[-1] for n, _ in found}))}."
             )
     for name, module in found:
         parent, _, last = name.rpartition(".")

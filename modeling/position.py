@@ -1,7 +1,8 @@
-"""Where a token stands: four schemes that answer the same three questions, each answering the one that is its way.
+"""Where a token stands: four schemes that answer the same three questions, each answering the one that is its
+way.
 
-In: positions, as integers. Out: a term for the embeddings (learned, sinusoidal), a rotation of queries and keys (rope), or a
-bias for the scores (relative). All of it is made once per forward and shared by the layers.
+In: positions, as integers. Out: a term for the embeddings (learned, sinusoidal), a rotation of queries and
+keys (rope), or a bias for the scores (relative). All of it is made once per forward and shared by the layers.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.config import ModelConfig
+from trifold.modeling.config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, H) fp32
 
@@ -24,7 +25,9 @@ class Position(nn.Module):
         super().__init__()
 
     def forward(self, x_BTD: Tensor, segments_BT: Tensor) -> Tensor:
-        """The embeddings with their positions in them, which count from 0 in each document. The segments end with those of x."""
+        """The embeddings with their positions in them, which count from 0 in each document. The segments end
+        with those of x.
+        """
         return x_BTD
 
     def rotation(self, at_T: Tensor, local: bool) -> Rotation | None:
@@ -37,11 +40,17 @@ class Position(nn.Module):
 
 
 class Rope(Position):
-    """Rotary positions (Su et al. 2021), halves paired as in Llama. Only distances matter: they need no restart per document."""
+    """Rotary positions (Su et al. 2021), halves paired as in Llama. Only distances matter: they need no
+    restart per document.
+    """
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
-        self.head_dim, self.theta, self.local_theta = config.head_dim, config.rope_theta, config.local_rope_theta
+        self.head_dim, self.theta, self.local_theta = (
+            config.head_dim,
+            config.rope_theta,
+            config.local_rope_theta,
+        )
 
     def rotation(self, at_T: Tensor, local: bool) -> Rotation:
         made = _opaque_waves if torch.compiler.is_compiling() else waves
@@ -56,8 +65,8 @@ def waves(at_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-# A compiler would not keep the table, but compute it anew for each element that is turned, in every layer: 17 of 74 ms of a step of
-# decoder-110m on an H200. What it cannot look into, it keeps.
+# A compiler would not keep the table, but compute it anew for each element that is turned, in every layer: 17
+# of 74 ms of a step of decoder-110m on an H200. What it cannot look into, it keeps.
 _opaque_waves = torch.library.custom_op("trifold::waves", waves, mutates_args=())
 
 
@@ -68,7 +77,9 @@ def _(at_T: Tensor, head_dim: int, theta: float) -> Rotation:
 
 
 class Learned(Position):
-    """A vector per position within the document (BERT, GPT-2, BART), and where there are token types that of the first one."""
+    """A vector per position within the document (BERT, GPT-2, BART), and where there are token types that of
+    the first one.
+    """
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
@@ -83,7 +94,9 @@ class Learned(Position):
 
 
 class Sinusoidal(Position):
-    """Fixed waves, sines in the first half and cosines in the second (fairseq's M2M-100 and NLLB, which count from 2)."""
+    """Fixed waves, sines in the first half and cosines in the second (fairseq's M2M-100 and NLLB, which count
+    from 2).
+    """
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
@@ -99,7 +112,9 @@ class Sinusoidal(Position):
 
 
 class Relative(Position):
-    """A learned bias per head and bucket of distance (T5, Raffel et al. 2020): near ones exact, far ones on a logarithmic scale."""
+    """A learned bias per head and bucket of distance (T5, Raffel et al. 2020): near ones exact, far ones on a
+    logarithmic scale.
+    """
 
     buckets, far = 32, 128
 
@@ -119,7 +134,9 @@ class Relative(Position):
             side, distance, n = (ahead > 0) * (self.buckets // 2), ahead.abs(), self.buckets // 2
         exact = n // 2
         octaves = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.far / exact)
-        return side + torch.where(distance < exact, distance, (exact + (octaves * (n - exact)).long()).clamp(max=n - 1))
+        return side + torch.where(
+            distance < exact, distance, (exact + (octaves * (n - exact)).long()).clamp(max=n - 1)
+        )
 
 
 SCHEMES = {"rope": Rope, "learned": Learned, "sinusoidal": Sinusoidal, "relative": Relative}
@@ -135,7 +152,8 @@ def rotate(x_BNTH: Tensor, rotation: Rotation) -> Tensor:
 
 
 class _Turn(torch.autograd.Function):
-    """The same for eager training, in fewer passes over memory; gradients turn the other way. A compiler fuses the plain formula.
+    """The same for eager training, in fewer passes over memory; gradients turn the other way. A compiler
+    fuses the plain formula.
 
     On one core with AVX2 1.6 ms instead of 2.6 for 8 rows of 256, 8 heads of 32, in fp32, there and back.
     """

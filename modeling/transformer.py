@@ -1,7 +1,8 @@
-"""The three families as compositions of one Stack (or RecurrentStack), and the one way to make them: `build(config, seed)`.
+"""The three families as compositions of one Stack (or RecurrentStack), and the one way to make them:
+`build(config, seed)`.
 
-In: a Batch of packed rows. Out: the summed loss of its valid targets (fp32), or each target's loss, or logits.
-Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
+In: a Batch of packed rows. Out: the summed loss of its valid targets (fp32), or each target's loss, or
+logits. Shapes: B rows, T tokens, S source, D model, P picked, V vocabulary.
 """
 
 import hashlib
@@ -13,37 +14,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import Cache, Visibility
-from modeling.batch import IGNORE, Batch
-from modeling.block import Block, Caches, View, Views, is_local, make_norm
-from modeling.config import ModelConfig, Refused
-from modeling.heads import Head
-from modeling.position import SCHEMES
-from modeling.recurrent import RecurrentStack, score_function
-from modeling.sharing import Shared
+from trifold.modeling.attention import Cache, Visibility
+from trifold.modeling.batch import IGNORE, Batch
+from trifold.modeling.block import Block, Caches, View, Views, is_local, make_norm
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.heads import Head
+from trifold.modeling.position import SCHEMES
+from trifold.modeling.recurrent.stack import RecurrentStack, score_function
+from trifold.modeling.sequence_parallel import Shared
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder, or both, between one table of embeddings and a head. Made by `build`, not called directly."""
+    """Encoder, decoder, or both, between one table of embeddings and a head. Made by `build`, not called
+    directly.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        both, stack = config.family == "encoder-decoder", Stack if config.cell == "attention" else RecurrentStack
+        both, stack = (
+            config.family == "encoder-decoder",
+            Stack if config.cell == "attention" else RecurrentStack,
+        )
         self.encoder = stack(config, causal=False) if config.family != "decoder" else None
         self.decoder = stack(config, causal=True, cross=both) if config.family != "encoder" else None
         self.head = Head(config)
 
-    def forward(self, batch: Batch, per_token: bool = False, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool; `logits`: (B, T, V).
+    def forward(
+        self, batch: Batch, per_token: bool = False, logits: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The sum of the losses (nats, fp32 scalar); `per_token`: losses (B, T) and correctness (B, T) bool;
+        `logits`: (B, T, V).
 
         Of a batch in parts: the sum, and the losses (B, T), which carry no gradient.
         """
         h, targets = self.hidden(batch), batch.targets
         if logits:
             scores = self.head(h, self.embed)
-            return scores if self.head.crf is None else self.head.crf(scores, targets, batch.segments, best=True)
+            return (
+                scores if self.head.crf is None else self.head.crf(scores, targets, batch.segments, best=True)
+            )
         if batch.picked is not None:
             at = batch.picked.clamp(min=0)
             h = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
@@ -51,7 +63,9 @@ class Transformer(nn.Module):
 
         def at_home(x_BP: Tensor) -> Tensor:
             """Back to their places; the padding of `picked` adds nothing to place 0."""
-            return x_BP if batch.picked is None else x_BP.new_zeros(batch.targets.shape).scatter_add(1, at, x_BP)
+            return (
+                x_BP if batch.picked is None else x_BP.new_zeros(batch.targets.shape).scatter_add(1, at, x_BP)
+            )
 
         if per_token:
             nll, correct = self.head(h, self.embed, targets, batch.segments, per_token=True)
@@ -66,8 +80,10 @@ class Transformer(nn.Module):
         return total if batch.parts is None else (total, at_home(nll))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits of every position, (B, T, V): for comparisons and generation, not for training. With a CRF: of the positions that have
-        targets (whatever they are), the score of the best sequence of labels with that label there."""
+        """Logits of every position, (B, T, V): for comparisons and generation, not for training. With a CRF:
+        of the positions that have targets (whatever they are), the score of the best sequence of labels with
+        that label there.
+        """
         return self(batch, logits=True)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -86,15 +102,22 @@ class Transformer(nn.Module):
         return self.embed(tokens_BT) * self.config.embed_scale
 
     def recompute(self, on: bool) -> None:
-        """Activation checkpointing, block by block (Chen et al. 2016): less memory for about a third more time."""
+        """Activation checkpointing, block by block (Chen et al. 2016): less memory for about a third more
+        time.
+        """
         if on and self.config.cell != "attention":
-            raise Refused(f"engine.recompute goes block by block, and a model of cell {self.config.cell} has no blocks: set it to false.")
+            raise Refused(
+                f"engine.recompute goes block by block, and a model of cell {self.config.cell} has no"
+                " blocks: set it to false."
+            )
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 stack.recompute = on
 
     def share(self, shared: Shared | None) -> None:
-        """From here on batches hold slices of rows (`Shared.own`), and losses are a slice's; None: whole rows."""
+        """From here on batches hold slices of rows (`Shared.own`), and losses are a slice's; None: whole
+        rows.
+        """
         for stack in (self.encoder, self.decoder):
             if isinstance(stack, Stack):
                 stack.shared = shared
@@ -125,15 +148,20 @@ class Stack(nn.Module):
         memory_segments_BS: Tensor | None = None,
         caches: list[Caches] | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both: (B, used + T). Of shared rows
-        x and the memory are slices, the segments those of whole rows."""
+        """Hidden states (B, T, D). With caches the tokens continue those in them, and `segments` covers both:
+        (B, used + T). Of shared rows x and the memory are slices, the segments those of whole rows.
+        """
         start = caches[0][0].used if caches else 0
         so_far_BT = segments_BT  # to the end of x
         if self.shared is not None:
             start = self.shared.place * x_BTD.shape[1]
             so_far_BT = None if segments_BT is None else segments_BT[:, : start + x_BTD.shape[1]]
         views = self._views(x_BTD, segments_BT, start, memory_BSD, memory_segments_BS)
-        x_BTD = self.embed_norm(self.position(x_BTD, _one_document(x_BTD, start + x_BTD.shape[1]) if so_far_BT is None else so_far_BT))
+        x_BTD = self.embed_norm(
+            self.position(
+                x_BTD, _one_document(x_BTD, start + x_BTD.shape[1]) if so_far_BT is None else so_far_BT
+            )
+        )
         x_BTD = F.dropout(x_BTD, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if caches:
@@ -145,11 +173,18 @@ class Stack(nn.Module):
         return self.norm(x_BTD)
 
     def _views(
-        self, x_BTD: Tensor, segments_BT: Tensor | None, start: int, memory_BSD: Tensor | None, memory_segments_BS: Tensor | None
+        self,
+        x_BTD: Tensor,
+        segments_BT: Tensor | None,
+        start: int,
+        memory_BSD: Tensor | None,
+        memory_segments_BS: Tensor | None,
     ) -> Views:
         """Masks, rotations and biases, made once for all layers."""
         end, shared = start + x_BTD.shape[1], self.shared
-        first, last = (start, end) if shared is None else (0, shared.size * x_BTD.shape[1])  # of the queries that attend here
+        first, last = (
+            (start, end) if shared is None else (0, shared.size * x_BTD.shape[1])
+        )  # of the queries that attend here
         at = torch.arange(last, device=x_BTD.device)
         bias = self.position.bias(at[first:], at)
         if shared is not None and bias is not None:
@@ -161,7 +196,11 @@ class Stack(nn.Module):
             if segments_BT is None and bias is None and not window and (newest or not first):
                 return View(Visibility(self.causal and not newest), rotation, shared=shared)
             known_BT = _one_document(x_BTD, last) if segments_BT is None else segments_BT
-            return View(Visibility(self.causal, known_BT[:, first:], known_BT, window, first, bias), rotation, shared=shared)
+            return View(
+                Visibility(self.causal, known_BT[:, first:], known_BT, window, first, bias),
+                rotation,
+                shared=shared,
+            )
 
         whole, cross = view(window=0), None
         if memory_BSD is not None:  # each document reads its own source; positions play no part
@@ -179,7 +218,9 @@ _LOOKS = re.compile(r"\w+\.blocks\.(\d+)\.attn\.f\.[qk]\.weight")
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:
-    """A new model on the CPU in fp32, the same for the same (config, seed) wherever and in whatever order it is made."""
+    """A new model on the CPU in fp32, the same for the same (config, seed) wherever and in whatever order it
+    is made.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
@@ -190,11 +231,12 @@ def build(config: ModelConfig, seed: int) -> Transformer:
 def initialise(model: Transformer, seed: int) -> None:
     """All initialisation. Each parameter draws from a generator of its own, keyed by (seed, name).
 
-    Norms are 1, biases 0. Matrices are normal with `init_std`; those that write into the residual stream (o, down) are smaller
-    by sqrt(2 * num_layers), so that the stream keeps its scale with depth (GPT-2). Where embeddings are scaled up, their
-    deviation is the inverse, so that what enters the first block has unit scale (sqrt(dim), as in T5Gemma: dim ** -0.5). A matrix
-    of a recurrent stack has the deviation fan-in ** -0.5, which keeps the scale over steps, and an LSTM's forget gates begin
-    open, with a bias of 1 (Jozefowicz et al. 2015).
+    Norms are 1, biases 0. Matrices are normal with `init_std`; those that write into the residual stream (o,
+    down) are smaller by sqrt(2 * num_layers), so that the stream keeps its scale with depth (GPT-2). Where
+    embeddings are scaled up, their deviation is the inverse, so that what enters the first block has unit
+    scale (sqrt(dim), as in T5Gemma: dim ** -0.5). A matrix of a recurrent stack has the deviation fan-in **
+    -0.5, which keeps the scale over steps, and an LSTM's forget gates begin open, with a bias of 1
+    (Jozefowicz et al. 2015).
     """
     for name, parameter in model.named_parameters():
         reset(name, parameter, model.config, seed)
@@ -210,7 +252,8 @@ def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
     elif parameter.ndim == 1:
         parameter.fill_(1)
     elif config.mimetic and (match := _LOOKS.fullmatch(name)) and not is_local(config, int(match[1])):
-        # W_q^T W_k is then close to the identity (Trockman and Kolter 2023): a token looks at tokens equal to it
+        # W_q^T W_k is then close to the identity (Trockman and Kolter 2023): a token looks at tokens equal to
+        # it
         keys = parameter.new_empty(config.num_kv_heads * config.head_dim, config.dim)
         keys.normal_(0, config.dim**-0.5, generator=generator(seed, name.replace(".q.", ".k.")))
         heads = keys.unflatten(0, (config.num_kv_heads, -1))

@@ -1,48 +1,54 @@
-"""A run from recipe to checkpoints: `prepare` once on the driver (tokenizer, token shards), then `train` on every rank.
+"""A run from recipe to checkpoints: `prepare` once on the driver (tokenizer, token shards), then `train` on
+every rank.
 
-In: a Pretrain recipe and rank facts. Out: the run folder. `train` continues by itself from the newest checkpoint that verifies.
+In: a Pretrain recipe and rank facts. Out: the run folder. `train` continues by itself from the newest
+checkpoint that verifies.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from modeling.config import Refused
-from modeling.counts import train_flops_per_row
-from pretrain import budget, heartbeat, storage, tokenizer
-from pretrain import prepare as preparation
-from pretrain.batches import Rows
-from pretrain.checkpoint import Checkpoint, State, newest_verified, open_checkpoint
-from pretrain.config import Pretrain, Source, Start, Training
-from pretrain.corpus import corpus_fingerprint, documents, is_heldout
-from pretrain.engine import Engine, Place
-from pretrain.evaluate import evaluate, unigram_loss
-from pretrain.layout import stack
-from pretrain.lease import Lease, take_generation
-from pretrain.loader import Loader
-from pretrain.metrics import Recorder, peak_flops
-from pretrain.saving import Checkpointer
-from pretrain.shards import Shards
-from pretrain.stages import parts, where
-from pretrain.start import begin, check, fingerprint, initialised, own_tokenizer
-from pretrain.tokenizer import Tokenizer
-from pretrain.train import Progress, Work
-from pretrain.train import train as train_loop
-
-T = TypeVar("T")
+from trifold.modeling.errors import Refused
+from trifold.modeling.flops import train_flops_per_row
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, State, open_checkpoint
+from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.config.pretraining import Pretrain, Source, Start
+from trifold.pretrain.data import prepare as preparation
+from trifold.pretrain.data.collate import stack
+from trifold.pretrain.data.corpus import corpus_fingerprint, documents, is_heldout
+from trifold.pretrain.data.loader import Loader
+from trifold.pretrain.data.rows import Rows
+from trifold.pretrain.data.shards import Shards
+from trifold.pretrain.data.stages import parts, where
+from trifold.pretrain.data.tokenizer import tokenizer
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine import memory_estimate
+from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.evaluate import evaluate, unigram_loss
+from trifold.pretrain.initial_model import begin, check, fingerprint, initialised, own_tokenizer
+from trifold.pretrain.monitor.metrics import Recorder
+from trifold.pretrain.session import from_first_rank, newest, peak, take_turn
+from trifold.pretrain.storage import storage
+from trifold.pretrain.train import Progress, Work
+from trifold.pretrain.train import train as train_loop
 
 
-def prepare(config: Pretrain, workers: int, progress: Callable[[str, int], None], spread: preparation.Spread | None = None) -> None:
-    """Make what training reads and is not there yet: the tokenizer, the token shards, the tables of packed rows.
+def prepare(
+    config: Pretrain,
+    workers: int,
+    progress: Callable[[str, int], None],
+    spread: preparation.Spread | None = None,
+) -> None:
+    """Make what training reads and is not there yet: the tokenizer, the token shards, the tables of packed
+    rows.
 
-    `workers` processes of this machine tokenize and pack, unless `spread` tokenizes elsewhere. `progress(what, done)` hears how far it is.
-    Raises Refused for a corpus or a tokenizer that cannot be used.
+    `workers` processes of this machine tokenize and pack, unless `spread` tokenizes elsewhere.
+    `progress(what, done)` hears how far it is. Raises Refused for a corpus or a tokenizer that cannot be
+    used.
     """
     vocabulary = make_tokenizer(config, progress)
     for source, folder, heldout_fraction in _sources(config):
@@ -71,7 +77,13 @@ def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> To
     def origin() -> list[Any]:
         if path is not None:
             return [Tokenizer.open(path).fingerprint, shape.family]
-        return [config.tokenizer.model_dump(), shape.family, shape.vocab_size, fraction, *map(corpus_fingerprint, sources)]
+        return [
+            config.tokenizer.model_dump(),
+            shape.family,
+            shape.vocab_size,
+            fraction,
+            *map(corpus_fingerprint, sources),
+        ]
 
     def make(folder: Path) -> None:
         if path is not None:
@@ -81,28 +93,40 @@ def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> To
 
     found = own_tokenizer(config, origin, make, progress)
     if found.vocab_size > shape.vocab_size:
-        raise Refused(f"the tokenizer in {config.run} has {found.vocab_size} pieces, model.vocab_size is {shape.vocab_size}: raise it")
+        raise Refused(
+            f"the tokenizer in {config.run} has {found.vocab_size} pieces, model.vocab_size is"
+            f" {shape.vocab_size}: raise it"
+        )
     return found
 
 
 def train(config: Pretrain, place: Place) -> None:
-    """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same recipe."""
+    """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same
+    recipe.
+    """
     run = Path(config.run)
     rows, heldout = open_rows(config)
     model, weights = begin(config.model, run)
     plan = parts(config)
     micros = (stack([r.empty_row()] * part.micro_rows) for part, r in zip(plan, rows, strict=True))
-    answers = budget.answered(config, model, micros, place)
+    answers = memory_estimate.answered(config, model, micros, place)
     engine = Engine(initialised(model, weights, config.seed), answers, place, len(heldout.parts))
     lease, recorder = take_turn(config, engine)
     start = from_first_rank(engine, lambda: fingerprint(config.model))
-    facts = [{**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste} for part, r in zip(plan, rows, strict=True)]
+    facts = [
+        {**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste}
+        for part, r in zip(plan, rows, strict=True)
+    ]
     prints = {"fingerprint": rows[-1].fingerprint, "heldout_fingerprint": heldout.fingerprint}
     recorder.event("data", **facts[-1], **prints, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
         folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
-        return _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder) if folder else None
+        return (
+            _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder)
+            if folder
+            else None
+        )
 
     def describe(progress: Progress, scores: dict[str, Any]) -> State:
         return State(
@@ -128,20 +152,10 @@ def train(config: Pretrain, place: Place) -> None:
         if progress.step == 0:
             recorder.metrics(0, **score(False))
         saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
-        work = Work(partial(_loader, config, rows, engine), score, describe, restore, mfu, parts=heldout.parts)
+        work = Work(
+            partial(_loader, config, rows, engine), score, describe, restore, mfu, parts=heldout.parts
+        )
         train_loop(config, engine, saves, recorder, progress, work)
-
-
-def take_turn(config: Training, engine: Engine) -> tuple[Lease, Recorder]:
-    """All ranks of an attempt begin: they take the run's next generation, and say that they have started."""
-    home = storage.home(Path(config.run), config.checkpoints.storage)
-    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
-    heartbeat.end_when_superseded(lease)
-    recorder = Recorder(Path(config.run), engine.place, lease.generation)
-    storage.told = recorder.event
-    chosen = {"zero_stage": engine.stage, "precision": engine.precision, "recompute": engine.recompute}
-    recorder.event("started", world=engine.place.world, **chosen, pid=os.getpid())
-    return lease, recorder
 
 
 def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
@@ -156,7 +170,11 @@ def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
     for part in parts(config):
         after = (rows[-1], part.first_row) if rows else None
         same = bool(rows) and rows[-1].row_length == part.row_length  # the same rows in other steps
-        rows.append(rows[-1] if same else Rows(config, vocabulary, training, "train", cache, processes, part.row_length, after))
+        rows.append(
+            rows[-1]
+            if same
+            else Rows(config, vocabulary, training, "train", cache, processes, part.row_length, after)
+        )
     return rows, Rows(config, vocabulary, heldout, "heldout", cache, processes)
 
 
@@ -173,14 +191,12 @@ def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
         yield source, shards_of(config) / f"heldout-{number}", 0.0
 
 
-def newest(home: storage.Location, recorder: Recorder) -> str | None:
-    """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
-    checkpoint = newest_verified(home, recorder.event)
-    return None if checkpoint is None else str(checkpoint.folder)
-
-
-def _scored(config: Pretrain, engine: Engine, rows: Rows, heldout: Rows, vocab_size: int, complete: bool) -> dict[str, Any]:
-    """Held-out losses, by the averaged weights too where there are any; `complete`: of all rows, beside the simplest model's."""
+def _scored(
+    config: Pretrain, engine: Engine, rows: Rows, heldout: Rows, vocab_size: int, complete: bool
+) -> dict[str, Any]:
+    """Held-out losses, by the averaged weights too where there are any; `complete`: of all rows, beside the
+    simplest model's.
+    """
     num_rows = heldout.num_rows if complete else config.evaluate_rows
     scores = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
     if complete and engine.place.rank == 0:
@@ -193,23 +209,37 @@ def _scored(config: Pretrain, engine: Engine, rows: Rows, heldout: Rows, vocab_s
 
 
 def _read_so_far(config: Pretrain, rows: list[Rows], step: int) -> Rows:
-    """Those that the last of `step` finished steps read. A stage that is yet to come is no part of their fingerprint."""
+    """Those that the last of `step` finished steps read. A stage that is yet to come is no part of their
+    fingerprint.
+    """
     return rows[where(parts(config), max(step - 1, 0)).part.stage]
 
 
-def _resume(checkpoint: Checkpoint, engine: Engine, config: Pretrain, rows: list[Rows], start: str | None, recorder: Recorder) -> Progress:
-    """Put a checkpoint's weights and moments into the engine; where it stood. `start`: the fingerprint of where the run started from."""
+def _resume(
+    checkpoint: Checkpoint,
+    engine: Engine,
+    config: Pretrain,
+    rows: list[Rows],
+    start: str | None,
+    recorder: Recorder,
+) -> Progress:
+    """Put a checkpoint's weights and moments into the engine; where it stood. `start`: the fingerprint of
+    where the run started from.
+    """
     check(checkpoint, config.model, start)
     state, fingerprint = checkpoint.state, _read_so_far(config, rows, checkpoint.state.step).fingerprint
     if state.fingerprint != fingerprint:
         raise Refused(
-            f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe and its text make rows of"
-            f" {fingerprint}: corpus, tokenizer, row length, stages, objective, weights or (in another version of Trifold) the way rows are"
+            f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe"
+            " and its text make rows of"
+            f" {fingerprint}: corpus, tokenizer, row length, stages, objective, weights or (in another"
+            " version of Trifold) the way rows are"
             " made have changed. Give another `run` folder."
         )
     if state.cursor != (cursor := where(parts(config), state.step).row):
         raise Refused(
-            f"{checkpoint.folder} had read {state.cursor} rows in its {state.step} steps, and this recipe reads {cursor} in as many:"
+            f"{checkpoint.folder} had read {state.cursor} rows in its {state.step} steps, and this recipe"
+            f" reads {cursor} in as many:"
             " step_rows or stages have changed. Give another `run` folder."
         )
     engine.load(checkpoint.read, state.optimizer_step)
@@ -230,23 +260,3 @@ def _loader(config: Pretrain, rows: list[Rows], engine: Engine, progress: Progre
         pin=engine.place.device == "cuda",
         counts=engine.counts,
     )
-
-
-def peak(engine: Engine) -> float:
-    """FLOP/s of all ranks' devices together, in the precision in use."""
-    dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
-    return float(engine.sum_over_ranks(torch.tensor([peak_flops(engine.place, dtype)], dtype=torch.float64)))
-
-
-def from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; what it refuses, every rank refuses."""
-    found: list[Any] = [None, None]
-    if engine.place.rank == 0:
-        try:
-            found[0] = ask()
-        except Refused as refusal:
-            found[1] = refusal
-    dist.broadcast_object_list(found, src=0, device=engine.device)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]

@@ -1,7 +1,8 @@
 """The only training loop: step, record, judge, evaluate, save.
 
-In: an engine, the packed rows of each step, a checkpointer, a recorder. Out: metrics, events and checkpoints in the run folder.
-Fine-tuning runs this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it depends on the number of ranks beyond rounding.
+In: an engine, the packed rows of each step, a checkpointer, a recorder. Out: metrics, events and checkpoints
+in the run folder. Fine-tuning runs this same loop. The loop knows no Ray and no DeepSpeed, and nothing in it
+depends on the number of ranks beyond rounding.
 """
 
 import time
@@ -13,18 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.config import Refused
-from pretrain import heartbeat
-from pretrain.checkpoint import State
-from pretrain.config import Training
-from pretrain.engine import Engine, Step
-from pretrain.evaluate import part_losses
-from pretrain.loader import StepRows
-from pretrain.metrics import Recorder
-from pretrain.optimizer import lr_factor
-from pretrain.saving import Checkpointer
-from pretrain.spikes import give_up, limits, named_before, reason
-from pretrain.stop import StopRequest
+from trifold.modeling.errors import Refused
+from trifold.pretrain.checkpoint.checkpoint import State
+from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.config.training import Training
+from trifold.pretrain.data.loader import StepRows
+from trifold.pretrain.engine.engine import Engine, Step
+from trifold.pretrain.engine.optimizer import lr_factor
+from trifold.pretrain.engine.spikes import give_up, limits, named_before, reason
+from trifold.pretrain.evaluate import part_losses
+from trifold.pretrain.monitor import heartbeat
+from trifold.pretrain.monitor.metrics import Recorder
+from trifold.pretrain.monitor.stop_request import StopRequest
 
 
 @dataclass
@@ -34,15 +35,25 @@ class Progress:
     step: int = 0  # finished optimizer steps, skipped ones included
     tokens: int = 0  # read so far, padding left out
     bad: int = 0  # steps in a row that were skipped
-    skips: list[tuple[int, int]] = field(default_factory=list)  # rows from first to last, both included, that are never read
-    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the last steps that were applied
+    skips: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # rows from first to last, both included, that are never read
+    recent: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # loss and gradient norm of the last steps that were applied
 
     @classmethod
     def of(cls, state: State) -> "Progress":
-        """Where a checkpoint's run stood; of before there was a rule for spikes, with nothing to judge by yet."""
+        """Where a checkpoint's run stood; of before there was a rule for spikes, with nothing to judge by
+        yet.
+        """
         kept = state.extra
         return cls(
-            state.step, kept["tokens"], kept.get("bad", 0), list(state.skips), [(loss, norm) for loss, norm in kept.get("recent", [])]
+            state.step,
+            kept["tokens"],
+            kept.get("bad", 0),
+            list(state.skips),
+            [(loss, norm) for loss, norm in kept.get("recent", [])],
         )
 
     @property
@@ -52,7 +63,11 @@ class Progress:
 
     def took(self, step: Step, tokens: int, window: int) -> None:
         """A step is done, applied or skipped."""
-        self.step, self.tokens, self.bad = self.step + 1, self.tokens + tokens, 0 if step.applied else self.bad + 1
+        self.step, self.tokens, self.bad = (
+            self.step + 1,
+            self.tokens + tokens,
+            0 if step.applied else self.bad + 1,
+        )
         if step.applied:
             self.recent = [*self.recent, (step.loss, step.grad_norm)][-window:]
 
@@ -67,14 +82,25 @@ class Work:
 
     load: Callable[[Progress], Iterable[StepRows]]  # the rows of each step from where the run stands
     score: Callable[[bool], dict[str, Any]]  # evaluates; True: completely
-    describe: Callable[[Progress, dict[str, Any]], State]  # progress and scores as the state that a checkpoint records
-    restore: Callable[[], Progress | None]  # the last verified checkpoint into the engine, and where it stood; None: there is none
+    describe: Callable[
+        [Progress, dict[str, Any]], State
+    ]  # progress and scores as the state that a checkpoint records
+    restore: Callable[
+        [], Progress | None
+    ]  # the last verified checkpoint into the engine, and where it stood; None: there is none
     mfu: Callable[[int, float], float]  # of a step that took so many seconds
     enough: Callable[[], bool] = lambda: False  # ends training before its last step
     parts: Sequence[str] = ()  # of a mixture of objectives
 
 
-def train(config: Training, engine: Engine, checkpointer: Checkpointer, recorder: Recorder, progress: Progress, work: Work) -> None:
+def train(
+    config: Training,
+    engine: Engine,
+    checkpointer: Checkpointer,
+    recorder: Recorder,
+    progress: Progress,
+    work: Work,
+) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (see StopRequest).
 
     Raises Refused where `config.spikes` says so, and once a save finds its storage full or refusing.
@@ -112,7 +138,13 @@ def train(config: Training, engine: Engine, checkpointer: Checkpointer, recorder
         if rows.step == began:
             recorder.event("stepping", step=rows.step + 1)
         if not step.applied and _went_back(
-            config, recorder, checkpointer, progress, rows, reason(step.loss, step.grad_norm, most), work.restore
+            config,
+            recorder,
+            checkpointer,
+            progress,
+            rows,
+            reason(step.loss, step.grad_norm, most),
+            work.restore,
         ):
             scores = scores if progress.step == rows.step else {}
             continue
@@ -131,11 +163,15 @@ def train(config: Training, engine: Engine, checkpointer: Checkpointer, recorder
     if saved != progress.step:  # lower after a rollback
         _save(checkpointer, engine, work.describe(progress, scores))
     _saved(checkpointer, progress)
-    recorder.event("finished" if progress.step == config.steps or work.enough() else "stopped", step=progress.step)
+    recorder.event(
+        "finished" if progress.step == config.steps or work.enough() else "stopped", step=progress.step
+    )
 
 
 def micro_seed(seed: int, micro: int) -> int:
-    """The seed of the randomness inside the model (dropout) for one micro of the run, whichever rank computes it."""
+    """The seed of the randomness inside the model (dropout) for one micro of the run, whichever rank computes
+    it.
+    """
     return int(np.random.SeedSequence([seed, micro]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -160,11 +196,16 @@ def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Wait for the last save. Raises Refused where it failed."""
     checkpointer.wait()
     if checkpointer.failed is not None:
-        raise Refused(f"step {progress.step} was trained but not saved: {checkpointer.failed}. Mend that and run the same command again.")
+        raise Refused(
+            f"step {progress.step} was trained but not saved: {checkpointer.failed}. Mend that and run the"
+            " same command again."
+        )
 
 
 def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, bool]:
-    """What all ranks must know before the first backward: valid targets, tokens and row hash of the whole step, and whether to stop."""
+    """What all ranks must know before the first backward: valid targets, tokens and row hash of the whole
+    step, and whether to stop.
+    """
     mine = torch.tensor([rows.count, rows.tokens, rows.hash % 2**48, int(stop)], dtype=torch.int64)
     count, tokens, rows_hash, stopping = engine.sum_over_ranks(mine).tolist()
     return count, tokens, rows_hash % 2**48, stopping > 0
@@ -191,14 +232,21 @@ def _went_back(
     why: str,
     restore: Callable[[], Progress | None],
 ) -> bool:
-    """Do with a step that no rank applied as `spikes.policy` says; whether the run went back, for the step to be taken with other rows.
+    """Do with a step that no rank applied as `spikes.policy` says; whether the run went back, for the step to
+    be taken with other rows.
 
-    Without a checkpoint it stays where it is, and takes the step with other rows there: the steps so far, taken again, would lead here.
+    Without a checkpoint it stays where it is, and takes the step with other rows there: the steps so far,
+    taken again, would lead here.
     """
     checkpointer.wait()  # a save in flight holds good steps, whether the run goes back to it or ends here
     rolls_back = config.spikes.policy == "rollback"
     in_a_row = 1 + (named_before(progress.skips, rows.first) if rolls_back else progress.bad)
-    facts = {"rows": [rows.first, rows.last], "reason": why, "policy": config.spikes.policy, "in_a_row": in_a_row}
+    facts = {
+        "rows": [rows.first, rows.last],
+        "reason": why,
+        "policy": config.spikes.policy,
+        "in_a_row": in_a_row,
+    }
     recorder.event("bad_step", step=rows.step + 1, **facts)
     give_up(config, rows.step + 1, rows.first, rows.last, why, in_a_row)
     if rolls_back:

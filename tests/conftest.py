@@ -1,5 +1,7 @@
-"""What several tests share: one Ray cluster for the whole session (about 5 s to start), several hosts for a file of tests (20 s). And which
-proofs run: those that have not passed at this commit, or a slice that each commit begins elsewhere."""
+"""What several tests share: one Ray cluster for the whole session (about 5 s to start), several hosts for a
+file of tests (20 s). And which proofs run: those that have not passed at this commit, or a slice that each
+commit begins elsewhere.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """The local cluster that the first `cluster.run` starts serves all later ones (its CPUs: what that wanted); stopped at the end."""
+    """The local cluster that the first `cluster.run` starts serves all later ones (its CPUs: what that
+    wanted); stopped at the end.
+    """
     yield
     import ray
 
@@ -34,8 +38,14 @@ def hosts() -> Iterator[Hosts]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--unproven", action="store_true", help="leave out what has passed at this commit, where no file differs from it")
-    parser.addoption("--seconds", type=float, help="begin where this commit says, and start no test after so many seconds")
+    parser.addoption(
+        "--unproven",
+        action="store_true",
+        help="leave out what has passed at this commit, where no file differs from it",
+    )
+    parser.addoption(
+        "--seconds", type=float, help="begin where this commit says, and start no test after so many seconds"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after -m
@@ -51,14 +61,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if BEGAN in item.config.stash and time.monotonic() - item.config.stash[BEGAN] > item.config.getoption("--seconds"):
+    if BEGAN in item.config.stash and time.monotonic() - item.config.stash[BEGAN] > item.config.getoption(
+        "--seconds"
+    ):
         pytest.skip("the seconds of this slice are over: another commit begins elsewhere")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: Any
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if item.config.getoption("--unproven") and item.config.cache and report.when == "call" and report.passed and not _git("status", "-s"):
+    if (
+        item.config.getoption("--unproven")
+        and item.config.cache
+        and report.when == "call"
+        and report.passed
+        and not _git("status", "-s")
+    ):
         key = f"passed/{_git('rev-parse', 'HEAD')}"
         item.config.cache.set(key, [*item.config.cache.get(key, []), item.nodeid])
     return report
@@ -69,4 +89,6 @@ BEGAN = pytest.StashKey[float]()
 
 def _git(*arguments: str) -> str:
     """What git says; nothing where this is no clone."""
-    return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
+    ).stdout.strip()

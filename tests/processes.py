@@ -1,7 +1,8 @@
 """Run a function in several real processes that form one gloo group, and bring back what each returned.
 
-Processes are spawned, so the function must be importable (defined at the top of a test file). A child's exception fails the test with the
-child's own traceback. Starting one costs about 2 s (torch and deepspeed are imported anew): make several checks in one call.
+Processes are spawned, so the function must be importable (defined at the top of a test file). A child's
+exception fails the test with the child's own traceback. Starting one costs about 2 s (torch and deepspeed are
+imported anew): make several checks in one call.
 """
 
 import multiprocessing as mp
@@ -14,18 +15,22 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine import Place
+from trifold.pretrain.distributed import Place
 
 
 def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
-    """`function(place, *args)` in `world` processes at once; the results in rank order. The first failure ends the others."""
+    """`function(place, *args)` in `world` processes at once; the results in rank order. The first failure
+    ends the others.
+    """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []
         for rank in range(world):
             receive, send = context.Pipe(duplex=False)
             place = Place(rank, world, rank, "cpu", f"file://{Path(folder) / 'meet'}", threads=1)
-            child = context.Process(target=_child, args=(send, function, place, pickle.dumps(args)), daemon=True)
+            child = context.Process(
+                target=_child, args=(send, function, place, pickle.dumps(args)), daemon=True
+            )
             child.start()
             send.close()
             pipes.append(receive)
@@ -53,7 +58,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     while len(results) < len(pipes):
         ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - results.keys())} gave no result within {timeout:g} s")
+            raise TimeoutError(
+                f"ranks {sorted(set(range(len(pipes))) - results.keys())} gave no result within {timeout:g} s"
+            )
         for rank, pipe in enumerate(pipes):
             if pipe in ready:
                 try:

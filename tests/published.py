@@ -1,4 +1,6 @@
-"""Tiny models of odd shapes, with weights that give every mistake a chance to show, for the tests of publishing."""
+"""Tiny models of odd shapes, with weights that give every mistake a chance to show, for the tests of
+publishing.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -7,36 +9,82 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
-from modeling.batch import Batch
-from modeling.config import ModelConfig
-from modeling.transformer import Transformer, build
-from pretrain.config import Tokenizer as TokenizerConfig
-from pretrain.tokenizer import Tokenizer, train
+from trifold.modeling.batch import Batch
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.transformer import Transformer, build
+from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
 _DECODER = ModelConfig(
-    family="decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40, max_positions=64
+    family="decoder",
+    vocab_size=97,
+    dim=24,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=10,
+    mlp_dim=40,
+    max_positions=64,
 )
 _ENCODER = ModelConfig(
-    family="encoder", vocab_size=97, dim=24, num_layers=4, num_heads=3, num_kv_heads=3, head_dim=8, mlp_dim=40, max_positions=64,
-    activation="gelu", norm="layer", norm_eps=1e-5, first_attention_norm=False, embed_norm=True, rope_theta=160_000.0,
-    local_window=5, global_every=3, head_dense=True, logit_bias=True,
-)  # fmt: skip
+    family="encoder",
+    vocab_size=97,
+    dim=24,
+    num_layers=4,
+    num_heads=3,
+    num_kv_heads=3,
+    head_dim=8,
+    mlp_dim=40,
+    max_positions=64,
+    activation="gelu",
+    norm="layer",
+    norm_eps=1e-5,
+    first_attention_norm=False,
+    embed_norm=True,
+    rope_theta=160_000.0,
+    local_window=5,
+    global_every=3,
+    head_dense=True,
+    logit_bias=True,
+)
 _BOTH = ModelConfig(
-    family="encoder-decoder", vocab_size=97, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_dim=40,
-    max_positions=64, activation="gelu_tanh", norm_places=("pre", "inner"), embed_scale=24**0.5,
-)  # fmt: skip
+    family="encoder-decoder",
+    vocab_size=97,
+    dim=24,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=10,
+    mlp_dim=40,
+    max_positions=64,
+    activation="gelu_tanh",
+    norm_places=("pre", "inner"),
+    embed_scale=24**0.5,
+)
 _LAYER = dict(norm="layer", bias=True, gated=False)
 _GPT2 = _DECODER.model_copy(
-    update=dict(_LAYER, position="learned", activation="gelu_tanh", num_kv_heads=3, head_dim=8, tie_embeddings=False)
+    update=dict(
+        _LAYER, position="learned", activation="gelu_tanh", num_kv_heads=3, head_dim=8, tie_embeddings=False
+    )
 )
 _BERT = _ENCODER.model_copy(
     update=dict(
-        _LAYER, position="learned", norm_places=("post",), local_window=0, first_attention_norm=True, final_norm=False, task_dense=False,
-        token_types=2, num_layers=2, tie_embeddings=False, rope_theta=10_000.0, global_every=1,
+        _LAYER,
+        position="learned",
+        norm_places=("post",),
+        local_window=0,
+        first_attention_norm=True,
+        final_norm=False,
+        task_dense=False,
+        token_types=2,
+        num_layers=2,
+        tie_embeddings=False,
+        rope_theta=10_000.0,
+        global_every=1,
     )
-)  # fmt: skip
+)
 _T5 = _BOTH.model_copy(
     update=dict(
         norm_places=("pre",),
@@ -51,23 +99,48 @@ _T5 = _BOTH.model_copy(
 )
 _MBART = _BOTH.model_copy(
     update=dict(
-        _LAYER, norm_places=("pre",), norm_eps=1e-5, position="learned", position_offset=2, embed_norm=True, num_kv_heads=3, head_dim=8,
-        activation="gelu", logit_bias="fixed", tie_embeddings=False,
+        _LAYER,
+        norm_places=("pre",),
+        norm_eps=1e-5,
+        position="learned",
+        position_offset=2,
+        embed_norm=True,
+        num_kv_heads=3,
+        head_dim=8,
+        activation="gelu",
+        logit_bias="fixed",
+        tie_embeddings=False,
     )
-)  # fmt: skip
+)
 _M2M = dict(position="sinusoidal", position_offset=1, embed_norm=False, logit_bias=False, activation="relu")
 MODELS = {
     "llama": _DECODER,
-    "llama, own head, other theta": _DECODER.model_copy(update={"tie_embeddings": False, "rope_theta": 5e5, "num_layers": 3}),
-    "llama, biases, two groups": _DECODER.model_copy(update={"bias": True, "num_heads": 4, "num_kv_heads": 2, "activation": "gelu"}),
+    "llama, own head, other theta": _DECODER.model_copy(
+        update={"tie_embeddings": False, "rope_theta": 5e5, "num_layers": 3}
+    ),
+    "llama, biases, two groups": _DECODER.model_copy(
+        update={"bias": True, "num_heads": 4, "num_kv_heads": 2, "activation": "gelu"}
+    ),
     "modernbert": _ENCODER,
     "modernbert, biases, own head": _ENCODER.model_copy(update={"bias": True, "tie_embeddings": False}),
     "modernbert, all global, five heads": _ENCODER.model_copy(
-        update={"local_window": 0, "num_heads": 5, "num_kv_heads": 5, "dim": 20, "head_dim": 4, "num_layers": 1, "logit_bias": False}
+        update={
+            "local_window": 0,
+            "num_heads": 5,
+            "num_kv_heads": 5,
+            "dim": 20,
+            "head_dim": 4,
+            "num_layers": 1,
+            "logit_bias": False,
+        }
     ),
     "t5gemma": _BOTH,
-    "t5gemma, own head, own scale": _BOTH.model_copy(update={"tie_embeddings": False, "attention_scale": 32**-0.5, "norm_eps": 1e-5}),
-    "t5gemma, three layers, two groups": _BOTH.model_copy(update={"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}),
+    "t5gemma, own head, own scale": _BOTH.model_copy(
+        update={"tie_embeddings": False, "attention_scale": 32**-0.5, "norm_eps": 1e-5}
+    ),
+    "t5gemma, three layers, two groups": _BOTH.model_copy(
+        update={"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    ),
     "gpt2": _GPT2,
     "gpt2, tied": _GPT2.model_copy(update={"tie_embeddings": True, "activation": "gelu"}),
     "bert": _BERT,
@@ -94,7 +167,11 @@ MODELS = {
 def tokenizer() -> Tokenizer:
     """A real one of 400 pieces, trained in a fraction of a second."""
     names = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
-    texts = (f"{a} and {b} met by the river in town number {i}; who knows why?" for i, a in enumerate(names) for b in names)
+    texts = (
+        f"{a} and {b} met by the river in town number {i}; who knows why?"
+        for i, a in enumerate(names)
+        for b in names
+    )
     return train(texts, TokenizerConfig(), 400, Path(mkdtemp()))
 
 
@@ -112,7 +189,9 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def batch_of(config: ModelConfig, length: int, seed: int = 0) -> Batch:
-    """Two rows of plain tokens (never padding), each one document; a source of another length where there is one."""
+    """Two rows of plain tokens (never padding), each one document; a source of another length where there is
+    one.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""An S3-protocol server on loopback for tests: tests/s3_server.py in a Python environment of its own, because it needs older packages.
+"""An S3-protocol server on loopback for tests: tests/s3_server.py in a Python environment of its own, because
+it needs older packages.
 
 `faults` make it misbehave, as that file says; `requests` is what was asked of it, a line each.
 """
@@ -38,7 +39,9 @@ class Server:
 
     def bucket(self, name: str) -> str:
         """The URL of a new bucket."""
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        ).close()
         return f"s3://{name}"
 
 
@@ -51,8 +54,15 @@ def served(folder: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = Server(folder, port)
-    process = subprocess.Popen([PYTHON, PROGRAM, str(port), server.file, server.log], stderr=(folder / "server.txt").open("w"))
-    names = {"ENDPOINT": f"http://127.0.0.1:{port}", "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1"}
+    process = subprocess.Popen(
+        [PYTHON, PROGRAM, str(port), server.file, server.log], stderr=(folder / "server.txt").open("w")
+    )
+    names = {
+        "ENDPOINT": f"http://127.0.0.1:{port}",
+        "ACCESS_KEY_ID": "test",
+        "SECRET_ACCESS_KEY": "test",
+        "REGION": "us-east-1",
+    }
     before = dict(os.environ)
     os.environ.update({f"AWS_{name}": value for name, value in names.items()})
     try:

@@ -1,8 +1,10 @@
-"""moto's S3 server, with faults; run in the environment that `make` installs it into: PYTHON s3_server.py PORT FAULTS LOG.
+"""moto's S3 server, with faults; run in the environment that `make` installs it into: PYTHON s3_server.py
+PORT FAULTS LOG.
 
-It serves one request at a time: moto looks and then writes, so that in threads its conditional put would not be atomic, as S3's is.
-FAULTS is a JSON file: {"busy": 3} answers 503 SlowDown to two of three requests at random, {"deny": true} refuses writes (403),
-{"slow": 0.2} keeps each part of an upload that long. LOG gets a line for each request.
+It serves one request at a time: moto looks and then writes, so that in threads its conditional put would not
+be atomic, as S3's is. FAULTS is a JSON file: {"busy": 3} answers 503 SlowDown to two of three requests at
+random, {"deny": true} refuses writes (403), {"slow": 0.2} keeps each part of an upload that long. LOG gets a
+line for each request.
 """
 
 import json
@@ -32,7 +34,9 @@ def _main(port: str, faults: str, log: str) -> None:
         if "partNumber" in query:
             time.sleep(facts.get("slow", 0))
         with open(log, "a") as lines:
-            lines.write(f"{method} {path}{'?' if query else ''}{query}{' ' + refused[0] if refused else ''}\n")
+            lines.write(
+                f"{method} {path}{'?' if query else ''}{query}{' ' + refused[0] if refused else ''}\n"
+            )
         if refused is None:
             return moto(environ, start)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -1,4 +1,6 @@
-"""The commands of `trifold bench`: each measures on this machine, shows one table, and with --out writes OUT.json and OUT.png."""
+"""The commands of `trifold bench`: each measures on this machine, shows one table, and with --out writes
+OUT.json and OUT.png.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,13 +9,17 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:  # torch takes a second, and `trifold --help` should not
-    from pretrain.engine import Place
+    from trifold.pretrain.distributed import Place
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine, beside the peers.")
 
 Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
-Changes = Annotated[list[str] | None, typer.Argument(help="changes to it, such as micro_rows=16", metavar="[KEY=VALUE]...")]
-Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="where; without it CUDA where there is one")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="changes to it, such as micro_rows=16", metavar="[KEY=VALUE]...")
+]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="where; without it CUDA where there is one")
+]
 Threads = Annotated[int, typer.Option(help="threads of the CPU")]
 Out = Annotated[Path | None, typer.Option(help="a name for OUT.json and OUT.png")]
 
@@ -22,24 +28,39 @@ Out = Annotated[Path | None, typer.Option(help="a name for OUT.json and OUT.png"
 def train(
     config: Config,
     changes: Changes = None,
-    peers: Annotated[bool, typer.Option("--peers", help="beside stock classes of the same shape, eager and compiled")] = False,
-    eager: Annotated[bool, typer.Option("--eager", help="the peers eager alone: compiling takes a minute each")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="beside stock classes of the same shape, eager and compiled")
+    ] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="the peers eager alone: compiling takes a minute each")
+    ] = False,
     documents: Annotated[int, typer.Option(help="documents of a row; 0: each row is one whole document")] = 0,
     steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
     warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
-    trace: Annotated[Path | None, typer.Option("--profile", help="a file for a trace of ours; a table of where the time goes")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--profile", help="a file for a trace of ours; a table of where the time goes"),
+    ] = None,
     device: Device = None,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
     """Throughput of a recipe on rows of its shape: tokens/s, MFU, peak memory."""
-    from launch.bench.train import bench
-    from launch.config import resolve
+    from trifold.launch.bench.train import bench
+    from trifold.launch.recipe.reader import resolve
 
     bench(
-        resolve(config, changes or []), _place(device, threads), Console(), documents=documents, peers=peers, eager=eager, steps=steps,
-        warmup=warmup, out=out, trace=trace,
-    )  # fmt: skip
+        resolve(config, changes or []),
+        _place(device, threads),
+        Console(),
+        documents=documents,
+        peers=peers,
+        eager=eager,
+        steps=steps,
+        warmup=warmup,
+        out=out,
+        trace=trace,
+    )
 
 
 @app.command()
@@ -50,11 +71,15 @@ def data(
     documents: Annotated[int, typer.Option(help="documents of a row")] = 3,
     out: Out = None,
 ) -> None:
-    """Tokens per second of one core: tokenizing beside SentencePiece itself, and the rows of each objective."""
-    from launch.bench.data import bench
-    from launch.config import resolve
+    """Tokens per second of one core: tokenizing beside SentencePiece itself, and the rows of each
+    objective.
+    """
+    from trifold.launch.bench.data import bench
+    from trifold.launch.recipe.reader import resolve
 
-    bench(resolve(config, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out)
+    bench(
+        resolve(config, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out
+    )
 
 
 @app.command()
@@ -67,8 +92,8 @@ def save(
     out: Out = None,
 ) -> None:
     """What a checkpoint costs: how long training waits, the background writes, a resume reads."""
-    from launch.bench.save import bench
-    from launch.config import resolve
+    from trifold.launch.bench.save import bench
+    from trifold.launch.recipe.reader import resolve
 
     bench(resolve(config, changes or []), _place(device, threads), Console(), folder=folder, out=out)
 
@@ -83,23 +108,33 @@ def generate(
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """New tokens per second beside the stock class with the same weights: batch 1 and 32, greedy and beams."""
-    from launch.bench.generate import bench
-    from launch.config import resolve
+    """New tokens per second beside the stock class with the same weights: batch 1 and 32, greedy and
+    beams.
+    """
+    from trifold.launch.bench.generate import bench
+    from trifold.launch.recipe.reader import resolve
 
     bench(resolve(config, changes or []), _place(device, threads), Console(), new=new, rounds=rounds, out=out)
 
 
 @app.command()
 def gpu(
-    only: Annotated[list[str] | None, typer.Option(help="of the shapes, by their beginnings; several times")] = None,
-    seconds: Annotated[float, typer.Option(help="after which the table is printed, whatever is done by then")] = 520,
-    tiny: Annotated[bool, typer.Option("--tiny", help="the same code on shapes for a CPU: a rehearsal")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="of the shapes, by their beginnings; several times")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="after which the table is printed, whatever is done by then")
+    ] = 520,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="the same code on shapes for a CPU: a rehearsal")
+    ] = False,
     steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
     out: Out = None,
 ) -> None:
-    """The table of goals on one GPU: six shapes, ours beside the stock classes, each contender in a process of its own."""
-    from launch.bench.gpu import bench
+    """The table of goals on one GPU: six shapes, ours beside the stock classes, each contender in a process
+    of its own.
+    """
+    from trifold.launch.bench.gpu import bench
 
     bench(Console(), only=only or [""], seconds=seconds, tiny=tiny, steps=steps, out=out)
 
@@ -107,14 +142,16 @@ def gpu(
 @app.command(hidden=True)
 def shape(name: str, contender: int, out: Path, steps: int, turn: Path, tiny: bool = False) -> None:
     """One contender of one shape of `gpu`, in this process; its row is appended to OUT."""
-    from launch.bench.gpu import measure
+    from trifold.launch.bench.gpu import measure
 
-    measure(name, contender, out, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1), turn=turn)
+    measure(
+        name, contender, out, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1), turn=turn
+    )
 
 
 def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "Place":
     import torch
 
-    from pretrain.engine import Place
+    from trifold.pretrain.distributed import Place
 
     return Place(0, 1, 0, device or ("cuda" if torch.cuda.is_available() else "cpu"), None, threads)

@@ -1,7 +1,9 @@
-"""Those who race: each does optimizer steps on the same micro batches. In, a recipe and micros; out, a Contender whose `step` is one step.
+"""Those who race: each does optimizer steps on the same micro batches. In, a recipe and micros; out, a
+Contender whose `step` is one step.
 
-Ours is the product's Engine (DeepSpeed). The peers are the stock classes of the same shape in the loop that Hugging Face's Trainer runs
-(transformers/trainer.py: `training_step`): fp32 weights, bf16 autocast unless the recipe is fp32, clipping, fused AdamW.
+Ours is the product's Engine (DeepSpeed). The peers are the stock classes of the same shape in the loop that
+Hugging Face's Trainer runs (transformers/trainer.py: `training_step`): fp32 weights, bf16 autocast unless the
+recipe is fp32, clipping, fused AdamW.
 """
 
 import contextlib
@@ -17,15 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.bench.rows import Micro, Words, one_by_one, parts
-from modeling.batch import IGNORE, Batch
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface import express
-from modeling.transformer import build
-from pretrain import budget
-from pretrain.config import Pretrain
-from pretrain.engine import Engine, Place
-from pretrain.objectives.config import family, labels
+from trifold.launch.bench.rows import Micro, Words, one_by_one, parts
+from trifold.modeling.batch import IGNORE, Batch
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface import express
+from trifold.modeling.transformer import build
+from trifold.pretrain.config.objectives import family, labels
+from trifold.pretrain.config.pretraining import Pretrain
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine import memory_estimate
+from trifold.pretrain.engine.engine import Engine
 
 SPECIAL = {"pad": Words.pad, "bos": Words.bos, "eos": Words.eos, "start": Words.bos}
 
@@ -56,17 +60,26 @@ def steps_of(micros: Sequence[Micro], per_step: int) -> list[list[Micro]]:
     return [list(micros[i : i + per_step]) for i in range(0, len(micros) - per_step + 1, per_step)]
 
 
-def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Sequence[Micro]], place: Place, flops: float) -> Contender:
+def ours(
+    name: str,
+    recipe: Pretrain,
+    config: ModelConfig,
+    steps: Sequence[Sequence[Micro]],
+    place: Place,
+    flops: float,
+) -> Contender:
     """The product's engine, at this recipe's settings."""
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         named, model = labels(recipe.objective), build(config, recipe.seed)
-        answers = budget.answered(recipe, config, [m.batch for m in steps[0]][:1], place)
+        answers = memory_estimate.answered(recipe, config, [m.batch for m in steps[0]][:1], place)
         racer.engine = engine = Engine(model, answers, place, len(named) if len(named) > 1 else 0)
 
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]
-            engine.train_step([m.batch for m in chosen], list(range(len(chosen))), sum(m.targets for m in chosen), 1.0)
+            engine.train_step(
+                [m.batch for m in chosen], list(range(len(chosen))), sum(m.targets for m in chosen), 1.0
+            )
 
         return model, step
 
@@ -74,15 +87,26 @@ def ours(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
     return racer
 
 
-def bare(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Sequence[Micro]], place: Place, flops: float) -> Contender:
-    """Our model in as plain a loop as bf16 weights with fp32 masters allow, without DeepSpeed: what the engine costs beside it."""
+def bare(
+    name: str,
+    recipe: Pretrain,
+    config: ModelConfig,
+    steps: Sequence[Sequence[Micro]],
+    place: Place,
+    flops: float,
+) -> Contender:
+    """Our model in as plain a loop as bf16 weights with fp32 masters allow, without DeepSpeed: what the
+    engine costs beside it.
+    """
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         model = build(config, recipe.seed).to(place.device, torch.bfloat16)
         weights = list(model.parameters())
         masters = [weight.detach().float() for weight in weights]
         settings = recipe.optimizer
-        optimizer = torch.optim.AdamW(masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
         if recipe.engine.compile:
             model.compile(dynamic=False, mode="reduce-overhead" if recipe.engine.cuda_graphs else None)
         grads = [torch.empty_like(master) for master in masters]
@@ -107,16 +131,30 @@ def bare(name: str, recipe: Pretrain, config: ModelConfig, steps: Sequence[Seque
 
 
 def stock(
-    name: str, model: Callable[[], nn.Module], recipe: Pretrain, steps: Sequence[Sequence[Micro]], place: Place, flops: float,
-    *, compiled: bool = False, padded: bool = False, vocab_size: int = 2**31,
-) -> Contender:  # fmt: skip
-    """A stock class in the Trainer's loop. `padded`: each document a row of its own, as many at a time as the recipe's micro batch has.
+    name: str,
+    model: Callable[[], nn.Module],
+    recipe: Pretrain,
+    steps: Sequence[Sequence[Micro]],
+    place: Place,
+    flops: float,
+    *,
+    compiled: bool = False,
+    padded: bool = False,
+    vocab_size: int = 2**31,
+) -> Contender:
+    """A stock class in the Trainer's loop. `padded`: each document a row of its own, as many at a time as the
+    recipe's micro batch has.
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
     shifts = family(recipe.objective) == "decoder"
     batches = [
-        [part for m in chosen for part in (parts(one_by_one(m.batch), recipe.micro_rows) if padded else [m.batch])] for chosen in steps
+        [
+            part
+            for m in chosen
+            for part in (parts(one_by_one(m.batch), recipe.micro_rows) if padded else [m.batch])
+        ]
+        for chosen in steps
     ]
     inputs = [[stock_inputs(batch, shifts, vocab_size) for batch in chosen] for chosen in batches]
     low = recipe.engine.precision != "fp32"
@@ -124,7 +162,11 @@ def stock(
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         net = model().to(place.device).train()
         optimizer = torch.optim.AdamW(
-            net.parameters(), lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, weight_decay=recipe.optimizer.weight_decay, fused=True
+            net.parameters(),
+            lr=recipe.optimizer.lr,
+            betas=recipe.optimizer.betas,
+            weight_decay=recipe.optimizer.weight_decay,
+            fused=True,
         )
         run: Any = torch.compile(net) if compiled else net
 
@@ -162,7 +204,9 @@ def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
     """A class of transformers from its config's settings; with SDPA attention where it has that."""
     transformers = _transformers()
     kind = getattr(transformers, name)
-    config = kind.config_class(**{key: value for key, value in settings.items() if key not in ("architectures", "model_type")})
+    config = kind.config_class(
+        **{key: value for key, value in settings.items() if key not in ("architectures", "model_type")}
+    )
     config.use_cache = False
     torch.manual_seed(0)
     try:
@@ -171,8 +215,11 @@ def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
         return kind._from_config(config, attn_implementation="eager")
 
 
-def race(contenders: Sequence[Contender], place: Place, warmup: int, steps: int, turn: Path | None = None) -> None:
-    """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender raises is its own result.
+def race(
+    contenders: Sequence[Contender], place: Place, warmup: int, steps: int, turn: Path | None = None
+) -> None:
+    """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender
+    raises is its own result.
 
     `turn`: a file that processes lock while they warm up and are timed, so that one at a time does.
     """
@@ -221,7 +268,9 @@ def timed_step(contender: Contender, place: Place, i: int) -> None:
 
 @contextlib.contextmanager
 def bytes_held(place: Place) -> Iterator[list[int]]:
-    """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts them."""
+    """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts
+    them.
+    """
     found = [0, 0]
     if place.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -229,10 +278,14 @@ def bytes_held(place: Place) -> Iterator[list[int]]:
         yield found
         found[:] = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
         return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         yield found
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [
+        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
     live = list(itertools.accumulate(size for _, size in sorted(changes)))
     found[:] = live[-1], max(live)
 
@@ -244,16 +297,27 @@ def _wait(place: Place) -> None:
 
 def _counted(steps: Sequence[Sequence[Micro]]) -> tuple[float, float]:
     """Tokens and targets of a step, on average."""
-    return tuple(sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps) for what in ("tokens", "targets"))
+    return tuple(
+        sum(getattr(m, what) for chosen in steps for m in chosen) / len(steps)
+        for what in ("tokens", "targets")
+    )
 
 
 def stock_inputs(batch: Batch, shifts: bool, vocab_size: int = 2**31) -> dict[str, torch.Tensor]:
     """What a stock class takes; it `shifts` its labels itself where it is a decoder."""
-    tokens, targets = batch.tokens % vocab_size, batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size)
+    tokens, targets = (
+        batch.tokens % vocab_size,
+        batch.targets.where(batch.targets == IGNORE, batch.targets % vocab_size),
+    )
     segments = batch.segments if batch.source is None else batch.source_segments
     mask = {} if segments is None else {"attention_mask": (segments > 0).long()}
     if batch.source is not None:
-        return {"input_ids": batch.source % vocab_size, "decoder_input_ids": tokens, "labels": targets, **mask}
+        return {
+            "input_ids": batch.source % vocab_size,
+            "decoder_input_ids": tokens,
+            "labels": targets,
+            **mask,
+        }
     return {"input_ids": tokens, "labels": targets.roll(1, 1) if shifts else targets, **mask}
 
 

@@ -1,6 +1,8 @@
-"""`trifold bench data`: tokens per second of one core, from text to micro batches: tokenizing, and the rows of each objective.
+"""`trifold bench data`: tokens per second of one core, from text to micro batches: tokenizing, and the rows
+of each objective.
 
-Process time of one thread, so that a busy machine does not show. Tokenizing is set beside SentencePiece's own speed on the same text.
+Process time of one thread, so that a busy machine does not show. Tokenizing is set beside SentencePiece's own
+speed on the same text.
 """
 
 import time
@@ -11,18 +13,28 @@ from pathlib import Path
 import sentencepiece
 from rich.console import Console
 
-from launch.bench.report import Row, machine, show
-from launch.bench.rows import synthetic
-from launch.config import Recipe
-from modeling.config import Refused
-from pretrain.corpus import documents
-from pretrain.loader import Loader
-from pretrain.objectives import PARTS
-from pretrain.objectives.config import Causal, Continuation, Fim, Infilling, Masked, Mixture, Objective, Prefix, Spans
-from pretrain.prepare import batched
-from pretrain.run import make_tokenizer
-from pretrain.stages import parts
-from pretrain.tokenizer import Tokenizer
+from trifold.launch.bench.report import Row, machine, show
+from trifold.launch.bench.rows import synthetic
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.errors import Refused
+from trifold.pretrain.config.objectives import (
+    Causal,
+    Continuation,
+    Fim,
+    Infilling,
+    Masked,
+    Mixture,
+    Objective,
+    Prefix,
+    Spans,
+)
+from trifold.pretrain.data.corpus import documents
+from trifold.pretrain.data.loader import Loader
+from trifold.pretrain.data.objectives import PARTS
+from trifold.pretrain.data.prepare import batched
+from trifold.pretrain.data.stages import parts
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.run import make_tokenizer
 
 OBJECTIVES: dict[str, Objective] = {
     "causal": Causal(),
@@ -43,10 +55,20 @@ assert {dials.kind for dials in OBJECTIVES.values()} == {*PARTS, "mixture"}
 VOCABULARY, STEPS, ROUNDS = 32_000, 20, 5
 
 
-def bench(recipe: Recipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None) -> None:
+def bench(
+    recipe: Recipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
+) -> None:
     """Measure and show."""
-    rows = [*tokenizing(recipe, megabytes), *(making(recipe, name, dials, documents_per_row) for name, dials in OBJECTIVES.items())]
-    show(console, f"{recipe.run}: text and rows of {recipe.data.row_length}, one core's own time\n{machine('cpu', 1)}", rows, out)
+    rows = [
+        *tokenizing(recipe, megabytes),
+        *(making(recipe, name, dials, documents_per_row) for name, dials in OBJECTIVES.items()),
+    ]
+    show(
+        console,
+        f"{recipe.run}: text and rows of {recipe.data.row_length}, one core's own time\n{machine('cpu', 1)}",
+        rows,
+        out,
+    )
 
 
 def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
@@ -64,19 +86,25 @@ def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
     if (folder / "tokenizer.model").exists():
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         theirs, _ = _timed(lambda: sum(len(pieces.encode(text)) for text in texts))
-        rows = [{**row, "x SentencePiece": theirs / seconds} for row, seconds in zip(rows, (cold, warm), strict=True)]
+        rows = [
+            {**row, "x SentencePiece": theirs / seconds}
+            for row, seconds in zip(rows, (cold, warm), strict=True)
+        ]
         rows.append(_row("SentencePiece itself", number, theirs))
     assert tokenizer.fingerprint == again.fingerprint
     return rows
 
 
 def making(recipe: Recipe, name: str, dials: Objective, documents_per_row: int) -> Row:
-    """An epoch's steps, packing included: rows packed, drawn, hashed and stacked, as the loader's thread does it. The best of ROUNDS: what
-    else the machine does slows even a thread's own time."""
+    """An epoch's steps, packing included: rows packed, drawn, hashed and stacked, as the loader's thread does
+    it. The best of ROUNDS: what else the machine does slows even a thread's own time.
+    """
     asked = recipe.model_copy(update={"objective": dials, "stages": ()})
 
     def once() -> tuple[float, int]:
-        source = synthetic(asked, VOCABULARY, documents_per_row, STEPS * recipe.step_rows)  # has packed nothing yet
+        source = synthetic(
+            asked, VOCABULARY, documents_per_row, STEPS * recipe.step_rows
+        )  # has packed nothing yet
         steps = source.num_rows // recipe.step_rows
         loader = Loader([source], parts(asked), start=0, stop=steps, rank=0, world=1, prefetch=1)
         return _timed(lambda: sum(loader.share(step).tokens for step in range(steps)))

@@ -1,4 +1,6 @@
-"""`trifold bench generate`: new tokens per second, ours beside the stock class with the same weights: batch 1 and 32, greedy and beams."""
+"""`trifold bench generate`: new tokens per second, ours beside the stock class with the same weights: batch 1
+and 32, greedy and beams.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,15 +10,16 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from launch.bench.contenders import SPECIAL, stock_class
-from launch.bench.report import Row, machine, show
-from launch.config import Recipe
-from modeling.config import Generation, ModelConfig, Refused
-from modeling.generate import generate
-from modeling.huggingface import export
-from modeling.transformer import build
-from pretrain.engine import Place
-from pretrain.start import begin
+from trifold.launch.bench.contenders import SPECIAL, stock_class
+from trifold.launch.bench.report import Row, machine, show
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.generation.generate import generate
+from trifold.modeling.huggingface import export
+from trifold.modeling.transformer import build
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.initial_model import begin
 
 BATCHES, BEAMS, PROMPT = (1, 32), (1, 4), 32
 
@@ -25,10 +28,17 @@ def bench(recipe: Recipe, place: Place, console: Console, *, new: int, rounds: i
     """Measure and show. Texts have exactly `new` tokens: their end is forbidden until then."""
     config = begin(recipe.model, Path(recipe.run))[0]
     if config.family == "encoder":
-        raise Refused(f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder")
+        raise Refused(
+            f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder"
+        )
     torch.set_num_threads(place.threads)
     new = min(new, config.max_positions // 2)
-    rows = [row for batch in BATCHES for beams in BEAMS for row in measure(config, place, batch, beams, new, rounds)]
+    rows = [
+        row
+        for batch in BATCHES
+        for beams in BEAMS
+        for row in measure(config, place, batch, beams, new, rounds)
+    ]
     show(console, f"{recipe.run}: generation\n{machine(place.device, place.threads)}", rows, out)
 
 
@@ -39,12 +49,20 @@ def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int,
     theirs = stock_class(hf["architectures"][0], hf)
     theirs.load_state_dict(state, strict=False)  # tied weights have one name in `state`
     ours, theirs = ours.to(place.device), theirs.to(place.device).eval()
-    prompts = torch.randint(105, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(
+        105, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)
+    )
     how = Generation(max_new=new, min_new=new, beams=beams)
     given = prompts.to(place.device)
 
     def stock() -> None:
-        limits = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False, "use_cache": True}
+        limits = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "num_beams": beams,
+            "do_sample": False,
+            "use_cache": True,
+        }
         with torch.no_grad():
             theirs.generate(given, attention_mask=torch.ones_like(given), **limits)  # type: ignore[operator]
 
@@ -56,7 +74,12 @@ def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int,
     cpu = median(pair[1][1] for pair in seconds) / median(pair[0][1] for pair in seconds)
     name = f"batch {batch}, " + ("greedy" if beams == 1 else f"{beams} beams")
     return [
-        {"": f"{name}: Trifold", "tokens/s": batch * new / fast, "ours, times": slow / fast, "by CPU time": cpu},
+        {
+            "": f"{name}: Trifold",
+            "tokens/s": batch * new / fast,
+            "ours, times": slow / fast,
+            "by CPU time": cpu,
+        },
         {"": f"{name}: {hf['architectures'][0]}", "tokens/s": batch * new / slow},
     ]
 

@@ -1,8 +1,9 @@
-"""`make bench-gpu`: the table of goals on one GPU, six shapes beside the stock classes that a user would take instead.
+"""`make bench-gpu`: the table of goals on one GPU, six shapes beside the stock classes that a user would take
+instead.
 
-In: nothing but the presets below. Out: one table, printed last, and --out's JSON and chart. Each contender is a process of its own: what
-hangs or fails costs its own row and no others. They build and compile side by side, and are timed one at a time. `--tiny` runs the same
-code on small shapes on the CPU.
+In: nothing but the presets below. Out: one table, printed last, and --out's JSON and chart. Each contender is
+a process of its own: what hangs or fails costs its own row and no others. They build and compile side by
+side, and are timed one at a time. `--tiny` runs the same code on small shapes on the CPU.
 """
 
 import os
@@ -21,29 +22,50 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from launch.bench import contenders, train
-from launch.bench.contenders import Contender
-from launch.bench.report import Row, show
-from launch.bench.rows import micros
-from launch.config import CLONE, Recipe, resolve
-from modeling.config import ModelConfig
-from pretrain.engine import Place
-from pretrain.metrics import append_line, peak_flops, read_lines
+from trifold.launch.bench import contenders, train
+from trifold.launch.bench.contenders import Contender
+from trifold.launch.bench.report import Row, show
+from trifold.launch.bench.rows import micros
+from trifold.launch.recipe.reader import CLONE, resolve
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.config import ModelConfig
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.monitor.metrics import peak_flops
+from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 BERT = {"vocab_size": 30528, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2 = {"vocab_size": 50304, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 T5 = {
-    "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+}
 SMALL = {  # the same classes for a rehearsal
-    "BertForMaskedLM": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "BertForMaskedLM": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    },
     "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 2},
     "T5ForConditionalGeneration": {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32},
 }
 
 
-OURS, PLAIN_ROWS, FP8, PLAIN_LOOP = "Trifold", "Trifold, plain rows", "Trifold, fp8 linears", "Trifold's model, plain torch loop"
+OURS, PLAIN_ROWS, FP8, PLAIN_LOOP = (
+    "Trifold",
+    "Trifold, plain rows",
+    "Trifold, fp8 linears",
+    "Trifold's model, plain torch loop",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,9 @@ class Shape:
     rows: int
     gib: int  # of device memory that ours takes
     goal: str
-    peers: tuple[tuple[str, dict[str, Any] | None, bool, int], ...]  # (class, its settings or None for our shape, compiled, gib)
+    peers: tuple[
+        tuple[str, dict[str, Any] | None, bool, int], ...
+    ]  # (class, its settings or None for our shape, compiled, gib)
     cuda_graphs: bool = False
     documents: int = 0
     fp8: bool = False
@@ -66,7 +90,9 @@ class Shape:
     def contenders(self) -> list[str]:
         """Ours first."""
         padded = ", padded" if self.documents else ""
-        peers = [f"{kind}, {'compiled' if compiled else 'eager'}{padded}" for kind, _, compiled, _ in self.peers]
+        peers = [
+            f"{kind}, {'compiled' if compiled else 'eager'}{padded}" for kind, _, compiled, _ in self.peers
+        ]
         more = {PLAIN_ROWS: self.documents > 0, FP8: self.fp8, PLAIN_LOOP: self.plain_loop}
         return [OURS, *(who for who, there in more.items() if there), *peers]
 
@@ -78,29 +104,69 @@ class Shape:
 
 SHAPES = {
     "decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 14, "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
-        (("LlamaForCausalLM", None, True, 19), ("GPT2LMHeadModel", GPT2, True, 19), ("LlamaForCausalLM", None, False, 31)),
-        cuda_graphs=True, plain_loop=True,
+        "decoder-110m",
+        "causal",
+        1024,
+        32,
+        14,
+        "1.35 x Llama compiled, 1.2 x nanoGPT compiled",
+        (
+            ("LlamaForCausalLM", None, True, 19),
+            ("GPT2LMHeadModel", GPT2, True, 19),
+            ("LlamaForCausalLM", None, False, 31),
+        ),
+        cuda_graphs=True,
+        plain_loop=True,
     ),
     "decoder 24x2048, t2048": Shape(
-        "decoder-1.3b", "causal", 2048, 8, 50, "1.25 x Llama compiled, 1.5 x in fp8",
-        (("LlamaForCausalLM", None, True, 40), ("LlamaForCausalLM", None, False, 67)), fp8=True,
+        "decoder-1.3b",
+        "causal",
+        2048,
+        8,
+        50,
+        "1.25 x Llama compiled, 1.5 x in fp8",
+        (("LlamaForCausalLM", None, True, 40), ("LlamaForCausalLM", None, False, 67)),
+        fp8=True,
     ),
     "encoder base, t1024, 30 % masked": Shape(
-        "encoder-base", "masked", 1024, 32, 19, "2 x ModernBERT compiled",
+        "encoder-base",
+        "masked",
+        1024,
+        32,
+        19,
+        "2 x ModernBERT compiled",
         (("ModernBertForMaskedLM", None, True, 42), ("ModernBertForMaskedLM", None, False, 42)),
     ),
     "encoder base, t512": Shape(
-        "encoder-base", "masked", 512, 64, 19, "1.7 x BERT", (("BertForMaskedLM", BERT, True, 29), ("BertForMaskedLM", BERT, False, 24))
+        "encoder-base",
+        "masked",
+        512,
+        64,
+        19,
+        "1.7 x BERT",
+        (("BertForMaskedLM", BERT, True, 29), ("BertForMaskedLM", BERT, False, 24)),
     ),
     "encoder-decoder base, 512 in / 120 out": Shape(
-        "encoder-decoder-base", "spans", 512, 64, 21, "2 x T5 v1.1 compiled",
-        (("T5ForConditionalGeneration", T5, True, 29), ("T5ForConditionalGeneration", T5, False, 54)), cuda_graphs=True,
+        "encoder-decoder-base",
+        "spans",
+        512,
+        64,
+        21,
+        "2 x T5 v1.1 compiled",
+        (("T5ForConditionalGeneration", T5, True, 29), ("T5ForConditionalGeneration", T5, False, 54)),
+        cuda_graphs=True,
     ),
     "packed documents, decoder 12x768, t1024": Shape(
-        "decoder-110m", "causal", 1024, 32, 14, "0.95 x plain rows, 1.5 x padded", (("LlamaForCausalLM", None, False, 34),), documents=4
+        "decoder-110m",
+        "causal",
+        1024,
+        32,
+        14,
+        "0.95 x plain rows, 1.5 x padded",
+        (("LlamaForCausalLM", None, False, 34),),
+        documents=4,
     ),
-}  # fmt: skip
+}
 TINY = {
     "decoder-110m": "decoder-tiny",
     "decoder-1.3b": "decoder-tiny",
@@ -109,14 +175,22 @@ TINY = {
 }
 
 
-def bench(console: Console, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None) -> None:
-    """All contenders, as many at a time as the device has memory for; ends after `seconds` at the latest, a few more for the table."""
+def bench(
+    console: Console, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None
+) -> None:
+    """All contenders, as many at a time as the device has memory for; ends after `seconds` at the latest, a
+    few more for the table.
+    """
     began, end = time.monotonic(), time.monotonic() + seconds
     chosen = {name: shape for name, shape in SHAPES.items() if name.startswith(tuple(only))}
     runs = [(name, i) for name, shape in chosen.items() for i in range(len(shape.contenders))]
     # What takes longest comes first; eager peers that no goal names come last, and are missed least.
-    runs.sort(key=lambda run: (chosen[run[0]].contenders[run[1]].endswith("eager"), -chosen[run[0]].memory(run[1])))
-    room = _Room(1 if tiny else 0.95 * torch.cuda.get_device_properties(0).total_memory / 2**30)  # allocators keep more than they hold
+    runs.sort(
+        key=lambda run: (chosen[run[0]].contenders[run[1]].endswith("eager"), -chosen[run[0]].memory(run[1]))
+    )
+    room = _Room(
+        1 if tiny else 0.95 * torch.cuda.get_device_properties(0).total_memory / 2**30
+    )  # allocators keep more than they hold
 
     def run(contender: tuple[str, int]) -> Row:
         name, i = contender
@@ -130,7 +204,9 @@ def bench(console: Console, *, only: Sequence[str], seconds: float, tiny: bool, 
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder, ThreadPoolExecutor(len(runs)) as pool:
         found = dict(zip(runs, pool.map(run, runs), strict=True))
     title = f"one training step, {'a rehearsal on the CPU' if tiny else torch.cuda.get_device_name(0)}, torch {torch.__version__}"
-    by_shape = {name: [found[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()}
+    by_shape = {
+        name: [found[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()
+    }
     show(console, title, [row for name, rows in by_shape.items() for row in _rows(name, rows)], out)
 
 
@@ -146,7 +222,9 @@ class _Room:
         me = threading.get_ident()
         with self._changed:
             self._waiting[me] = amount
-            self._changed.wait_for(lambda: next((who for who, wants in self._waiting.items() if wants <= self._free), None) == me)
+            self._changed.wait_for(
+                lambda: next((who for who, wants in self._waiting.items() if wants <= self._free), None) == me
+            )
             del self._waiting[me]
             self._free -= amount
             self._changed.notify_all()
@@ -158,7 +236,9 @@ class _Room:
                 self._changed.notify_all()
 
 
-def measure(name: str, i: int, out: Path, *, steps: int, tiny: bool, place: Place, turn: Path | None = None) -> None:
+def measure(
+    name: str, i: int, out: Path, *, steps: int, tiny: bool, place: Place, turn: Path | None = None
+) -> None:
     """One contender of a shape, in this process; its row is written to `out`."""
     torch.set_float32_matmul_precision("high")
     shape, recipe = SHAPES[name], recipe_of(SHAPES[name], tiny)
@@ -174,43 +254,85 @@ def recipe_of(shape: Shape, tiny: bool) -> Recipe:
     return resolve(
         f"configs/model/{model}.yaml",
         [
-            "run=bench", "data.sources=[{path: none}]", "data.heldout_fraction=0.01", f"data.row_length={length}",
-            f"objective.kind={shape.objective}", "optimizer.lr=1e-4", "steps=1000", f"step_rows={rows}", f"micro_rows={rows}",
-            "engine.precision=bf16", f"engine.compile={str(not tiny).lower()}",
+            "run=bench",
+            "data.sources=[{path: none}]",
+            "data.heldout_fraction=0.01",
+            f"data.row_length={length}",
+            f"objective.kind={shape.objective}",
+            "optimizer.lr=1e-4",
+            "steps=1000",
+            f"step_rows={rows}",
+            f"micro_rows={rows}",
+            "engine.precision=bf16",
+            f"engine.compile={str(not tiny).lower()}",
             f"engine.cuda_graphs={str(shape.cuda_graphs and not tiny).lower()}",
         ],
-    )  # fmt: skip
+    )
 
 
 def contender_of(shape: Shape, i: int, recipe: Recipe, place: Place, tiny: bool) -> Contender:
-    """The contender of that number: ours, on plain rows too where the shape is packed, in a plain loop, then the peers."""
+    """The contender of that number: ours, on plain rows too where the shape is packed, in a plain loop, then
+    the peers.
+    """
     assert isinstance(recipe.model, ModelConfig)
-    who, vocab, flops = shape.contenders[i], recipe.model.vocab_size, train.flops_of_step(recipe, recipe.model)
+    who, vocab, flops = (
+        shape.contenders[i],
+        recipe.model.vocab_size,
+        train.flops_of_step(recipe, recipe.model),
+    )
     documents = 0 if who == PLAIN_ROWS else shape.documents
     here = contenders.steps_of(micros(recipe, vocab, documents, train.DIFFERENT, place.device), 1)
     if who in (OURS, PLAIN_ROWS, FP8):
         engine = recipe.engine.model_copy(update={"fp8": who == FP8})
-        return contenders.ours(who, recipe.model_copy(update={"engine": engine}), recipe.model, here, place, flops)
+        return contenders.ours(
+            who, recipe.model_copy(update={"engine": engine}), recipe.model, here, place, flops
+        )
     if who == PLAIN_LOOP:
         return contenders.bare(who, recipe, recipe.model, here, place, flops)
     kind, settings, compiled, _ = shape.peers[i - len(shape.contenders)]
-    make = contenders.same_shape(recipe.model) if settings is None else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
+    make = (
+        contenders.same_shape(recipe.model)
+        if settings is None
+        else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
+    )
     return contenders.stock(
-        who, make, recipe, here, place, flops, compiled=compiled and not tiny, padded=shape.documents > 0,
+        who,
+        make,
+        recipe,
+        here,
+        place,
+        flops,
+        compiled=compiled and not tiny,
+        padded=shape.documents > 0,
         vocab_size=(settings or {}).get("vocab_size", vocab),
-    )  # fmt: skip
+    )
 
 
 def _in_a_process(name: str, i: int, folder: Path, seconds: float, steps: int, tiny: bool) -> Row:
     who = {"": f"{name}: {SHAPES[name].contenders[i]}"}
     out = folder / f"{list(SHAPES).index(name)}-{i}.jsonl"
-    command = [sys.executable, "-m", "launch.cli", "bench", "shape", name, str(i), str(out), str(steps), str(folder / "turn")]
+    command = [
+        sys.executable,
+        "-m",
+        "trifold.launch.cli",
+        "bench",
+        "shape",
+        name,
+        str(i),
+        str(out),
+        str(steps),
+        str(folder / "turn"),
+    ]
     threads = str(max(1, (os.cpu_count() or 1) // 4))  # of the compiler: others compile at the same time
     try:
         done = subprocess.run(
-            [*command, *(["--tiny"] if tiny else [])], cwd=CLONE, timeout=max(0.0, seconds), capture_output=True, text=True,
+            [*command, *(["--tiny"] if tiny else [])],
+            cwd=CLONE,
+            timeout=max(0.0, seconds),
+            capture_output=True,
+            text=True,
             env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": threads},
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return {**who, "note": "out of time"}
     if done.returncode:

@@ -1,7 +1,8 @@
 """Where the time of a step goes: in, a step; out, a trace for chrome://tracing and a table of parts.
 
-A part is the innermost of our modules around an operation, in backward that of the forward operation it belongs to (they share autograd's
-sequence number). Outside of modules the name decides. Compiled steps have no modules: then kernels are told by name alone.
+A part is the innermost of our modules around an operation, in backward that of the forward operation it
+belongs to (they share autograd's sequence number). Outside of modules the name decides. Compiled steps have
+no modules: then kernels are told by name alone.
 """
 
 import re
@@ -18,13 +19,20 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from launch.bench.report import Row, show
-from modeling.block import MLP, Attention, RMSNorm
-from modeling.heads import Head
-from pretrain.engine import Place
+from trifold.launch.bench.report import Row, show
+from trifold.modeling.block import MLP, Attention, RMSNorm
+from trifold.modeling.heads import Head
+from trifold.pretrain.distributed import Place
 
-MODULES = {Attention: "attention", MLP: "activation", nn.Linear: "matmul", nn.LayerNorm: "norms", RMSNorm: "norms", Head: "loss",
-           nn.Embedding: "embedding"}  # fmt: skip
+MODULES = {
+    Attention: "attention",
+    MLP: "activation",
+    nn.Linear: "matmul",
+    nn.LayerNorm: "norms",
+    RMSNorm: "norms",
+    Head: "loss",
+    nn.Embedding: "embedding",
+}
 NAMES = {  # the first that is found in an operation's or a kernel's name
     "collectives": "nccl|c10d|gloo|all_?reduce|all_?gather|reduce_scatter",
     "optimizer": "adam|lerp|multi_tensor|foreach|norm_except|linalg_vector_norm|clip",
@@ -38,7 +46,9 @@ NAMES = {  # the first that is found in an operation's or a kernel's name
 STEPS = 3
 
 
-def profile(step: Callable[[int], None], model: nn.Module, place: Place, file: Path, console: Console) -> list[Row]:
+def profile(
+    step: Callable[[int], None], model: nn.Module, place: Place, file: Path, console: Console
+) -> list[Row]:
     """Run a few steps under the profiler, write the trace to `file`, show and return the parts."""
     cuda = place.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -55,14 +65,21 @@ def profile(step: Callable[[int], None], model: nn.Module, place: Place, file: P
     busy = sum(parts.values()) / STEPS / 1e6
     shares = {name: us / STEPS / 1e6 for name, us in sorted(parts.items(), key=lambda item: -item[1])}
     shares["host gaps" if cuda else "Python and the rest"] = max(0.0, wall - busy)
-    rows: list[Row] = [{"": name, "ms a step": 1e3 * seconds, "share %": 100 * seconds / wall} for name, seconds in shares.items()]
+    rows: list[Row] = [
+        {"": name, "ms a step": 1e3 * seconds, "share %": 100 * seconds / wall}
+        for name, seconds in shares.items()
+    ]
     show(console, f"where a step of {1e3 * wall:.0f} ms goes, under the profiler (trace: {file})", rows)
     return rows
 
 
 def _parts(events: Any, cuda: bool) -> dict[str, float]:
     """Microseconds of each part: of kernels on CUDA, else of the operations themselves on the CPU."""
-    forward = {e.sequence_nr: part for e in events if e.sequence_nr >= 0 and not _is_backward(e) and (part := _module(e))}
+    forward = {
+        e.sequence_nr: part
+        for e in events
+        if e.sequence_nr >= 0 and not _is_backward(e) and (part := _module(e))
+    }
     parts: dict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -84,7 +101,10 @@ def _part(event: Any, forward: dict[int, str]) -> str:
         if above.name.startswith("Optimizer.step"):
             return "optimizer"
         above = above.cpu_parent
-    return next((part for part, pattern in NAMES.items() if any(re.search(pattern, name.lower()) for name in names)), "other")
+    return next(
+        (part for part, pattern in NAMES.items() if any(re.search(pattern, name.lower()) for name in names)),
+        "other",
+    )
 
 
 def _module(event: Any) -> str | None:

@@ -10,19 +10,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modeling.config import Refused
+from trifold.modeling.errors import Refused
 
-Row = dict[str, Any]  # the first value is its name; numbers keep their precision here and lose it in the table
+Row = dict[
+    str, Any
+]  # the first value is its name; numbers keep their precision here and lose it in the table
 
 
 def machine(device: str, threads: int) -> str:
     """Where the figures come from, in a line."""
     if device == "cuda":
-        return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}"
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return (
-        f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+        return (
+            f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}"
+        )
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
@@ -36,7 +42,9 @@ def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = N
     (console if console.is_terminal else Console(file=console.file, width=160)).print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".json").write_text(
+            json.dumps({"title": title, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
         drawn = chart(title, rows, out.with_suffix(".png"))
         console.print(f"{out.with_suffix('.json')}{f' and {drawn}' if drawn else ''}", highlight=False)
 
@@ -49,14 +57,19 @@ def said(value: Any) -> str:
 
 
 def chart(title: str, rows: Sequence[Row], file: Path) -> Path | None:
-    """A bar for each row that has the first number of any; None where nothing was measured. Raises Refused where matplotlib is not
-    installed."""
+    """A bar for each row that has the first number of any; None where nothing was measured. Raises Refused
+    where matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise Refused("the chart needs matplotlib: pip install 'trifold[report]'") from None
     what = next((name for row in rows for name, value in row.items() if isinstance(value, float)), None)
-    bars = [(str(next(iter(row.values()))), row[what]) for row in rows if what is not None and isinstance(row.get(what), float)]
+    bars = [
+        (str(next(iter(row.values()))), row[what])
+        for row in rows
+        if what is not None and isinstance(row.get(what), float)
+    ]
     if what is None:
         return None
     figure = Figure(figsize=(10, 1 + 0.4 * len(bars)), layout="constrained")

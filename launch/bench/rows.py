@@ -1,6 +1,8 @@
-"""Synthetic text of a recipe's shape: in, a recipe and how many documents share a row; out, the rows that training would make of it.
+"""Synthetic text of a recipe's shape: in, a recipe and how many documents share a row; out, the rows that
+training would make of it.
 
-The corpus and the vocabulary are made up, everything else is the product's own path: objective, packing, order, stacking.
+The corpus and the vocabulary are made up, everything else is the product's own path: objective, packing,
+order, stacking.
 """
 
 from collections.abc import Sequence
@@ -10,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.batch import IGNORE, Batch
-from pretrain.batches import Rows
-from pretrain.config import Pretrain
-from pretrain.layout import stack
-from pretrain.objectives import Objective
+from trifold.modeling.batch import IGNORE, Batch
+from trifold.pretrain.config.pretraining import Pretrain
+from trifold.pretrain.data.collate import stack
+from trifold.pretrain.data.objectives import Objective
+from trifold.pretrain.data.rows import Rows
 
 
 class Words:
@@ -41,7 +43,9 @@ class Documents:
         self.lengths, self.ends = lengths, np.cumsum(lengths)
         self.num_documents, self.num_tokens = len(lengths), int(self.ends[-1])
         self.num_bytes, self.fingerprint = 4 * self.num_tokens, f"documents {self.num_tokens}"
-        self.tokens = np.random.default_rng(1).integers(words.first, words.vocab_size, self.num_tokens, dtype=np.uint32)
+        self.tokens = np.random.default_rng(1).integers(
+            words.first, words.vocab_size, self.num_tokens, dtype=np.uint32
+        )
 
     def document(self, i: int) -> np.ndarray:
         return self.tokens[self.ends[i] - self.lengths[i] : self.ends[i]]
@@ -57,8 +61,9 @@ class Micro:
 
 
 def synthetic(recipe: Pretrain, vocab_size: int, documents: int, rows: int) -> Rows:
-    """At least `rows` rows of about `documents` documents each (lengths exponential, as real ones nearly are); 0: each row is one whole
-    document."""
+    """At least `rows` rows of about `documents` documents each (lengths exponential, as real ones nearly
+    are); 0: each row is one whole document.
+    """
     words = Words(vocab_size)
     goal = Objective(recipe.objective, words, recipe.data.row_length)
     whole = goal.longest - goal.parts[0].marks.count
@@ -70,7 +75,9 @@ def synthetic(recipe: Pretrain, vocab_size: int, documents: int, rows: int) -> R
 
 
 def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:
-    """`number` micro batches. Rows that are one whole document come without segments: then every family has its plain kernels."""
+    """`number` micro batches. Rows that are one whole document come without segments: then every family has
+    its plain kernels.
+    """
     source = synthetic(recipe, vocab_size, documents, number * recipe.micro_rows)
     made = []
     for i in range(number):
@@ -82,17 +89,29 @@ def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, devic
 
 
 def one_by_one(batch: Batch, pad: int = Words.pad) -> Batch:
-    """The documents of a packed batch a row each, padded to the longest: what a stock collator makes of the same text. Padding is
-    segment 0; `picked` is left out: stock classes compute all positions."""
+    """The documents of a packed batch a row each, padded to the longest: what a stock collator makes of the
+    same text. Padding is segment 0; `picked` is left out: stock classes compute all positions.
+    """
     assert batch.segments is not None
     at = [(b, n) for b, row in enumerate(batch.segments) for n in range(1, int(row.max()) + 1)]
 
     def unpacked(x: torch.Tensor, segments: torch.Tensor, fill: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([x[b][segments[b] == n] for b, n in at], batch_first=True, padding_value=fill)
+        return torch.nn.utils.rnn.pad_sequence(
+            [x[b][segments[b] == n] for b, n in at], batch_first=True, padding_value=fill
+        )
 
     own, source, its = batch.segments, batch.source, batch.source_segments
-    both = (None, None) if source is None or its is None else (unpacked(source, its, pad), unpacked(its, its, 0).clamp(max=1))
-    return Batch(unpacked(batch.tokens, own, pad), unpacked(own, own, 0).clamp(max=1), unpacked(batch.targets, own, IGNORE), *both)
+    both = (
+        (None, None)
+        if source is None or its is None
+        else (unpacked(source, its, pad), unpacked(its, its, 0).clamp(max=1))
+    )
+    return Batch(
+        unpacked(batch.tokens, own, pad),
+        unpacked(own, own, 0).clamp(max=1),
+        unpacked(batch.targets, own, IGNORE),
+        *both,
+    )
 
 
 def parts(batch: Batch, rows: int) -> list[Batch]:
@@ -102,4 +121,7 @@ def parts(batch: Batch, rows: int) -> list[Batch]:
         return None if x is None else x[start : start + rows]
 
     starts = range(0, len(batch.tokens), rows)
-    return [Batch(**{field.name: cut(getattr(batch, field.name), start) for field in fields(batch)}) for start in starts]
+    return [
+        Batch(**{field.name: cut(getattr(batch, field.name), start) for field in fields(batch)})
+        for start in starts
+    ]

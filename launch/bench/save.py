@@ -1,4 +1,6 @@
-"""`trifold bench save`: what a checkpoint of a recipe costs: training waits, the background writes, a resume reads."""
+"""`trifold bench save`: what a checkpoint of a recipe costs: training waits, the background writes, a resume
+reads.
+"""
 
 import tempfile
 import time
@@ -9,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from launch.bench.contenders import timed_step
-from launch.bench.report import Row, machine, show
-from launch.bench.train import field
-from launch.config import Recipe
-from modeling.config import Refused
-from pretrain.checkpoint import State, newest_verified, open_checkpoint
-from pretrain.engine import Engine, Place
-from pretrain.lease import Lease, take_generation
-from pretrain.saving import Checkpointer
+from trifold.launch.bench.contenders import timed_step
+from trifold.launch.bench.report import Row, machine, show
+from trifold.launch.bench.train import field
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.errors import Refused
+from trifold.pretrain.checkpoint.checkpoint import State, newest_verified, open_checkpoint
+from trifold.pretrain.checkpoint.lease import Lease, take_generation
+from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine.engine import Engine
 
 SAVES = 5
 
@@ -49,7 +52,8 @@ def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: 
         "a plain host copy of as many bytes": found.copied,
     }
     rows: list[Row] = [
-        {"": name, "MB/s": found.size / seconds / 1e6, "seconds": seconds, "MB": found.size / 1e6} for name, seconds in named.items()
+        {"": name, "MB/s": found.size / seconds / 1e6, "seconds": seconds, "MB": found.size / 1e6}
+        for name, seconds in named.items()
     ]
     every, step = recipe.checkpoints.every, racer.seconds[-1]
     share = found.waits / (every * step + found.waits)
@@ -72,7 +76,10 @@ def measure(engine: Engine, recipe: Recipe, folder: Path) -> Costs:
         for step in range(1, SAVES + 1):
             began = time.perf_counter()
             slices = engine.slices()
-            saver.save(State(step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}), slices)
+            saver.save(
+                State(step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}),
+                slices,
+            )
             waits.append(time.perf_counter() - began)
             saver.wait()
         if saver.failed is not None:

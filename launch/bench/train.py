@@ -1,7 +1,9 @@
-"""`trifold bench train`: the throughput of a recipe on this machine, beside stock classes of its shape in the same run.
+"""`trifold bench train`: the throughput of a recipe on this machine, beside stock classes of its shape in the
+same run.
 
-In: a recipe. Out: a row for each contender: tokens that count per second, MFU by one formula (modeling/counts.py), peak memory, seconds.
-One process is one rank; the recipe's own micro and step sizes, engine and precision hold.
+In: a recipe. Out: a row for each contender: tokens that count per second, MFU by one formula
+(modeling/flops.py), peak memory, seconds. One process is one rank; the recipe's own micro and step sizes,
+engine and precision hold.
 """
 
 from collections.abc import Sequence
@@ -11,50 +13,78 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from launch.bench import contenders
-from launch.bench.contenders import Contender
-from launch.bench.profile import profile
-from launch.bench.report import Row, machine, show
-from launch.bench.rows import micros
-from launch.config import Recipe
-from modeling.config import ModelConfig
-from modeling.counts import train_flops_per_row
-from pretrain.engine import Place
-from pretrain.metrics import peak_flops
-from pretrain.objectives import Objective
-from pretrain.precision import settled
-from pretrain.start import begin
+from trifold.launch.bench import contenders
+from trifold.launch.bench.contenders import Contender
+from trifold.launch.bench.profile import profile
+from trifold.launch.bench.report import Row, machine, show
+from trifold.launch.bench.rows import micros
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.flops import train_flops_per_row
+from trifold.pretrain.data.objectives import Objective
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine.precision import settled
+from trifold.pretrain.initial_model import begin
+from trifold.pretrain.monitor.metrics import peak_flops
 
 DIFFERENT = 4  # steps with rows of their own, read in turn
 
 
 def bench(
-    recipe: Recipe, place: Place, console: Console, *, documents: int, peers: bool, eager: bool, steps: int,
-    warmup: int, out: Path | None, trace: Path | None,
-) -> None:  # fmt: skip
+    recipe: Recipe,
+    place: Place,
+    console: Console,
+    *,
+    documents: int,
+    peers: bool,
+    eager: bool,
+    steps: int,
+    warmup: int,
+    out: Path | None,
+    trace: Path | None,
+) -> None:
     """Measure and show. `trace`: a file for a profile of our own steps, made after them."""
     recipe = settled(recipe, place.device)
     racing = field(recipe, place, documents, (False,) * peers + (True,) * (peers and not eager))
     contenders.race(racing, place, warmup, steps)
-    shape = f"rows of {recipe.data.row_length}, " + (f"about {documents} documents each" if documents else "each one whole document")
+    shape = f"rows of {recipe.data.row_length}, " + (
+        f"about {documents} documents each" if documents else "each one whole document"
+    )
     title = f"{recipe.run}: {recipe.objective.kind}, {shape}, {recipe.micro_rows} x {recipe.step_rows // recipe.micro_rows} rows a step,"
-    show(console, f"{title} {recipe.engine.precision}\n{machine(place.device, place.threads)}", results(racing, recipe, place), out)
+    show(
+        console,
+        f"{title} {recipe.engine.precision}\n{machine(place.device, place.threads)}",
+        results(racing, recipe, place),
+        out,
+    )
     first = racing[0]
     if trace is not None and first.step is not None and first.model is not None:
         profile(first.step, first.model, place, trace, console)
 
 
 def field(recipe: Recipe, place: Place, documents: int, peers: Sequence[bool]) -> list[Contender]:
-    """Ours, and for each of `peers` (compiled or not) the stock class of the same shape; for packed rows it gets the documents padded."""
+    """Ours, and for each of `peers` (compiled or not) the stock class of the same shape; for packed rows it
+    gets the documents padded.
+    """
     config = begin(recipe.model, Path(recipe.run))[0]
     per_step = max(1, recipe.step_rows // recipe.micro_rows)
-    packed = contenders.steps_of(micros(recipe, config.vocab_size, documents, DIFFERENT * per_step, place.device), per_step)
+    packed = contenders.steps_of(
+        micros(recipe, config.vocab_size, documents, DIFFERENT * per_step, place.device), per_step
+    )
     flops = flops_of_step(recipe, config)
-    racing = [contenders.ours(f"Trifold, ZeRO-{recipe.engine.zero_stage}", recipe, config, packed, place, flops)]
+    racing = [
+        contenders.ours(f"Trifold, ZeRO-{recipe.engine.zero_stage}", recipe, config, packed, place, flops)
+    ]
     for compiled in peers:
-        name = f"{contenders.stock_name(config)}, {'compiled' if compiled else 'eager'}" + (", padded" if documents else "")
+        name = f"{contenders.stock_name(config)}, {'compiled' if compiled else 'eager'}" + (
+            ", padded" if documents else ""
+        )
         make = contenders.same_shape(config)
-        racing.append(contenders.stock(name, make, recipe, packed, place, flops, compiled=compiled, padded=documents > 0))
+        racing.append(
+            contenders.stock(
+                name, make, recipe, packed, place, flops, compiled=compiled, padded=documents > 0
+            )
+        )
     return racing
 
 
@@ -79,7 +109,9 @@ def result(contender: Contender, ours: Contender, peak: float | None) -> Row:
     return {
         "": contender.name,
         "tokens/s": contender.tokens / seconds,
-        "ours, times": ours.tokens / median(ours.seconds) / (contender.tokens / seconds) if ours.seconds else None,
+        "ours, times": ours.tokens / median(ours.seconds) / (contender.tokens / seconds)
+        if ours.seconds
+        else None,
         **({} if peak is None else {"MFU %": 100 * contender.flops / seconds / peak}),
         "peak MiB": contender.peak / 2**20,
         "ms a step": 1e3 * seconds,

@@ -1,7 +1,9 @@
-"""Published architectures: ModelConfig and state dict -> stock config and tensors, and back. One file per architecture.
+"""Published architectures: ModelConfig and state dict -> stock config and tensors, and back. One file per
+architecture.
 
-`export` takes the first architecture that expresses the model; which one does is found by writing its config and reading it
-back: a dial that does not return is one it cannot say. `restore` asks the same of a stock config.
+`export` takes the first architecture that expresses the model; which one does is found by writing its config
+and reading it back: a dial that does not return is one it cannot say. `restore` asks the same of a stock
+config.
 """
 
 from collections.abc import Mapping
@@ -12,22 +14,23 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from modeling.config import Generation, ModelConfig, Refused
-from modeling.huggingface.bart import BART
-from modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
-from modeling.huggingface.fields import lost, token_roles, unexpressed
-from modeling.huggingface.generation import read_generation
-from modeling.huggingface.gpt2 import GPT2, GPT2_SPANS, GPT2_TOKENS
-from modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
-from modeling.huggingface.m2m100 import M2M100
-from modeling.huggingface.mbart import MBART
-from modeling.huggingface.modernbert import MODERNBERT, MODERNBERT_SPANS, MODERNBERT_TOKENS
-from modeling.huggingface.recurrent import RECURRENT
-from modeling.huggingface.roberta import ROBERTA, ROBERTA_SPANS, ROBERTA_TOKENS
-from modeling.huggingface.t5 import T5
-from modeling.huggingface.t5gemma import T5GEMMA, T5GEMMA_TOKENS
-from modeling.huggingface.tables import Architecture, from_stock, known_names, spell, to_stock
-from modeling.transformer import Transformer, reset
+from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface.bart import BART
+from trifold.modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
+from trifold.modeling.huggingface.fields import lost, token_roles, unexpressed
+from trifold.modeling.huggingface.generation import read_generation
+from trifold.modeling.huggingface.gpt2 import GPT2, GPT2_SPANS, GPT2_TOKENS
+from trifold.modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
+from trifold.modeling.huggingface.m2m100 import M2M100
+from trifold.modeling.huggingface.mbart import MBART
+from trifold.modeling.huggingface.modernbert import MODERNBERT, MODERNBERT_SPANS, MODERNBERT_TOKENS
+from trifold.modeling.huggingface.recurrent import RECURRENT
+from trifold.modeling.huggingface.roberta import ROBERTA, ROBERTA_SPANS, ROBERTA_TOKENS
+from trifold.modeling.huggingface.t5 import T5
+from trifold.modeling.huggingface.t5gemma import T5GEMMA, T5GEMMA_TOKENS
+from trifold.modeling.huggingface.tables import Architecture, from_stock, known_names, spell, to_stock
+from trifold.modeling.transformer import Transformer, reset
 
 ARCHITECTURES = (
     RECURRENT,
@@ -50,7 +53,10 @@ class Found:
 
 
 def export(
-    config: ModelConfig, state: Mapping[str, Tensor], special: Mapping[str, int], dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    special: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(stock config, stock state dict) of a model. `special` gives the ids of pad, bos and eos.
 
@@ -58,11 +64,17 @@ def export(
     """
     architecture, hf = express(config, special)
     stock = to_stock(architecture.table, config, state)
-    return {**hf, "dtype": str(dtype).removeprefix("torch.")}, {name: tensor.to(dtype) for name, tensor in stock.items()}
+    return {**hf, "dtype": str(dtype).removeprefix("torch.")}, {
+        name: tensor.to(dtype) for name, tensor in stock.items()
+    }
 
 
-def restore(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(config, fp32 state dict) of a stock folder's config.json and tensors: what `recognise` finds, where only the model matters."""
+def restore(
+    hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(config, fp32 state dict) of a stock folder's config.json and tensors: what `recognise` finds, where
+    only the model matters.
+    """
     found = recognise(hf_config, hf_state)
     return found.config, found.state
 
@@ -70,7 +82,8 @@ def restore(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> tup
 def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> Found:
     """A stock folder's config.json and tensors. A head that a bare class lacks begins fresh (seed 0).
 
-    Raises Refused naming the setting that Trifold does not have, or the tensor that is missing, unexpected or of another shape.
+    Raises Refused naming the setting that Trifold does not have, or the tensor that is missing, unexpected or
+    of another shape.
     """
     architecture, config = understand(hf_config)
     named = known_names(architecture.table, architecture.prefix, config, hf_state)
@@ -87,10 +100,18 @@ def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> F
 
 
 def _own_head(architecture: Architecture, config: ModelConfig, named: Mapping[str, Tensor]) -> bool:
-    """Whether the folder holds a head beside the embeddings that is not their copy. Stock classes then do not tie, whatever is said."""
-    spelled = reversed(list(spell(architecture.table, config)))  # the first name of a tensor is its own, later ones are copies
+    """Whether the folder holds a head beside the embeddings that is not their copy. Stock classes then do not
+    tie, whatever is said.
+    """
+    spelled = reversed(
+        list(spell(architecture.table, config))
+    )  # the first name of a tensor is its own, later ones are copies
     of = {source: named[line.stock] for line in spelled for source in line.sources if line.stock in named}
-    return "head.weight" in of and "embed.weight" in of and not torch.equal(of["head.weight"], of["embed.weight"])
+    return (
+        "head.weight" in of
+        and "embed.weight" in of
+        and not torch.equal(of["head.weight"], of["embed.weight"])
+    )
 
 
 def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> Generation:
@@ -100,26 +121,41 @@ def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> 
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that publishes a model, and its stock config. Raises Refused naming the dial that none has."""
+    """The architecture that publishes a model, and its stock config. Raises Refused naming the dial that none
+    has.
+    """
     refusals = []
     for architecture in ARCHITECTURES:
         try:
             hf = architecture.write(config, special)
             said = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
         except Refused as reason:
-            refusals.append((50, f"{architecture.stock_class}: {reason}"))  # further away than one that lacks a few dials
+            refusals.append(
+                (50, f"{architecture.stock_class}: {reason}")
+            )  # further away than one that lacks a few dials
             continue
         dials = lost(config, said)
         if not dials:
             return architecture, hf
-        refusals.append((len(dials) + 100 * (said.family != config.family), f"{architecture.stock_class} has no {', '.join(dials)}"))
+        refusals.append(
+            (
+                len(dials) + 100 * (said.family != config.family),
+                f"{architecture.stock_class} has no {', '.join(dials)}",
+            )
+        )
     raise Refused(f"no published architecture expresses this model; the nearest, {min(refusals)[1]}")
 
 
 def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
-    """The architecture of a stock config and the model it means. Raises Refused naming a setting that Trifold does not have."""
+    """The architecture of a stock config and the model it means. Raises Refused naming a setting that Trifold
+    does not have.
+    """
     named = hf_config.get("architectures") or [None]
-    known = {name: architecture for architecture in ARCHITECTURES for name in (architecture.stock_class, *architecture.also)}
+    known = {
+        name: architecture
+        for architecture in ARCHITECTURES
+        for name in (architecture.stock_class, *architecture.also)
+    }
     if named[0] not in known:
         raise Refused(f"config.json names the architecture {named[0]}; Trifold reads {', '.join(known)}")
     architecture = known[named[0]]
@@ -129,7 +165,9 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
     except KeyError as missing:
         raise Refused(f"config.json of {named[0]} lacks {missing.args[0]}") from None
     except ValidationError as error:
-        raise Refused(f"config.json of {named[0]} means no model that Trifold has: {error.errors()[0]['msg']}") from None
+        raise Refused(
+            f"config.json of {named[0]} means no model that Trifold has: {error.errors()[0]['msg']}"
+        ) from None
     for clause in unexpressed(hf, architecture.write(config, token_roles(hf))):
         raise Refused(f"config.json of {named[0]} {clause}")
     return architecture, config

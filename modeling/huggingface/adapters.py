@@ -1,7 +1,8 @@
-"""Low-rank adapters in PEFT's format: an adapted model's state -> adapter_config.json and the tensors of adapter_model.safetensors.
+"""Low-rank adapters in PEFT's format: an adapted model's state -> adapter_config.json and the tensors of
+adapter_model.safetensors.
 
-Names come from the architecture's own table. Where the stock class fuses projections, their adapters become one of the summed rank, each
-in its own rows of B. A task's head is saved whole (modules_to_save).
+Names come from the architecture's own table. Where the stock class fuses projections, their adapters become
+one of the summed rank, each in its own rows of B. A task's head is saved whole (modules_to_save).
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.config import Lora, ModelConfig, Refused
-from modeling.huggingface import express
-from modeling.huggingface.tables import Line, lines
+from trifold.modeling.config import Lora, ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface import express
+from trifold.modeling.huggingface.tables import Line, lines
 
 _PREFIX = "base_model.model."
 
@@ -20,7 +22,9 @@ _PREFIX = "base_model.model."
 def adapters(
     config: ModelConfig, state: Mapping[str, Tensor], lora: Lora, special: Mapping[str, int], base: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(adapter_config, tensors) over the published folder `base`. Raises Refused where a stock weight lies transposed."""
+    """(adapter_config, tensors) over the published folder `base`. Raises Refused where a stock weight lies
+    transposed.
+    """
     architecture, _ = express(config, special)
     plain = {name: tensor for name, tensor in state.items() if not name.endswith((".a", ".b"))}
     tensors: dict[str, Tensor] = {}
@@ -31,7 +35,8 @@ def adapters(
         if any(source.removesuffix(".weight") + ".a" in state for source in line.sources):
             if line.op:
                 raise Refused(
-                    f"{line.stock} lies otherwise than our weight ({line.op}), which PEFT's format cannot say: publish it merged."
+                    f"{line.stock} lies otherwise than our weight ({line.op}), which PEFT's format cannot"
+                    " say: publish it merged."
                 )
             a, b = _joined(line, state)
             tensors |= {f"{_PREFIX}{module}.lora_A.weight": a, f"{_PREFIX}{module}.lora_B.weight": b}
@@ -60,7 +65,9 @@ def adapters(
 
 
 def _joined(line: Line, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The adapters of a stock weight that is made of several of ours: A's below each other, B's on a diagonal of blocks."""
+    """The adapters of a stock weight that is made of several of ours: A's below each other, B's on a diagonal
+    of blocks.
+    """
     parts, rows = [], []
     for source in line.sources:
         name, size = source.removesuffix(".weight"), len(state[source])

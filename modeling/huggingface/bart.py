@@ -1,15 +1,17 @@
-"""BART (Lewis et al. 2020): post-norm encoder-decoders with learned positions from 2. Stock class: transformers/models/bart.
+"""BART (Lewis et al. 2020): post-norm encoder-decoders with learned positions from 2. Stock class:
+transformers/models/bart.
 
-The bias of its logits is a buffer that nobody trains. Norms have an eps of 1e-5 that no config can change. An untied stock model has three
-tables of embeddings: we read it where they are equal. mBART and M2M-100 (their own files) share most of this.
+The bias of its logits is a buffer that nobody trains. Norms have an eps of 1e-5 that no config can change. An
+untied stock model has three tables of embeddings: we read it where they are equal. mBART and M2M-100 (their
+own files) share most of this.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, token_ids, whole_heads
+from trifold.modeling.huggingface.tables import Architecture
 
 STACK = """
 model.<s>.embed_tokens.weight?head.weight = embed.weight
@@ -41,14 +43,21 @@ BIAS = "final_logits_bias = head.bias | row\n"
 
 
 def table(norm: str, around: str, head: str) -> str:
-    """The names of an architecture of this kin: where its norms stand, what each stack has around its layers, and its head."""
+    """The names of an architecture of this kin: where its norms stand, what each stack has around its layers,
+    and its head.
+    """
     stacks = "".join((STACK + around).replace("<s>", stack) for stack in ("encoder", "decoder"))
     return f"model.shared.weight = embed.weight{(stacks + CROSS).replace('<n>', norm)}{head}{HEAD}"
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
     whole_heads(config)
-    sizes = {"layers": config.num_layers, "attention_heads": config.num_heads, "ffn_dim": config.mlp_dim, "layerdrop": 0.0}
+    sizes = {
+        "layers": config.num_layers,
+        "attention_heads": config.num_heads,
+        "ffn_dim": config.mlp_dim,
+        "layerdrop": 0.0,
+    }
     return {
         "architectures": ["BartForConditionalGeneration"],
         "model_type": "bart",
@@ -61,7 +70,9 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "scale_embedding": config.embed_scale != 1,
         "tie_word_embeddings": config.tie_embeddings,
-        **{name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout", "classifier_dropout")},
+        **{
+            name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout", "classifier_dropout")
+        },
         "init_std": config.init_std,
         "use_cache": True,
         **token_ids(special),
@@ -72,11 +83,22 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
     fairseq = {  # what fairseq's models could have been; the stock class reads none of it
-        *("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding", "static_position_embeddings"),
+        *(
+            "add_bias_logits",
+            "add_final_layer_norm",
+            "normalize_before",
+            "normalize_embedding",
+            "static_position_embeddings",
+        ),
         *("extra_pos_embeddings", "is_decoder"),
     }
     return {
-        **{"is_encoder_decoder": True, "activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True},
+        **{
+            "is_encoder_decoder": True,
+            "activation_function": "gelu",
+            "scale_embedding": False,
+            "tie_word_embeddings": True,
+        },
         **{name: value for name, value in hf.items() if name not in fairseq},
         "num_hidden_layers": hf["encoder_layers"],
     }
@@ -111,4 +133,6 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 TABLE = table("post", LEARNED, BIAS)
-BART = Architecture("BartForConditionalGeneration", "bart", TABLE, write, complete, read, also=("BartModel",), prefix="model.")
+BART = Architecture(
+    "BartForConditionalGeneration", "bart", TABLE, write, complete, read, also=("BartModel",), prefix="model."
+)

@@ -1,15 +1,24 @@
-"""BERT (Devlin et al. 2019): post-norm encoders with learned positions. Stock class: transformers/models/bert.
+"""BERT (Devlin et al. 2019): post-norm encoders with learned positions. Stock class:
+transformers/models/bert.
 
-Its token types are one table of ours beside the positions: row 0 is read everywhere, the other rows are kept for the way back. Task heads
-stand on the hidden states without the dense transform. Poolers and next-sentence heads are dropped: no class that we write has them.
+Its token types are one table of ours beside the positions: row 0 is read everywhere, the other rows are kept
+for the way back. Task heads stand on the hidden states without the dense transform. Poolers and next-sentence
+heads are dropped: no class that we write has them.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import (
+    ACTIVATIONS,
+    activation,
+    label_fields,
+    labels,
+    token_ids,
+    whole_heads,
+)
+from trifold.modeling.huggingface.tables import Architecture
 
 BODY = """
 bert.embeddings.word_embeddings.weight = embed.weight
@@ -77,7 +86,12 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+    defaults = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
     return {**defaults, "layer_norm_eps": 1e-12, "type_vocab_size": 2, **hf}
 
 
@@ -126,6 +140,15 @@ def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
     return {**read(hf), "spans": True}
 
 
-BERT = Architecture("BertForMaskedLM", "bert", TABLE, write, complete, read, also=("BertModel", "BertForPreTraining"), prefix="bert.")
+BERT = Architecture(
+    "BertForMaskedLM",
+    "bert",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("BertModel", "BertForPreTraining"),
+    prefix="bert.",
+)
 BERT_TOKENS = Architecture("BertForTokenClassification", "bert", TOKENS, write_tokens, complete, read_tokens)
 BERT_SPANS = Architecture("BertForQuestionAnswering", "bert", SPANS, write_spans, complete, read_spans)

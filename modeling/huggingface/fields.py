@@ -1,22 +1,84 @@
-"""What the configs of all architectures share: activations, rotary positions, special tokens, and comparing by meaning."""
+"""What the configs of all architectures share: activations, rotary positions, special tokens, and comparing
+by meaning.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from modeling.config import ModelConfig, Refused
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}  # ours -> stock
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}  # ours -> stock
 
-# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the tokenizer knows), generation.
+# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the
+# tokenizer knows), generation.
 _FREE = {
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "initializer_cutoff_factor", "use_cache"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id", "pretraining_tp"),
-    *("sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn", "classifier_pooling", "max_length"),
-    *("id2label", "label2id", "gradient_checkpointing", "reference_compile", "repad_logits_with_grad", "init_std", "initializer_factor"),
-    *("forced_bos_token_id", "forced_eos_token_id", "force_bos_token_to_be_generated", "num_beams", "early_stopping", "min_length"),
-    *("no_repeat_ngram_size", "length_penalty", "task_specific_params", "prefix", "output_past", "tokenizer_class", "finetuning_task"),
-    *("encoder_layerdrop", "decoder_layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop", "directionality", "output_attentions"),
+    *(
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "initializer_range",
+        "initializer_cutoff_factor",
+        "use_cache",
+    ),
+    *(
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "cls_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "pretraining_tp",
+    ),
+    *(
+        "sparse_prediction",
+        "sparse_pred_ignore_index",
+        "deterministic_flash_attn",
+        "classifier_pooling",
+        "max_length",
+    ),
+    *(
+        "id2label",
+        "label2id",
+        "gradient_checkpointing",
+        "reference_compile",
+        "repad_logits_with_grad",
+        "init_std",
+        "initializer_factor",
+    ),
+    *(
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "force_bos_token_to_be_generated",
+        "num_beams",
+        "early_stopping",
+        "min_length",
+    ),
+    *(
+        "no_repeat_ngram_size",
+        "length_penalty",
+        "task_specific_params",
+        "prefix",
+        "output_past",
+        "tokenizer_class",
+        "finetuning_task",
+    ),
+    *(
+        "encoder_layerdrop",
+        "decoder_layerdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "directionality",
+        "output_attentions",
+    ),
     *("output_hidden_states", "reorder_and_upcast_attn"),
 }
 _HEADS_OF_OTHERS = ("summary_", "pooler_")  # settings of heads that none of our classes has
@@ -31,7 +93,9 @@ def activation(hf: Mapping[str, Any], field: str) -> str:
 
 
 def token_roles(hf: Mapping[str, Any]) -> dict[str, int]:
-    """The special tokens that a stock config names, 0 where it names none; `start` is what a decoder starts from."""
+    """The special tokens that a stock config names, 0 where it names none; `start` is what a decoder starts
+    from.
+    """
     ids = {role: hf.get(f"{role}_token_id") for role in ("pad", "bos", "eos")}
     ids["start"] = hf.get("decoder_start_token_id", ids["bos"])
     return {role: (found[0] if isinstance(found, list) else found) or 0 for role, found in ids.items()}
@@ -50,7 +114,10 @@ def rope(theta: float) -> dict[str, Any]:
 def label_fields(config: ModelConfig) -> dict[str, Any]:
     """The names of a task head's outputs, by which stock classes know how many there are."""
     names = ("start", "end") if config.spans else config.labels
-    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
@@ -82,11 +149,15 @@ def same(a: Any, b: Any) -> bool:
 
 def bears_on_logits(name: str) -> bool:
     """Whether a field of a stock config, by its dotted name, says what model it is."""
-    return not (_FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS)))
+    return not (
+        _FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS))
+    )
 
 
 def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator[str]:
-    """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a clause each."""
+    """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a
+    clause each.
+    """
     theirs, ours = dict(flat(hf)), dict(flat(rewritten))
     for name in {**theirs, **ours}:
         if not bears_on_logits(name):
@@ -103,7 +174,9 @@ def lost(wanted: ModelConfig, said: ModelConfig) -> list[str]:
     """The dials by which the model that was said is not the one that was wanted, a clause each."""
     ours, theirs = meaning(wanted), meaning(said)
     return [
-        f"{dial} {ours.get(dial)!r} (it has {theirs.get(dial)!r})" for dial in ours | theirs if not same(ours.get(dial), theirs.get(dial))
+        f"{dial} {ours.get(dial)!r} (it has {theirs.get(dial)!r})"
+        for dial in ours | theirs
+        if not same(ours.get(dial), theirs.get(dial))
     ]
 
 
@@ -112,7 +185,9 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     dials = config.model_dump(exclude={"dropout", "label_smoothing", "init_std", "mimetic", "global_every"})
     dials["attention_scale"] = config.attention_scale or (config.head_dim or 1) ** -0.5
     dials["norm_places"] = tuple(sorted(config.norm_places))
-    dials["local_layers"] = [i for i in range(config.num_layers) if config.local_window and i % config.global_every]
+    dials["local_layers"] = [
+        i for i in range(config.num_layers) if config.local_window and i % config.global_every
+    ]
     if config.position != "rope":
         del dials["rope_theta"]
     if config.position != "rope" or not dials["local_layers"]:

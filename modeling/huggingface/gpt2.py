@@ -1,4 +1,5 @@
-"""GPT-2 (Radford et al. 2019): pre-norm decoders with learned positions. Stock class: transformers/models/gpt2.
+"""GPT-2 (Radford et al. 2019): pre-norm decoders with learned positions. Stock class:
+transformers/models/gpt2.
 
 Its projections are Conv1D: one fused tensor for q, k and v, and all of them transposed.
 """
@@ -6,9 +7,16 @@ Its projections are Conv1D: one fused tensor for q, k and v, and all of them tra
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import (
+    ACTIVATIONS,
+    activation,
+    label_fields,
+    labels,
+    token_ids,
+    whole_heads,
+)
+from trifold.modeling.huggingface.tables import Architecture
 
 BODY = """
 transformer.wte.weight = embed.weight
@@ -52,7 +60,9 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "n_inner": config.mlp_dim,
         "n_positions": config.max_positions,
         "n_ctx": config.max_positions,  # where older runtimes look
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else ACTIVATIONS[config.activation],
+        "activation_function": "gelu_new"
+        if config.activation == "gelu_tanh"
+        else ACTIVATIONS[config.activation],
         "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.attention_scale != 1,
         "scale_attn_by_inverse_layer_idx": False,
@@ -66,7 +76,12 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True}
+    defaults = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+    }
     return {
         **defaults,
         **{"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -100,7 +115,12 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["GPT2ForTokenClassification"], **label_fields(config), "classifier_dropout": 0.0}
+    return {
+        **write(config, special),
+        "architectures": ["GPT2ForTokenClassification"],
+        **label_fields(config),
+        "classifier_dropout": 0.0,
+    }
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +135,8 @@ def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
     return {**read(hf), "spans": True}
 
 
-GPT2 = Architecture("GPT2LMHeadModel", "gpt2", TABLE, write, complete, read, also=("GPT2Model",), prefix="transformer.")
+GPT2 = Architecture(
+    "GPT2LMHeadModel", "gpt2", TABLE, write, complete, read, also=("GPT2Model",), prefix="transformer."
+)
 GPT2_TOKENS = Architecture("GPT2ForTokenClassification", "gpt2", TOKENS, write_tokens, complete, read_tokens)
 GPT2_SPANS = Architecture("GPT2ForQuestionAnswering", "gpt2", SPANS, write_spans, complete, read_spans)

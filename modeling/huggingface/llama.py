@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import (
+    ACTIVATIONS,
+    activation,
+    label_fields,
+    labels,
+    rope,
+    token_ids,
+    whole_heads,
+)
+from trifold.modeling.huggingface.tables import Architecture
 
 BODY = """
 model.embed_tokens.weight = embed.weight
@@ -100,7 +108,12 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["LlamaForTokenClassification"], **label_fields(config), "classifier_dropout": 0.0}
+    return {
+        **write(config, special),
+        "architectures": ["LlamaForTokenClassification"],
+        **label_fields(config),
+        "classifier_dropout": 0.0,
+    }
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
@@ -116,5 +129,7 @@ def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 LLAMA = Architecture("LlamaForCausalLM", "llama", TABLE, write, complete, read)
-LLAMA_TOKENS = Architecture("LlamaForTokenClassification", "llama", TOKENS, write_tokens, complete, read_tokens)
+LLAMA_TOKENS = Architecture(
+    "LlamaForTokenClassification", "llama", TOKENS, write_tokens, complete, read_tokens
+)
 LLAMA_SPANS = Architecture("LlamaForQuestionAnswering", "llama", SPANS, write_spans, complete, read_spans)

@@ -1,13 +1,13 @@
-"""M2M-100 (Fan et al. 2020) and NLLB: mBART without a norm on the embeddings, with sinusoidal positions that count from the padding token's
-id + 1. Stock class: transformers/models/m2m_100.
+"""M2M-100 (Fan et al. 2020) and NLLB: mBART without a norm on the embeddings, with sinusoidal positions that
+count from the padding token's id + 1. Stock class: transformers/models/m2m_100.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface import bart, mbart
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface import bart, mbart
+from trifold.modeling.huggingface.tables import Architecture
 
 WAVES = """
 model.<s>.embed_positions.weight~ = nothing    # the waves, which both sides compute
@@ -16,8 +16,14 @@ model.<s>.embed_positions.weights~ = nothing
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    hf = {**bart.write(config, special), "architectures": ["M2M100ForConditionalGeneration"], "model_type": "m2m_100"}
-    return {name: value for name, value in hf.items() if name not in ("classifier_dropout", "forced_eos_token_id")}
+    hf = {
+        **bart.write(config, special),
+        "architectures": ["M2M100ForConditionalGeneration"],
+        "model_type": "m2m_100",
+    }
+    return {
+        name: value for name, value in hf.items() if name not in ("classifier_dropout", "forced_eos_token_id")
+    }
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
@@ -35,4 +41,13 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 TABLE = bart.table("pre", mbart.FINAL_NORM + WAVES, head="")
-M2M100 = Architecture("M2M100ForConditionalGeneration", "m2m_100", TABLE, write, complete, read, also=("M2M100Model",), prefix="model.")
+M2M100 = Architecture(
+    "M2M100ForConditionalGeneration",
+    "m2m_100",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("M2M100Model",),
+    prefix="model.",
+)

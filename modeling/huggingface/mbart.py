@@ -1,17 +1,23 @@
-"""mBART (Liu et al. 2020): BART with norms before the layers and one after the last. Stock class: transformers/models/mbart."""
+"""mBART (Liu et al. 2020): BART with norms before the layers and one after the last. Stock class:
+transformers/models/mbart.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface import bart
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface import bart
+from trifold.modeling.huggingface.tables import Architecture
 
 FINAL_NORM = "model.<s>.layer_norm.{p} = <s>.norm.{p}\n"
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**bart.write(config, special), "architectures": ["MBartForConditionalGeneration"], "model_type": "mbart"}
+    return {
+        **bart.write(config, special),
+        "architectures": ["MBartForConditionalGeneration"],
+        "model_type": "mbart",
+    }
 
 
 def read(hf: dict[str, Any]) -> dict[str, Any]:
@@ -19,4 +25,13 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 TABLE = bart.table("pre", bart.LEARNED + FINAL_NORM, bart.BIAS)
-MBART = Architecture("MBartForConditionalGeneration", "mbart", TABLE, write, bart.complete, read, also=("MBartModel",), prefix="model.")
+MBART = Architecture(
+    "MBartForConditionalGeneration",
+    "mbart",
+    TABLE,
+    write,
+    bart.complete,
+    read,
+    also=("MBartModel",),
+    prefix="model.",
+)

@@ -1,14 +1,24 @@
 """ModernBERT (Warner et al. 2024): our encoders. Stock class: transformers/models/modernbert.
 
-Local layers see keys within local_attention // 2 and turn by their own theta; the first layer has no norm before attention.
+Local layers see keys within local_attention // 2 and turn by their own theta; the first layer has no norm
+before attention.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface.fields import (
+    ACTIVATIONS,
+    activation,
+    label_fields,
+    labels,
+    rope,
+    token_ids,
+    whole_heads,
+)
+from trifold.modeling.huggingface.tables import Architecture
 
 BODY = """
 model.embeddings.tok_embeddings.weight = embed.weight
@@ -62,7 +72,10 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "local_attention": 2 * config.local_window,
         "layer_types": _layer_types(config.num_layers, every),
-        "rope_parameters": {"full_attention": rope(config.rope_theta), "sliding_attention": rope(config.local_rope_theta)},
+        "rope_parameters": {
+            "full_attention": rope(config.rope_theta),
+            "sliding_attention": rope(config.local_rope_theta),
+        },
         # transformers 4 and other runtimes look here for the last two:
         "global_attn_every_n_layers": every,
         "global_rope_theta": config.rope_theta,
@@ -81,7 +94,10 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
     types = hf.get("layer_types") or _layer_types(layers, hf.get("global_attn_every_n_layers", 3))
     fitting = [every for every in range(1, layers + 1) if _layer_types(layers, every) == types]
     if not fitting:
-        raise Refused(f"config.json sets layer_types = {types}; Trifold has only every n-th layer global, beginning with the first")
+        raise Refused(
+            f"config.json sets layer_types = {types}; Trifold has only every n-th layer global, beginning"
+            " with the first"
+        )
     ropes = hf.get("rope_parameters") or {}
     thetas = {
         "full_attention": ropes.get("full_attention") or rope(hf.get("global_rope_theta", 160_000.0)),
@@ -131,7 +147,11 @@ def _layer_types(layers: int, every: int) -> list[str]:
 
 
 def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["ModernBertForTokenClassification"], **label_fields(config)}
+    return {
+        **write(config, special),
+        "architectures": ["ModernBertForTokenClassification"],
+        **label_fields(config),
+    }
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +159,11 @@ def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["ModernBertForQuestionAnswering"], **label_fields(config)}
+    return {
+        **write(config, special),
+        "architectures": ["ModernBertForQuestionAnswering"],
+        **label_fields(config),
+    }
 
 
 def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
@@ -147,5 +171,9 @@ def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 MODERNBERT = Architecture("ModernBertForMaskedLM", "modernbert", TABLE, write, complete, read)
-MODERNBERT_TOKENS = Architecture("ModernBertForTokenClassification", "modernbert", CLASSIFIER, write_tokens, complete, read_tokens)
-MODERNBERT_SPANS = Architecture("ModernBertForQuestionAnswering", "modernbert", CLASSIFIER, write_spans, complete, read_spans)
+MODERNBERT_TOKENS = Architecture(
+    "ModernBertForTokenClassification", "modernbert", CLASSIFIER, write_tokens, complete, read_tokens
+)
+MODERNBERT_SPANS = Architecture(
+    "ModernBertForQuestionAnswering", "modernbert", CLASSIFIER, write_spans, complete, read_spans
+)

@@ -1,23 +1,40 @@
-"""Recurrent models have no stock class: their folders hold our own names and dials, and Trifold alone reads them back.
+"""Recurrent models have no stock class: their folders hold our own names and dials, and Trifold alone reads
+them back.
 
-config.json names the architecture TrifoldRecurrent and the model type trifold_recurrent, which no other library knows.
+config.json names the architecture TrifoldRecurrent and the model type trifold_recurrent, which no other
+library knows.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface.fields import token_ids
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface.fields import token_ids
+from trifold.modeling.huggingface.tables import Architecture
 
-DIALS = [name for name in ModelConfig.model_fields if name not in ("dropout", "label_smoothing")]  # those two belong to training
-_CELLS = [f"{part}_{side}_l{{i}}{way}" for part in ("weight", "bias") for side in ("ih", "hh") for way in ("", "_reverse")]
+DIALS = [
+    name for name in ModelConfig.model_fields if name not in ("dropout", "label_smoothing")
+]  # those two belong to training
+_CELLS = [
+    f"{part}_{side}_l{{i}}{way}"
+    for part in ("weight", "bias")
+    for side in ("ih", "hh")
+    for way in ("", "_reverse")
+]
 _NAMES = (
     "embed.weight",
     *(f"{stack}.cells.{name}" for stack in ("encoder", "decoder") for name in _CELLS),
     *(f"decoder.{name}" for name in ("bridge.weight", "bridge.bias", "combine.weight", "combine.bias")),
     *(f"decoder.align.score.{name}.weight" for name in ("query", "key", "v")),
-    *("head.weight", "head.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight", "head.norm.bias"),
+    *(
+        "head.weight",
+        "head.bias",
+        "head.dense.weight",
+        "head.dense.bias",
+        "head.norm.weight",
+        "head.norm.bias",
+    ),
     *("head.labels.weight", "head.labels.bias", "head.crf.between"),
 )
 TABLE = "\n".join(f"{name}? = {name}" for name in _NAMES)
@@ -27,11 +44,20 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
     if config.cell == "attention":
         raise Refused("its layers are recurrent")
     dials = config.model_dump(mode="json", include=set(DIALS))
-    return {"architectures": ["TrifoldRecurrent"], "model_type": "trifold_recurrent", **dials, **token_ids(special)}
+    return {
+        "architectures": ["TrifoldRecurrent"],
+        "model_type": "trifold_recurrent",
+        **dials,
+        **token_ids(special),
+    }
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    return {name: field.default for name, field in ModelConfig.model_fields.items() if name in DIALS and not field.is_required()} | hf
+    return {
+        name: field.default
+        for name, field in ModelConfig.model_fields.items()
+        if name in DIALS and not field.is_required()
+    } | hf
 
 
 def read(hf: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""RoBERTa (Liu et al. 2019): BERT's body under other names, positions that count from the padding token's id + 1, and a head that always
-uses gelu. Stock class: transformers/models/roberta.
+"""RoBERTa (Liu et al. 2019): BERT's body under other names, positions that count from the padding token's id
++ 1, and a head that always uses gelu. Stock class: transformers/models/roberta.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig, Refused
-from modeling.huggingface import bert
-from modeling.huggingface.fields import label_fields, labels
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface import bert
+from trifold.modeling.huggingface.fields import label_fields, labels
+from trifold.modeling.huggingface.tables import Architecture
 
 BODY = bert.BODY.replace("bert.", "roberta.")
 TABLE = (
@@ -37,14 +38,23 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
 def read(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["hidden_act"] != "gelu":
         raise Refused(
-            f"config.json sets hidden_act = {hf['hidden_act']!r}; RoBERTa's head uses gelu all the same, which Trifold does not have"
+            f"config.json sets hidden_act = {hf['hidden_act']!r}; RoBERTa's head uses gelu all the same,"
+            " which Trifold does not have"
         )
     offset = hf["pad_token_id"] + 1
-    return {**bert.read(hf), "max_positions": hf["max_position_embeddings"] - offset, "position_offset": offset}
+    return {
+        **bert.read(hf),
+        "max_positions": hf["max_position_embeddings"] - offset,
+        "position_offset": offset,
+    }
 
 
 def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["RobertaForTokenClassification"], **label_fields(config)}
+    return {
+        **write(config, special),
+        "architectures": ["RobertaForTokenClassification"],
+        **label_fields(config),
+    }
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +62,23 @@ def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["RobertaForQuestionAnswering"], **label_fields(config)}
+    return {
+        **write(config, special),
+        "architectures": ["RobertaForQuestionAnswering"],
+        **label_fields(config),
+    }
 
 
 def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
     return {**read(hf), "spans": True}
 
 
-ROBERTA = Architecture("RobertaForMaskedLM", "roberta", TABLE, write, complete, read, also=("RobertaModel",), prefix="roberta.")
-ROBERTA_TOKENS = Architecture("RobertaForTokenClassification", "roberta", TOKENS, write_tokens, complete, read_tokens)
-ROBERTA_SPANS = Architecture("RobertaForQuestionAnswering", "roberta", SPANS, write_spans, complete, read_spans)
+ROBERTA = Architecture(
+    "RobertaForMaskedLM", "roberta", TABLE, write, complete, read, also=("RobertaModel",), prefix="roberta."
+)
+ROBERTA_TOKENS = Architecture(
+    "RobertaForTokenClassification", "roberta", TOKENS, write_tokens, complete, read_tokens
+)
+ROBERTA_SPANS = Architecture(
+    "RobertaForQuestionAnswering", "roberta", SPANS, write_spans, complete, read_spans
+)

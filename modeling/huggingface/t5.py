@@ -1,16 +1,17 @@
-"""T5 (Raffel et al. 2020), 1.0 and 1.1: encoder-decoders with relative biases. Stock class: transformers/models/t5.
+"""T5 (Raffel et al. 2020), 1.0 and 1.1: encoder-decoders with relative biases. Stock class:
+transformers/models/t5.
 
-Attention is not scaled. 1.0 has relu, no gate, a tied head and scaled logits; 1.1 has a gate, a head of its own and plain logits.
-transformers 5 ties by the weights themselves and writes `tie_word_embeddings: true` whatever it was; `scale_decoder_outputs` then says
-which logits.
+Attention is not scaled. 1.0 has relu, no gate, a tied head and scaled logits; 1.1 has a gate, a head of its
+own and plain logits. transformers 5 ties by the weights themselves and writes `tie_word_embeddings: true`
+whatever it was; `scale_decoder_outputs` then says which logits.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, token_ids
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, token_ids
+from trifold.modeling.huggingface.tables import Architecture
 
 STACK = """
 <s>.block.0.layer.0.SelfAttention.relative_attention_bias.weight = <s>.position.table.weight
@@ -92,7 +93,9 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "scale_decoder_outputs": hf.get("tie_word_embeddings", True),
         **hf,
-        "feed_forward_proj": "gated-gelu" if hf.get("feed_forward_proj") == "gated-gelu_new" else hf.get("feed_forward_proj", "relu"),
+        "feed_forward_proj": "gated-gelu"
+        if hf.get("feed_forward_proj") == "gated-gelu_new"
+        else hf.get("feed_forward_proj", "relu"),
     }
 
 
@@ -107,7 +110,9 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": hf["num_heads"],
         "head_dim": hf["d_kv"],
         "mlp_dim": hf["d_ff"],
-        "activation": activation({"feed_forward_proj": "gelu_new" if gate and name == "gelu" else name}, "feed_forward_proj"),
+        "activation": activation(
+            {"feed_forward_proj": "gelu_new" if gate and name == "gelu" else name}, "feed_forward_proj"
+        ),
         "gated": gate == "gated",
         "norm_eps": float(hf["layer_norm_epsilon"]),
         "position": "relative",

@@ -1,15 +1,24 @@
 """T5Gemma (Zhang et al. 2025): our encoder-decoders. Stock class: transformers/models/t5gemma.
 
-The stock class has an embedding per stack and never ties them: our one table is written twice. Its norms multiply by (1 + w).
-Left out of its config, softcapping and sliding layers come on by default; short inputs do not show it.
+The stock class has an embedding per stack and never ties them: our one table is written twice. Its norms
+multiply by (1 + w). Left out of its config, softcapping and sliding layers come on by default; short inputs
+do not show it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.config import ModelConfig
-from modeling.huggingface.fields import ACTIVATIONS, activation, label_fields, labels, rope, token_ids, whole_heads
-from modeling.huggingface.tables import Architecture
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.huggingface.fields import (
+    ACTIVATIONS,
+    activation,
+    label_fields,
+    labels,
+    rope,
+    token_ids,
+    whole_heads,
+)
+from trifold.modeling.huggingface.tables import Architecture
 
 STACK = """
 model.<s>.embed_tokens.weight = embed.weight
@@ -34,7 +43,12 @@ model.decoder.layers.{i}.cross_attn.v_proj.weight = decoder.blocks.{i}.cross.f.v
 model.decoder.layers.{i}.cross_attn.o_proj.weight = decoder.blocks.{i}.cross.f.o.weight
 model.decoder.layers.{i}.post_cross_attn_layernorm.weight = decoder.blocks.{i}.cross.inner.weight | minus1
 """
-TABLE = STACK.replace("<s>", "encoder") + STACK.replace("<s>", "decoder") + CROSS + "lm_head.out_proj.weight? = head.weight\n"
+TABLE = (
+    STACK.replace("<s>", "encoder")
+    + STACK.replace("<s>", "decoder")
+    + CROSS
+    + "lm_head.out_proj.weight? = head.weight\n"
+)
 TOKENS = (
     STACK.replace("<s>", "encoder")
     + """
@@ -51,7 +65,10 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "model_type": "t5gemma",
         "is_encoder_decoder": True,
         "encoder": _write_stack(config, special, is_decoder=False),
-        "decoder": {**_write_stack(config, special, is_decoder=True), "cross_attention_hidden_size": config.dim},
+        "decoder": {
+            **_write_stack(config, special, is_decoder=True),
+            "cross_attention_hidden_size": config.dim,
+        },
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
@@ -82,7 +99,8 @@ def _write_stack(config: ModelConfig, special: Mapping[str, int], is_decoder: bo
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "layer_types": ["full_attention"] * config.num_layers,
-        "sliding_window": config.max_positions,  # unused without sliding layers; the stock mask code wants a number
+        # unused without sliding layers; the stock mask code wants a number
+        "sliding_window": config.max_positions,
         "max_position_embeddings": config.max_positions,
         "rope_parameters": rope(config.rope_theta),
         "rope_theta": config.rope_theta,  # where transformers 4 and other runtimes look
@@ -96,13 +114,27 @@ def _write_stack(config: ModelConfig, special: Mapping[str, int], is_decoder: bo
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    whole = {"tie_word_embeddings": True, "is_encoder_decoder": True, "vocab_size": hf["decoder"]["vocab_size"], **hf}
-    return {**whole, **{name: _complete_stack(hf[name], whole["tie_word_embeddings"]) for name in ("encoder", "decoder")}}
+    whole = {
+        "tie_word_embeddings": True,
+        "is_encoder_decoder": True,
+        "vocab_size": hf["decoder"]["vocab_size"],
+        **hf,
+    }
+    return {
+        **whole,
+        **{name: _complete_stack(hf[name], whole["tie_word_embeddings"]) for name in ("encoder", "decoder")},
+    }
 
 
 def _complete_stack(stack: dict[str, Any], tied: bool) -> dict[str, Any]:
     theta = (stack.get("rope_parameters") or stack).get("rope_theta", 10_000.0)
-    filled = {"attention_bias": False, "rope_parameters": rope(theta), "rope_theta": theta, **stack, "tie_word_embeddings": tied}
+    filled = {
+        "attention_bias": False,
+        "rope_parameters": rope(theta),
+        "rope_theta": theta,
+        **stack,
+        "tie_word_embeddings": tied,
+    }
     if "sliding_attention" not in filled["layer_types"]:
         filled["sliding_window"] = filled["max_position_embeddings"]  # unused
     return filled
@@ -124,7 +156,9 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": float(stack["rms_norm_eps"]),
         "max_positions": stack["max_position_embeddings"],
         "rope_theta": float(stack["rope_theta"]),
-        "attention_scale": None if stack["query_pre_attn_scalar"] == stack["head_dim"] else stack["query_pre_attn_scalar"] ** -0.5,
+        "attention_scale": None
+        if stack["query_pre_attn_scalar"] == stack["head_dim"]
+        else stack["query_pre_attn_scalar"] ** -0.5,
         "embed_scale": stack["hidden_size"] ** 0.5,
         "tie_embeddings": hf["tie_word_embeddings"],
         "init_std": stack.get("initializer_range", 0.02),
@@ -142,4 +176,6 @@ def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 T5GEMMA = Architecture("T5GemmaForConditionalGeneration", "t5gemma", TABLE, write, complete, read)
-T5GEMMA_TOKENS = Architecture("T5GemmaForTokenClassification", "t5gemma", TOKENS, write_tokens, complete, read_tokens)
+T5GEMMA_TOKENS = Architecture(
+    "T5GemmaForTokenClassification", "t5gemma", TOKENS, write_tokens, complete, read_tokens
+)

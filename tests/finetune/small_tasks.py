@@ -1,4 +1,6 @@
-"""Tiny published folders and task files for the tests of finetune/: a tokenizer, random models of each family, tags and pairs."""
+"""Tiny published folders and task files for the tests of finetune/: a tokenizer, random models of each
+family, tags and pairs.
+"""
 
 import json
 import random
@@ -6,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Finetune
-from modeling.config import ModelConfig
-from modeling.transformer import build
-from pretrain import published
-from pretrain.config import Tokenizer as TokenizerConfig
-from pretrain.tokenizer import Tokenizer, train
 from tests.published import MODELS
+from trifold.finetune.config import Finetune
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.transformer import build
+from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
+from trifold.pretrain.publish import published_folder
 
 NAMES = "Ada Bob Cleo Dan Eve Finn Gus Hana".split()
 VERBS = "sees calls knows likes".split()
@@ -29,13 +31,24 @@ def folder_of(where: Path, family: str, **changes: Any) -> Path:
     name = {"encoder": "modernbert", "decoder": "llama", "encoder-decoder": "t5gemma"}[family]
     tokenizer = vocabulary(where)
     config = ModelConfig(
-        **MODELS[name].model_dump() | {"vocab_size": tokenizer.vocab_size, "dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 12, "mlp_dim": 96, "embed_scale": 48**0.5 if family == "encoder-decoder" else 1.0, "init_std": 0.1} | changes
-    )  # fmt: skip
+        **MODELS[name].model_dump()
+        | {
+            "vocab_size": tokenizer.vocab_size,
+            "dim": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "head_dim": 12,
+            "mlp_dim": 96,
+            "embed_scale": 48**0.5 if family == "encoder-decoder" else 1.0,
+            "init_std": 0.1,
+        }
+        | changes
+    )
     folder = where / f"published-{family}"
     folder.mkdir()
-    published.write(folder, config, build(config, 5).state_dict(), tokenizer)
-    published.seal(folder, config, tokenizer, "no data", {})
+    published_folder.write(folder, config, build(config, 5).state_dict(), tokenizer)
+    published_folder.seal(folder, config, tokenizer, "no data", {})
     return folder
 
 
@@ -44,7 +57,12 @@ def write_tags(path: Path, sentences: int, seed: int) -> None:
     draw, lines = random.Random(seed), ["-DOCSTART- O", ""]
     for _ in range(sentences):
         a, b, verb = draw.choice(NAMES), draw.choice(NAMES), draw.choice(VERBS)
-        lines += [f"Mr O\n{a} B-PER\n{verb} O\n{b} O" if draw.random() < 0.5 else f"In O\n{a} B-LOC\nwe O\n{verb} O\n{b} O", ""]
+        lines += [
+            f"Mr O\n{a} B-PER\n{verb} O\n{b} O"
+            if draw.random() < 0.5
+            else f"In O\n{a} B-LOC\nwe O\n{verb} O\n{b} O",
+            "",
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -62,8 +80,18 @@ def write_pairs(path: Path, lines: int, seed: int) -> str:
 
 def recipe(run: Path, folder: Path, task: dict[str, Any], **changes: Any) -> Finetune:
     values = {
-        "run": str(run), "model": {"from": str(folder)}, "task": task, "row_length": 64, "steps": 40, "step_rows": 6, "micro_rows": 2,
-        "optimizer": {"lr": 3e-3}, "schedule": {"warmup_steps": 1}, "evaluate_every": 20, "checkpoints": {"every": 20},
-        "evaluate_examples": 40, "generation": {"max_new": 24},
-    }  # fmt: skip
+        "run": str(run),
+        "model": {"from": str(folder)},
+        "task": task,
+        "row_length": 64,
+        "steps": 40,
+        "step_rows": 6,
+        "micro_rows": 2,
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 1},
+        "evaluate_every": 20,
+        "checkpoints": {"every": 20},
+        "evaluate_examples": 40,
+        "generation": {"max_new": 24},
+    }
     return Finetune.model_validate_json(json.dumps(values | changes))

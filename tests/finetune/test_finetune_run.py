@@ -1,4 +1,6 @@
-"""A fine-tuning run's promises, end to end in real processes: from a published folder to scores that beat a trivial system."""
+"""A fine-tuning run's promises, end to end in real processes: from a published folder to scores that beat a
+trivial system.
+"""
 
 import json
 import os
@@ -9,20 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import Finetune
-from finetune.evaluate import Opened, scored
-from finetune.judge import best_step
-from finetune.run import make_tokenizer, open_rows, open_tasks, prepare, train
-from modeling.config import Refused
-from pretrain import published
-from pretrain.adapter import publish_adapter
-from pretrain.checkpoint import open_checkpoint
-from pretrain.engine import Engine, Place
-from pretrain.metrics import read_lines
-from pretrain.publish import publish
-from pretrain.tokenizer import Tokenizer
 from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
 from tests.processes import run_processes
+from trifold.finetune.config import Finetune
+from trifold.finetune.evaluation.evaluate import Opened, scored
+from trifold.finetune.evaluation.model_selection import best_step
+from trifold.finetune.run import make_tokenizer, open_rows, open_tasks, prepare, train
+from trifold.modeling.errors import Refused
+from trifold.pretrain.checkpoint.checkpoint import open_checkpoint
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish.lora_adapter import publish_adapter
+from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.storage.jsonl import read_lines
 
 
 def quiet(what: str, done: int) -> None: ...
@@ -41,7 +44,9 @@ def killed_at(place: Place, config: Finetune, step: int) -> None:
     train_step = Engine.train_step
 
     def step_or_die(self: Engine, *given: Any) -> Any:
-        done = [record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record]
+        done = [
+            record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record
+        ]
         if max(done, default=0) >= step and place.rank == place.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, *given)
@@ -58,7 +63,10 @@ def metrics(config: Finetune) -> dict[str, Any]:
     """The last value of each step's loss, rows and scores."""
     names = ("loss", "rows", "rows_hash", "heldout_loss", "f1")
     return {
-        f"{name} {line['step']}": line[name] for line in read_lines(Path(config.run) / "metrics.jsonl") for name in names if name in line
+        f"{name} {line['step']}": line[name]
+        for line in read_lines(Path(config.run) / "metrics.jsonl")
+        for name in names
+        if name in line
     }
 
 
@@ -76,17 +84,27 @@ def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_clas
     assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
     lines = read_lines(Path(config.run) / "predictions.jsonl")
     assert len(lines) == found["examples"] == 60 and lines[0]["prediction"] == lines[0]["references"]
-    out = publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
-    assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published.CARD).read_text()
-    pipeline = pytest.importorskip("transformers").pipeline("token-classification", model=str(out), aggregation_strategy="first")
+    out = publish(
+        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+    )
+    assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published_folder.CARD).read_text()
+    pipeline = pytest.importorskip("transformers").pipeline(
+        "token-classification", model=str(out), aggregation_strategy="first"
+    )
     assert [(e["entity_group"], e["word"].strip()) for e in pipeline("Mr Ada sees Bob")] == [("PER", "Ada")]
     assert [(e["entity_group"], e["word"].strip()) for e in pipeline("In Ada we see Bob")] == [("LOC", "Ada")]
 
 
 @pytest.mark.parametrize(("family", "stage"), [("encoder-decoder", 3), ("decoder", 1)])
 def test_translation_is_learned_and_published(family: str, stage: int, tmp_path: Path) -> None:
-    task = {"kind": "translation", "train": [write_pairs(tmp_path / "train", 400, 1)], "dev": [write_pairs(tmp_path / "dev", 40, 2)]}
-    config = recipe(tmp_path / "run", folder_of(tmp_path, family), task, steps=80, engine={"zero_stage": stage})
+    task = {
+        "kind": "translation",
+        "train": [write_pairs(tmp_path / "train", 400, 1)],
+        "dev": [write_pairs(tmp_path / "dev", 40, 2)],
+    }
+    config = recipe(
+        tmp_path / "run", folder_of(tmp_path, family), task, steps=80, engine={"zero_stage": stage}
+    )
     prepare(config, quiet)
     run_processes(2, trained, config, timeout=400)  # ZeRO-3 on a busy machine
     found = scores_of(config)
@@ -101,12 +119,21 @@ def _each(place: Place, configs: list[Finetune]) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("family", ["encoder", "encoder-decoder"])
-def test_ranks_that_share_rows_learn_a_task_as_ranks_with_rows_of_their_own_do(family: str, tmp_path: Path) -> None:
+def test_ranks_that_share_rows_learn_a_task_as_ranks_with_rows_of_their_own_do(
+    family: str, tmp_path: Path
+) -> None:
     folder = folder_of(tmp_path, family)
     task = tags(tmp_path)
     if family == "encoder-decoder":
-        task = {"kind": "translation", "train": [write_pairs(tmp_path / "train", 400, 1)], "dev": [write_pairs(tmp_path / "dev", 40, 2)]}
-    alone, shared = (recipe(tmp_path / f"run-{ranks}", folder, task, steps=20, engine={"sequence_parallel": ranks}) for ranks in (1, 2))
+        task = {
+            "kind": "translation",
+            "train": [write_pairs(tmp_path / "train", 400, 1)],
+            "dev": [write_pairs(tmp_path / "dev", 40, 2)],
+        }
+    alone, shared = (
+        recipe(tmp_path / f"run-{ranks}", folder, task, steps=20, engine={"sequence_parallel": ranks})
+        for ranks in (1, 2)
+    )
     for config in (alone, shared):
         prepare(config, quiet)
     run_processes(2, _each, [alone, shared], timeout=280)
@@ -119,7 +146,12 @@ def test_ranks_that_share_rows_learn_a_task_as_ranks_with_rows_of_their_own_do(f
 
 def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_best(tmp_path: Path) -> None:
     folder, task = folder_of(tmp_path, "encoder"), tags(tmp_path)
-    changes: dict[str, Any] = {"steps": 20, "evaluate_every": 5, "checkpoints": {"every": 5}, "schedule": {"final": 1.0}}
+    changes: dict[str, Any] = {
+        "steps": 20,
+        "evaluate_every": 5,
+        "checkpoints": {"every": 5},
+        "schedule": {"final": 1.0},
+    }
     changes["model"] = {"from": str(folder), "dropout": 0.1}
     straight, broken = (recipe(tmp_path / name, folder, task, **changes) for name in ("straight", "broken"))
     for config in (straight, broken):
@@ -135,15 +167,26 @@ def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_be
 
 def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored(tmp_path: Path) -> None:
     config = recipe(
-        tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path), steps=100, evaluate_every=4, checkpoints={"every": 4},
-        patience=2, optimizer={"lr": 1e-2}, schedule={"final": 1.0},
-    )  # fmt: skip
+        tmp_path / "run",
+        folder_of(tmp_path, "encoder"),
+        tags(tmp_path),
+        steps=100,
+        evaluate_every=4,
+        checkpoints={"every": 4},
+        patience=2,
+        optimizer={"lr": 1e-2},
+        schedule={"final": 1.0},
+    )
     prepare(config, quiet)
     run_processes(1, trained, config)
     events = read_lines(Path(config.run) / "events.jsonl")
-    history = [(line["step"], line["f1"]) for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line]
+    history = [
+        (line["step"], line["f1"]) for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line
+    ]
     best = max(history, key=lambda pair: (pair[1], -pair[0]))
-    assert [event["event"] for event in events][-2:] == ["finished", "scored"] and events[-2]["step"] == history[-1][0] < 100
+    assert [event["event"] for event in events][-2:] == ["finished", "scored"] and events[-2][
+        "step"
+    ] == history[-1][0] < 100
     assert history.index(best) == len(history) - 3 and scores_of(config)["step"] == best[0]
     run_processes(1, trained, config)  # again: there is nothing left to train
     assert max(line["step"] for line in read_lines(Path(config.run) / "metrics.jsonl")) == history[-1][0]
@@ -152,19 +195,32 @@ def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored
 def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "encoder-decoder")
     dev = [write_pairs(tmp_path / "dev", 8, 3)]
-    first, second = ({"kind": "translation", "train": [write_pairs(tmp_path / name, 40, 1)], "dev": dev} for name in "ab")
+    first, second = (
+        {"kind": "translation", "train": [write_pairs(tmp_path / name, 40, 1)], "dev": dev} for name in "ab"
+    )
     config = recipe(
-        tmp_path / "run", folder, {**first, "weight": 3.0}, more=[{**second, "prompt": "b: {source}"}], steps=4, evaluate_every=4,
-        checkpoints={"every": 4}, freeze=["embed.*", "encoder.blocks.0.*"], optimizer={"lr": 1e-2, "layer_decay": 0.5},
-    )  # fmt: skip
+        tmp_path / "run",
+        folder,
+        {**first, "weight": 3.0},
+        more=[{**second, "prompt": "b: {source}"}],
+        steps=4,
+        evaluate_every=4,
+        checkpoints={"every": 4},
+        freeze=["embed.*", "encoder.blocks.0.*"],
+        optimizer={"lr": 1e-2, "layer_decay": 0.5},
+    )
     prepare(config, quiet)
     vocabulary = Tokenizer.open(tmp_path / "run" / "tokenizer")
     rows, _ = open_rows(config, open_tasks(config, vocabulary, "encoder-decoder"), vocabulary)
-    said = [vocabulary.decode(source[source > 0]) for row in map(rows.row, range(64)) if (source := row.source) is not None]
+    said = [
+        vocabulary.decode(source[source > 0])
+        for row in map(rows.row, range(64))
+        if (source := row.source) is not None
+    ]
     assert sum("b: " in text for text in said) == 16
     run_processes(2, trained, config)
     [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*4-*")
-    before, after = published.load(folder)[1], open_checkpoint(checkpoint)
+    before, after = published_folder.load(folder)[1], open_checkpoint(checkpoint)
     moved = {name: not torch.equal(before[name], after.full(name)) for name in before}
     assert not moved["embed.weight"] and not moved["encoder.blocks.0.mlp.f.up.weight"]
     assert moved["encoder.blocks.1.mlp.f.up.weight"] and moved["decoder.blocks.0.mlp.f.up.weight"]
@@ -173,19 +229,29 @@ def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Pat
 def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "encoder")
     lora = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "up", "down"]}
-    config = recipe(tmp_path / "run", folder, tags(tmp_path), lora=lora, optimizer={"lr": 1e-2}, engine={"zero_stage": 2})
+    config = recipe(
+        tmp_path / "run", folder, tags(tmp_path), lora=lora, optimizer={"lr": 1e-2}, engine={"zero_stage": 2}
+    )
     prepare(config, quiet)
     run_processes(2, trained, config)
     found, run = scores_of(config), Path(config.run)
     assert found["scores"]["f1"] > 50 > found["trivial"]["scores"]["f1"]
     out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(run))
-    before, after = published.load(folder)[1], published.load(out)[1]
+    before, after = published_folder.load(folder)[1], published_folder.load(out)[1]
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
-    assert moved == {f"encoder.blocks.{i}.{part}.weight" for i in range(2) for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")}
+    assert moved == {
+        f"encoder.blocks.{i}.{part}.weight"
+        for i in range(2)
+        for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")
+    }
     peft = publish_adapter(run, tmp_path / "peft", on_event=no_event, checkpoint=best_step(run))
     settings = json.loads((peft / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(folder) and settings["modules_to_save"] == ["classifier"]
-    assert (peft / "adapter_model.safetensors").stat().st_size < 0.5 * (out / "model.safetensors").stat().st_size
+    assert settings["base_model_name_or_path"] == str(folder) and settings["modules_to_save"] == [
+        "classifier"
+    ]
+    assert (peft / "adapter_model.safetensors").stat().st_size < 0.5 * (
+        out / "model.safetensors"
+    ).stat().st_size
     opened = Opened(out)
     task = open_tasks(config, opened.tokenizer, "encoder")[0]
     predictions = task.predict(opened, task.dev, config.generation, 256)
@@ -193,7 +259,10 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
 
 
 def test_examples_that_change_before_the_first_checkpoint_make_another_tokenizer(tmp_path: Path) -> None:
-    new = {"config": published.load(folder_of(tmp_path, "encoder"))[0].model_dump(mode="json") | {"vocab_size": 388}}
+    new = {
+        "config": published_folder.load(folder_of(tmp_path, "encoder"))[0].model_dump(mode="json")
+        | {"vocab_size": 388}
+    }
     config = recipe(tmp_path / "run", tmp_path, tags(tmp_path), model=new)
     first = make_tokenizer(config, quiet).fingerprint
     assert make_tokenizer(config, quiet).fingerprint == first
@@ -203,7 +272,11 @@ def test_examples_that_change_before_the_first_checkpoint_make_another_tokenizer
 
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     encoder, both = folder_of(tmp_path, "encoder"), folder_of(tmp_path, "encoder-decoder")
-    pairs = {"kind": "translation", "train": [write_pairs(tmp_path / "p", 4, 1)], "dev": [write_pairs(tmp_path / "p", 4, 1)]}
+    pairs = {
+        "kind": "translation",
+        "train": [write_pairs(tmp_path / "p", 4, 1)],
+        "dev": [write_pairs(tmp_path / "p", 4, 1)],
+    }
     with pytest.raises(Refused, match="this task writes text, and an encoder cannot: give a decoder"):
         prepare(recipe(tmp_path / "a", encoder, pairs), quiet)
     with pytest.raises(Refused, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
@@ -221,14 +294,18 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"vocab_size": 300}, "has 395 pieces, and model.config.vocab_size is 300"),
         ({"max_positions": 63}, "that model.config"),
     ):
-        new = {"config": published.load(both)[0].model_dump(mode="json") | changes}
+        new = {"config": published_folder.load(both)[0].model_dump(mode="json") | changes}
         with pytest.raises(Refused, match=said):
             prepare(recipe(tmp_path / "n", both, pairs, model=new, tokenizer=words), quiet)
     with pytest.raises(Refused, match="freeze: no parameter is named like 'embedding"):
         config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
         prepare(config, quiet)
         train(config, Place(0, 1, 0, "cpu", None, 1))
-    record = published.read_json(both / published.RECORD)
-    published.write_json(both / published.RECORD, record | {"fingerprints": {"tokenizer": "another"}})
-    with pytest.raises(Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with another"):
+    record = published_folder.read_json(both / published_folder.RECORD)
+    published_folder.write_json(
+        both / published_folder.RECORD, record | {"fingerprints": {"tokenizer": "another"}}
+    )
+    with pytest.raises(
+        Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with another"
+    ):
         prepare(recipe(tmp_path / "c", both, pairs), quiet)

@@ -1,23 +1,26 @@
-"""Recurrent models through the same runs: learned, killed and resumed bit for bit, published without a stock class, read back and used."""
+"""Recurrent models through the same runs: learned, killed and resumed bit for bit, published without a stock
+class, read back and used.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.answer import answers
-from finetune.evaluate import Opened
-from finetune.judge import best_step
-from finetune.run import prepare, train
-from modeling.config import Generation, ModelConfig, Refused
-from modeling.transformer import build
-from pretrain import published
-from pretrain.engine import Place
-from pretrain.publish import publish
-from pretrain.verify import verify
 from tests.finetune.small_tasks import folder_of, recipe, vocabulary, write_pairs
 from tests.finetune.test_finetune_run import killed_at, metrics, no_event, quiet, scores_of, tags, trained
 from tests.processes import run_processes
+from trifold.finetune.evaluation.evaluate import Opened
+from trifold.finetune.evaluation.model_selection import best_step
+from trifold.finetune.evaluation.predict import answers
+from trifold.finetune.run import prepare, train
+from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.transformer import build
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.publish.verify import verify
 
 ALONE = Place(0, 1, 0, "cpu", None, 1)
 
@@ -29,58 +32,94 @@ def recurrent_folder(where: Path, family: str, **changes: Any) -> Path:
     config = ModelConfig(family=family, cell="lstm", vocab_size=tokenizer.vocab_size, **sizes | changes)  # type: ignore[arg-type]
     folder = where / f"published-{family}"
     folder.mkdir()
-    published.write(folder, config, build(config, 5).state_dict(), tokenizer)
-    published.seal(folder, config, tokenizer, "no data", {})
+    published_folder.write(folder, config, build(config, 5).state_dict(), tokenizer)
+    published_folder.seal(folder, config, tokenizer, "no data", {})
     return folder
 
 
 def pairs(folder: Path) -> dict[str, Any]:
-    return {"kind": "translation", "train": [write_pairs(folder / "train", 400, 1)], "dev": [write_pairs(folder / "dev", 40, 2)]}
+    return {
+        "kind": "translation",
+        "train": [write_pairs(folder / "train", 400, 1)],
+        "dev": [write_pairs(folder / "dev", 40, 2)],
+    }
 
 
 def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: Path) -> None:
     folder = recurrent_folder(tmp_path, "encoder-decoder", alignment="additive")
     config = recipe(
-        tmp_path / "run", folder, pairs(tmp_path), steps=160, evaluate_every=80, checkpoints={"every": 80}, optimizer={"lr": 1e-2}
+        tmp_path / "run",
+        folder,
+        pairs(tmp_path),
+        steps=160,
+        evaluate_every=80,
+        checkpoints={"every": 80},
+        optimizer={"lr": 1e-2},
     )
     prepare(config, quiet)
     train(config, ALONE)
     found = scores_of(config)
     assert found["scores"]["bleu"] > 60 > 3 * found["trivial"]["scores"]["bleu"]
-    out = publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
-    assert verify(out).ok and "trifold generate" in (out / published.CARD).read_text()
+    out = publish(
+        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+    )
+    assert verify(out).ok and "trifold generate" in (out / published_folder.CARD).read_text()
     [said] = answers(Opened(out), ["Mr Ada sees Bob."], Generation(max_new=24, beams=3))
-    assert set(str(said["text"]).replace(".", "").split()) <= {*"Mr Ada Bob Cleo Dan Eve Finn Gus Hana sees calls knows likes".split()}
+    assert set(str(said["text"]).replace(".", "").split()) <= {
+        *"Mr Ada Bob Cleo Dan Eve Finn Gus Hana sees calls knows likes".split()
+    }
 
 
 def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tmp_path: Path) -> None:
     folder = recurrent_folder(tmp_path, "encoder")
-    config = recipe(tmp_path / "run", folder, tags(tmp_path) | {"crf": True}, steps=60, optimizer={"lr": 1e-2})
+    config = recipe(
+        tmp_path / "run", folder, tags(tmp_path) | {"crf": True}, steps=60, optimizer={"lr": 1e-2}
+    )
     prepare(config, quiet)
     train(config, ALONE)
     found = scores_of(config)
     assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
-    out = publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
+    out = publish(
+        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+    )
     assert verify(out).ok
     said = list(answers(Opened(out), ["Mr Ada sees Bob", "In Ada we see Bob"], Generation()))
-    assert [[(e["type"], e["text"]) for e in one["entities"]] for one in said] == [[("PER", "Ada")], [("LOC", "Ada")]]
+    assert [[(e["type"], e["text"]) for e in one["entities"]] for one in said] == [
+        [("PER", "Ada")],
+        [("LOC", "Ada")],
+    ]
 
 
 def test_a_crf_is_refused_where_it_could_not_be_published(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"task\.crf is for recurrent models"):
-        prepare(recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path) | {"crf": True}), quiet)
+        prepare(
+            recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path) | {"crf": True}), quiet
+        )
     with pytest.raises(Refused, match="a model of cell lstm has none"):
-        config = recipe(tmp_path / "run", recurrent_folder(tmp_path / "run", "encoder"), tags(tmp_path), lora={"rank": 2})
+        config = recipe(
+            tmp_path / "run", recurrent_folder(tmp_path / "run", "encoder"), tags(tmp_path), lora={"rank": 2}
+        )
         prepare(config, quiet)
         train(config, ALONE)
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.proof) for stage in (1, 2))])
 def test_a_killed_run_continues_bit_for_bit_with_dropout_at_every_stage(stage: int, tmp_path: Path) -> None:
-    folder, task = recurrent_folder(tmp_path, "encoder-decoder", alignment="hard"), pairs(tmp_path)  # it draws, besides
-    changes: dict[str, Any] = {"steps": 10, "evaluate_every": 5, "checkpoints": {"every": 5}, "engine": {"zero_stage": stage}}
+    folder, task = (
+        recurrent_folder(tmp_path, "encoder-decoder", alignment="hard"),
+        pairs(tmp_path),
+    )  # it draws, besides
+    changes: dict[str, Any] = {
+        "steps": 10,
+        "evaluate_every": 5,
+        "checkpoints": {"every": 5},
+        "engine": {"zero_stage": stage},
+    }
     changes["model"] = {"from": str(folder), "dropout": 0.1}
-    straight, broken = (recipe(tmp_path / name, folder, task, evaluate_examples=4, **changes) for name in ("straight", "broken"))
+    straight, broken = (
+        recipe(tmp_path / name, folder, task, evaluate_examples=4, **changes)
+        for name in ("straight", "broken")
+    )
     for config in (straight, broken):
         prepare(config, quiet)
     run_processes(2, trained, straight)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import CLONE
-from launch.world import write_world
-from pretrain.metrics import read_lines
+from trifold.launch.demo.world import write_world
+from trifold.pretrain.storage.jsonl import read_lines
 
 TINY = """
 model: {family: decoder, vocab_size: 500, dim: 32, num_layers: 1, num_heads: 2, num_kv_heads: 2,
@@ -36,13 +35,20 @@ def place(tmp_path) -> Path:
 
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(CLONE)!r}); from launch.cli import main; main()", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from trifold.launch.cli import main; main()",
+        *arguments,
+    ]
     return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_forget_a_renamed_one(place):
     def pretrain(*arguments: str) -> tuple[int, str]:
-        process = start(place, "pretrain", "tiny.yaml", "steps=2", f"checkpoints.storage={place / 'store'}", *arguments)
+        process = start(
+            place, "pretrain", "tiny.yaml", "steps=2", f"checkpoints.storage={place / 'store'}", *arguments
+        )
         said = process.communicate(timeout=120)[1]
         return process.returncode, " ".join(said.split())
 
@@ -57,9 +63,15 @@ def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_for
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "tiny.yaml", "optimizer.lrr=1"], "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+        (
+            ["pretrain", "tiny.yaml", "optimizer.lrr=1"],
+            "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?",
+        ),
         (["pretrain", "none.yaml"], "there is no recipe none.yaml"),
-        (["pretrain", "tiny.yaml", "--address", "127.0.0.1:1", "cluster.workers=1"], "no Ray cluster answers at 127.0.0.1:1"),
+        (
+            ["pretrain", "tiny.yaml", "--address", "127.0.0.1:1", "cluster.workers=1"],
+            "no Ray cluster answers at 127.0.0.1:1",
+        ),
         (["pretrain", "tiny.yaml", "data.sources.0.path=nowhere.txt"], "nowhere.txt"),
         (["pretrain", "tiny.yaml", "run=tiny.yaml"], "File exists (tiny.yaml)"),
         (["publish", "nowhere", "--out", "out"], "nowhere"),

@@ -1,41 +1,93 @@
-"""Small models of each family and each way of position, and packed batches for them: what the tests of modeling/ share."""
+"""Small models of each family and each way of position, and packed batches for them: what the tests of
+modeling/ share.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.batch import IGNORE, Batch
-from modeling.config import ModelConfig
+from trifold.modeling.batch import IGNORE, Batch
+from trifold.modeling.config import ModelConfig
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=61, dim=32, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48, max_positions=32, init_std=0.2
+    vocab_size=61,
+    dim=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=48,
+    max_positions=32,
+    init_std=0.2,
 )
 CONFIGS = {
     "llama": ModelConfig(family="decoder", **SIZES | {"num_kv_heads": 2}),
     "gpt2": ModelConfig(
-        family="decoder", norm="layer", bias=True, position="learned", gated=False, activation="gelu_tanh", **SIZES
+        family="decoder",
+        norm="layer",
+        bias=True,
+        position="learned",
+        gated=False,
+        activation="gelu_tanh",
+        **SIZES,
     ),
-    "local decoder": ModelConfig(family="decoder", local_window=3, global_every=2, tie_embeddings=False, **SIZES),
+    "local decoder": ModelConfig(
+        family="decoder", local_window=3, global_every=2, tie_embeddings=False, **SIZES
+    ),
     "modernbert": ModelConfig(
-        family="encoder", norm="layer", activation="gelu", embed_norm=True, first_attention_norm=False, head_dense=True,
-        logit_bias=True, local_window=3, global_every=3, rope_theta=160_000.0, **SIZES,
+        family="encoder",
+        norm="layer",
+        activation="gelu",
+        embed_norm=True,
+        first_attention_norm=False,
+        head_dense=True,
+        logit_bias=True,
+        local_window=3,
+        global_every=3,
+        rope_theta=160_000.0,
+        **SIZES,
     ),
     "bert": ModelConfig(
-        family="encoder", norm="layer", bias=True, norm_places=("post",), position="learned", embed_norm=True, final_norm=False,
-        gated=False, activation="gelu", **SIZES,
+        family="encoder",
+        norm="layer",
+        bias=True,
+        norm_places=("post",),
+        position="learned",
+        embed_norm=True,
+        final_norm=False,
+        gated=False,
+        activation="gelu",
+        **SIZES,
     ),
     "t5gemma": ModelConfig(
-        family="encoder-decoder", activation="gelu_tanh", norm_places=("pre", "inner"), embed_scale=32**0.5, **SIZES
+        family="encoder-decoder",
+        activation="gelu_tanh",
+        norm_places=("pre", "inner"),
+        embed_scale=32**0.5,
+        **SIZES,
     ),
     "t5": ModelConfig(
-        family="encoder-decoder", position="relative", attention_scale=1.0, logit_scale=32**-0.5, activation="gelu_tanh", **SIZES
+        family="encoder-decoder",
+        position="relative",
+        attention_scale=1.0,
+        logit_scale=32**-0.5,
+        activation="gelu_tanh",
+        **SIZES,
     ),
     "nllb": ModelConfig(
-        family="encoder-decoder", norm="layer", bias=True, position="sinusoidal", position_offset=2, gated=False, activation="relu",
-        embed_scale=32**0.5, tie_embeddings=False, **SIZES,
+        family="encoder-decoder",
+        norm="layer",
+        bias=True,
+        position="sinusoidal",
+        position_offset=2,
+        gated=False,
+        activation="relu",
+        embed_scale=32**0.5,
+        tie_embeddings=False,
+        **SIZES,
     ),
-}  # fmt: skip
+}
 _RECURRENT: dict[str, Any] = dict(vocab_size=61, dim=32, num_layers=2, max_positions=32, init_std=0.2)
 RECURRENT = {
     "lstm decoder": ModelConfig(family="decoder", cell="lstm", **_RECURRENT),
@@ -44,7 +96,9 @@ RECURRENT = {
     "lstm encoder": ModelConfig(family="encoder", cell="lstm", **_RECURRENT),
     "rnn fixed vector": ModelConfig(family="encoder-decoder", cell="rnn", **_RECURRENT),
     "lstm additive": ModelConfig(family="encoder-decoder", cell="lstm", alignment="additive", **_RECURRENT),
-    "gru multiplicative": ModelConfig(family="encoder-decoder", cell="gru", alignment="multiplicative", tie_embeddings=False, **_RECURRENT),
+    "gru multiplicative": ModelConfig(
+        family="encoder-decoder", cell="gru", alignment="multiplicative", tie_embeddings=False, **_RECURRENT
+    ),
     "gru hard": ModelConfig(family="encoder-decoder", cell="gru", alignment="hard", **_RECURRENT),
 }
 
@@ -58,12 +112,20 @@ def documents(config: ModelConfig, lengths: list[tuple[int, int]], seed: int = 0
 
     both = config.family == "encoder-decoder"
     return [
-        Batch(tokens(t), torch.ones(1, t, dtype=torch.long), tokens(t), *(_source(tokens(s)) if both else (None, None))) for t, s in lengths
+        Batch(
+            tokens(t),
+            torch.ones(1, t, dtype=torch.long),
+            tokens(t),
+            *(_source(tokens(s)) if both else (None, None)),
+        )
+        for t, s in lengths
     ]
 
 
 def packed(parts: list[Batch], length: int, source_length: int) -> Batch:
-    """The documents in one row, then padding whose tokens are no padding token: they must have no influence whatever they are."""
+    """The documents in one row, then padding whose tokens are no padding token: they must have no influence
+    whatever they are.
+    """
 
     def row(name: str, n: int, fill: int) -> Tensor:
         x = torch.cat([getattr(part, name) for part in parts], dim=1)

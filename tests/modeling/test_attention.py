@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling import attention
-from modeling.attention import Cache, Visibility, attend
+from trifold.modeling import attention
+from trifold.modeling.attention import Cache, Visibility, attend
 
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
 
@@ -13,7 +13,9 @@ SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
 def _qkv(rows: int, queries: int, keys: int, groups: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
     shapes = (rows, 4, queries, 8), (rows, groups, keys, 8), (rows, groups, keys, 8)
-    q, k, v = (torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    q, k, v = (
+        torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes
+    )
     return q, k, v
 
 
@@ -38,7 +40,9 @@ def _seen(segments_q: Tensor, segments_k: Tensor, causal: bool, window: int, sta
         for i in range(queries):
             for j in range(segments_k.shape[1]):
                 near = window == 0 or abs(start + i - j) <= window
-                seen[b, i, j] = bool(segments_q[b, i] == segments_k[b, j]) and near and (not causal or j <= start + i)
+                seen[b, i, j] = (
+                    bool(segments_q[b, i] == segments_k[b, j]) and near and (not causal or j <= start + i)
+                )
     return seen
 
 
@@ -73,7 +77,9 @@ def test_the_kernel_of_the_gpu_sees_what_the_dense_mask_shows(monkeypatch: pytes
         Visibility(True, SEGMENTS[:, 5:], SEGMENTS, query_start=5),
     ):
         assert visibility.query_segments is not None and visibility.key_segments is not None
-        q, k, v = (x.detach() for x in _qkv(2, visibility.query_segments.shape[1], visibility.key_segments.shape[1]))
+        q, k, v = (
+            x.detach() for x in _qkv(2, visibility.query_segments.shape[1], visibility.key_segments.shape[1])
+        )
         expected = attend(q, k, v, visibility, 0.3)
         object.__setattr__(visibility, "mask", visibility.blocks())
         torch.testing.assert_close(attend(q, k, v, visibility, 0.3), expected)
@@ -83,7 +89,9 @@ def test_later_queries_attend_as_the_end_of_the_whole_row() -> None:
     q, k, v = _qkv(2, 8, 8)
     for window in (0, 2):
         whole = attend(q, k, v, Visibility(True, SEGMENTS, SEGMENTS, window), 0.3)
-        tail = attend(q[:, :, 6:], k, v, Visibility(True, SEGMENTS[:, 6:], SEGMENTS, window, query_start=6), 0.3)
+        tail = attend(
+            q[:, :, 6:], k, v, Visibility(True, SEGMENTS[:, 6:], SEGMENTS, window, query_start=6), 0.3
+        )
         torch.testing.assert_close(tail, whole[:, :, 6:])
 
 
@@ -101,7 +109,9 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients() -> None:
 def test_a_bias_is_added_to_the_scores() -> None:
     q, k, v = _qkv(2, 8, 8, groups=4)
     bias = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-    scores = (q @ k.transpose(2, 3) * 0.3 + bias).masked_fill(~_seen(SEGMENTS, SEGMENTS, True, 0)[:, None], float("-inf"))
+    scores = (q @ k.transpose(2, 3) * 0.3 + bias).masked_fill(
+        ~_seen(SEGMENTS, SEGMENTS, True, 0)[:, None], float("-inf")
+    )
     y = attend(q, k, v, Visibility(True, SEGMENTS, SEGMENTS, bias=bias), 0.3)
     torch.testing.assert_close(y, scores.softmax(-1) @ v)
     y.square().sum().backward()

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from modeling.config import ModelConfig
 from tests.modeling.families import SIZES
+from trifold.modeling.config import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""Counts that no machine changes, so that a step cannot grow slower or larger unseen: graphs, operations, bytes, host syncs.
+"""Counts that no machine changes, so that a step cannot grow slower or larger unseen: graphs, operations,
+bytes, host syncs.
 
-The numbers were recorded on torch 2.13. Lower ones are welcome: write them down. Times stand in docs/performance.md only.
+The numbers were recorded on torch 2.13. Lower ones are welcome: write them down. Times stand in
+docs/performance.md only.
 """
 
 from collections import Counter
@@ -13,16 +15,24 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling import attention
-from modeling.attention import Visibility
-from modeling.batch import Batch
-from modeling.memory import held
-from modeling.transformer import build
 from tests.modeling.families import CONFIGS, documents, packed
+from trifold.modeling import attention
+from trifold.modeling.activation_memory import held
+from trifold.modeling.attention import Visibility
+from trifold.modeling.batch import Batch
+from trifold.modeling.transformer import build
 
 FAMILIES = ("llama", "modernbert", "t5gemma")
-OPERATIONS = {"llama": 192, "modernbert": 158, "t5gemma": 583}  # of one more layer (two blocks in an encoder-decoder), both ways
-KEPT = {"llama": 20544, "modernbert": 22080, "t5gemma": 62016}  # bytes that the backward of one more layer reads, for 24 positions
+OPERATIONS = {
+    "llama": 192,
+    "modernbert": 158,
+    "t5gemma": 583,
+}  # of one more layer (two blocks in an encoder-decoder), both ways
+KEPT = {
+    "llama": 20544,
+    "modernbert": 22080,
+    "t5gemma": 62016,
+}  # bytes that the backward of one more layer reads, for 24 positions
 
 
 class Calls(TorchDispatchMode):
@@ -32,7 +42,9 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.of: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.of[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -63,8 +75,12 @@ def test_packed_rows_of_changing_content_run_in_one_graph_that_is_compiled_once(
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_blocks_that_are_given_a_mask_of_blocks_are_compiled_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA at ZeRO-3 (pretrain/compile.py), forward alone: FlexAttention has no backward on the CPU."""
+def test_blocks_that_are_given_a_mask_of_blocks_are_compiled_once_a_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA at ZeRO-3 (pretrain/engine/compile.py), forward alone: FlexAttention has no backward on the
+    CPU.
+    """
     torch._dynamo.reset()
     graphs = CompileCounter()
     monkeypatch.setattr(attention, "_flex", lambda: (flex_attention, create_block_mask))
@@ -89,7 +105,9 @@ def test_a_compiled_model_makes_its_angles_once_a_kind_of_layer_and_not_in_every
         return graph
 
     torch.compile(build(deeper(name, 1), 0), backend=backend, fullgraph=True)(batch(name, 0))
-    assert sum("trifold.waves" in target for target in made) == {"llama": 1, "modernbert": 2, "t5gemma": 2}[name]
+    assert (
+        sum("trifold.waves" in target for target in made) == {"llama": 1, "modernbert": 2, "t5gemma": 2}[name]
+    )
     assert not {"cos", "sin"} & set(made)
     torch._dynamo.reset()
 

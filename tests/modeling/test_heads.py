@@ -5,14 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling import heads
-from modeling.batch import IGNORE
-from modeling.heads import loss_sum, token_losses
+from trifold.modeling import heads
+from trifold.modeling.batch import IGNORE
+from trifold.modeling.heads import loss_sum, token_losses
 
 
 def _case(dtype: torch.dtype, positions: int = 300, words: int = 37) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    h, weight, bias = (torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in ((positions, 16), (words, 16), (words,)))
+    h, weight, bias = (
+        torch.randn(shape, generator=draw).to(dtype).requires_grad_()
+        for shape in ((positions, 16), (words, 16), (words,))
+    )
     targets = torch.randint(0, words, (positions,), generator=draw)
     targets[torch.rand(positions, generator=draw) < 0.3] = IGNORE
     return h, weight, bias, targets
@@ -20,18 +23,24 @@ def _case(dtype: torch.dtype, positions: int = 300, words: int = 37) -> tuple[Te
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(heads.CHUNK_LOGITS, "cpu", 37 * 128)  # 300 positions: two whole chunks and a part of one
+    monkeypatch.setitem(
+        heads.CHUNK_LOGITS, "cpu", 37 * 128
+    )  # 300 positions: two whole chunks and a part of one
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_loss_and_gradients_equal_cross_entropy(dtype: torch.dtype, tolerance: float, with_bias: bool) -> None:
+def test_loss_and_gradients_equal_cross_entropy(
+    dtype: torch.dtype, tolerance: float, with_bias: bool
+) -> None:
     h, weight, bias, targets = _case(dtype)
     given = (h, weight, bias) if with_bias else (h, weight)
     expected = F.cross_entropy(F.linear(h, weight, bias if with_bias else None), targets, reduction="sum")
     ours = loss_sum(h, weight, bias if with_bias else None, targets)
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
-    for a, b in zip(torch.autograd.grad(ours * 0.7, given), torch.autograd.grad(expected * 0.7, given), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours * 0.7, given), torch.autograd.grad(expected * 0.7, given), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -58,7 +67,9 @@ def test_low_precision_follows_the_exact_gradients(mode: str) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         loss = loss_sum(h, weight, bias, targets)
     assert loss.dtype == torch.float32
-    for ours, given, reference in zip(torch.autograd.grad(loss, (h, weight, bias)), (h, weight, bias), expected, strict=True):
+    for ours, given, reference in zip(
+        torch.autograd.grad(loss, (h, weight, bias)), (h, weight, bias), expected, strict=True
+    ):
         assert ours.dtype == given.dtype
         assert (ours.double() - reference).norm() < 0.02 * reference.norm()
 
@@ -76,4 +87,6 @@ def test_token_losses_are_those_of_cross_entropy_and_right_where_the_best_guess_
 def test_without_gradients_the_loss_is_the_same_number() -> None:
     h, weight, bias, targets = _case(torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(loss_sum(h, weight, bias, targets), loss_sum(h.detach(), weight, bias, targets))
+        torch.testing.assert_close(
+            loss_sum(h, weight, bias, targets), loss_sum(h.detach(), weight, bias, targets)
+        )

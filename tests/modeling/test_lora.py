@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from modeling.config import Lora, Refused
-from modeling.lora import adapt, merged
-from modeling.transformer import Transformer, build
 from tests.published import MODELS, batch_of
+from trifold.modeling.config import Lora
+from trifold.modeling.errors import Refused
+from trifold.modeling.lora import adapt, merged
+from trifold.modeling.transformer import Transformer, build
 
 
 @pytest.mark.parametrize("name", ["llama, biases, two groups", "modernbert, tags", "t5gemma"])
@@ -29,5 +30,7 @@ def test_merged_weights_say_what_the_adapted_model_says(name: str) -> None:
 
 
 def test_a_target_that_is_not_there_is_refused() -> None:
-    with pytest.raises(Refused, match=r"lora\.targets names 'query'; the linear maps here are down, gate, k, o, q, up, v"):
+    with pytest.raises(
+        Refused, match=r"lora\.targets names 'query'; the linear maps here are down, gate, k, o, q, up, v"
+    ):
         adapt(build(MODELS["llama"], 0), Lora(targets=("query",)), 0)

@@ -1,23 +1,33 @@
-"""RMSNorm in training, whose derivative is ours, beside its formula in float64 and autograd's derivative of that."""
+"""RMSNorm in training, whose derivative is ours, beside its formula in float64 and autograd's derivative of
+that.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-from modeling.block import RMSNorm
+from trifold.modeling.block import RMSNorm
 
 EPS = 1e-6
 
 
 def _inputs(dtype: torch.dtype) -> tuple[RMSNorm, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    norm, x, grad = RMSNorm(48, EPS), torch.randn(3, 5, 48, generator=draw) * 3, torch.randn(3, 5, 48, generator=draw)
+    norm, x, grad = (
+        RMSNorm(48, EPS),
+        torch.randn(3, 5, 48, generator=draw) * 3,
+        torch.randn(3, 5, 48, generator=draw),
+    )
     torch.nn.init.normal_(norm.weight, 1, 0.3, generator=draw)
     return norm.to(dtype), x.to(dtype).requires_grad_(), grad.to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "distance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_values_and_gradients_are_those_of_the_formula_in_every_precision(dtype: torch.dtype, distance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "distance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
+)
+def test_values_and_gradients_are_those_of_the_formula_in_every_precision(
+    dtype: torch.dtype, distance: float
+) -> None:
     norm, x, grad = _inputs(dtype)
     out = norm(x)
     out.backward(grad)

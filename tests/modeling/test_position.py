@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.position import SCHEMES, Relative, Rope, Sinusoidal, rotate, within_documents
 from tests.modeling.families import CONFIGS, SIZES
+from trifold.modeling.position import SCHEMES, Relative, Rope, Sinusoidal, rotate, within_documents
 
 
 def test_positions_count_from_zero_in_every_document_and_padding_stands_at_zero() -> None:
@@ -20,7 +20,9 @@ def test_positions_count_from_zero_in_every_document_and_padding_stands_at_zero(
 def test_relative_buckets_are_those_of_t5(causal: bool) -> None:
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     ahead = torch.arange(-300, 301)
-    expected = t5.T5Attention._relative_position_bucket(ahead, bidirectional=not causal, num_buckets=32, max_distance=128)
+    expected = t5.T5Attention._relative_position_bucket(
+        ahead, bidirectional=not causal, num_buckets=32, max_distance=128
+    )
     assert torch.equal(Relative(CONFIGS["t5"], causal).bucket(ahead), expected)
 
 
@@ -34,7 +36,9 @@ def test_relative_bias_reads_the_bucket_of_key_minus_query() -> None:
 def test_sinusoidal_waves_are_those_of_m2m100() -> None:
     m2m = pytest.importorskip("transformers.models.m2m_100.modeling_m2m_100")
     stock = m2m.M2M100SinusoidalPositionalEmbedding(40, 32, padding_idx=1)
-    ours = Sinusoidal(CONFIGS["nllb"], causal=False)(torch.zeros(1, 40, 32), torch.ones(1, 40, dtype=torch.int64))
+    ours = Sinusoidal(CONFIGS["nllb"], causal=False)(
+        torch.zeros(1, 40, 32), torch.ones(1, 40, dtype=torch.int64)
+    )
     torch.testing.assert_close(ours, stock(torch.full((1, 40), 9)))
 
 
@@ -45,9 +49,14 @@ def test_rotation_is_a_turn_by_position_times_frequency() -> None:
     x = torch.randn(2, 4, 11, config.head_dim, dtype=torch.float64)
     for local, theta in ((False, config.rope_theta), (True, config.local_rope_theta)):
         cos, sin = Rope(config, causal=False).rotation(at, local)
-        turns = at[:, None].double() * torch.tensor([theta ** (-2 * i / config.head_dim) for i in range(half)]).double()
+        turns = (
+            at[:, None].double()
+            * torch.tensor([theta ** (-2 * i / config.head_dim) for i in range(half)]).double()
+        )
         z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(turns), turns)
-        torch.testing.assert_close(rotate(x, (cos, sin)), torch.cat([z.real, z.imag], dim=-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rotate(x, (cos, sin)), torch.cat([z.real, z.imag], dim=-1), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_rotated_scores_depend_on_distance_alone() -> None:

@@ -1,4 +1,6 @@
-"""What holds for every family: isolation of packed documents, causality, precision, checkpointing, initialisation."""
+"""What holds for every family: isolation of packed documents, causality, precision, checkpointing,
+initialisation.
+"""
 
 import copy
 from dataclasses import replace
@@ -8,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.attention import Visibility
-from modeling.batch import IGNORE, Batch
-from modeling.block import View
-from modeling.config import ModelConfig
-from modeling.transformer import Transformer, build, initialise
 from tests.modeling.families import CONFIGS, RECURRENT, documents, packed
+from trifold.modeling.attention import Visibility
+from trifold.modeling.batch import IGNORE, Batch
+from trifold.modeling.block import View
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.transformer import Transformer, build, initialise
 
-EVERY = CONFIGS | {name: config for name, config in RECURRENT.items() if config.alignment != "hard"}  # which draws: test_recurrent.py
+EVERY = CONFIGS | {
+    name: config for name, config in RECURRENT.items() if config.alignment != "hard"
+}  # which draws: test_recurrent.py
 LENGTHS = [(7, 6), (1, 3), (9, 10), (4, 1)]  # 21 target and 20 source tokens
 
 
@@ -31,7 +35,9 @@ def test_a_packed_document_has_the_losses_it_has_alone(name: str) -> None:
     with torch.no_grad():
         together, right = model(row, per_token=True)
         alone = [model(part, per_token=True) for part in parts]
-    torch.testing.assert_close(together[:, :21], torch.cat([nll for nll, _ in alone], dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        together[:, :21], torch.cat([nll for nll, _ in alone], dim=1), rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(right[:, :21], torch.cat([right for _, right in alone], dim=1))
     assert torch.equal(together[:, 21:], torch.zeros(1, 5)) and not right[:, 21:].any()
 
@@ -42,7 +48,9 @@ def test_a_packed_row_has_the_gradients_of_its_documents(name: str) -> None:
     parts = documents(EVERY[name], LENGTHS)
     together = _gradients(model, [packed(parts, length=26, source_length=24)])
     for key, gradient in _gradients(model, parts).items():
-        torch.testing.assert_close(together[key], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            together[key], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -62,7 +70,9 @@ def test_padding_tokens_have_no_influence_and_a_row_of_padding_no_nan(name: str)
         other = replace(other, source=torch.where(row.source_segments == 0, 50, row.source))
     torch.testing.assert_close(_gradients(model, [row]), _gradients(model, [other]))
 
-    empty = Batch(*(torch.full_like(row.tokens, fill) for fill in (0, 0, IGNORE)), row.source, row.source_segments)
+    empty = Batch(
+        *(torch.full_like(row.tokens, fill) for fill in (0, 0, IGNORE)), row.source, row.source_segments
+    )
     assert model(empty) == 0
     for key, gradient in _gradients(model, [empty]).items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), key
@@ -102,7 +112,9 @@ def test_picked_positions_give_the_loss_of_their_targets(name: str) -> None:
     model = build(CONFIGS[name], seed=1)
     row = packed(documents(CONFIGS[name], LENGTHS), length=26, source_length=24)
     picked = torch.tensor([[0, 2, 3, 7, 12, 20, -1, -1]])
-    targets = torch.full_like(row.targets, IGNORE).scatter(1, picked[:, :6], row.targets.gather(1, picked[:, :6]))
+    targets = torch.full_like(row.targets, IGNORE).scatter(
+        1, picked[:, :6], row.targets.gather(1, picked[:, :6])
+    )
     masked = replace(row, targets=targets)
     few = replace(masked, picked=picked)
     torch.testing.assert_close(_gradients(model, [few]), _gradients(model, [masked]))
@@ -112,7 +124,9 @@ def test_picked_positions_give_the_loss_of_their_targets(name: str) -> None:
 
 def test_the_head_runs_on_the_picked_positions_alone() -> None:
     model = build(CONFIGS["modernbert"], seed=1)
-    row = replace(packed(documents(CONFIGS["modernbert"], LENGTHS), 26, 0), picked=torch.tensor([[0, 2, 3, -1]]))
+    row = replace(
+        packed(documents(CONFIGS["modernbert"], LENGTHS), 26, 0), picked=torch.tensor([[0, 2, 3, -1]])
+    )
     seen: list[torch.Size] = []
     assert model.head.dense is not None
     model.head.dense.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -158,7 +172,11 @@ def test_the_scales_multiply_embeddings_scores_and_logits() -> None:
     (part,) = documents(CONFIGS["llama"], [(9, 0)])
     scaled = build(_with(plain.config, embed_scale=2.0, attention_scale=4 * 8**-0.5, logit_scale=0.5), seed=1)
     state = plain.state_dict()
-    halves = {"embed.weight": 0.5} | {f"decoder.blocks.{i}.attn.f.q.weight": 0.25 for i in range(3)} | {"head.weight": 2.0}
+    halves = (
+        {"embed.weight": 0.5}
+        | {f"decoder.blocks.{i}.attn.f.q.weight": 0.25 for i in range(3)}
+        | {"head.weight": 2.0}
+    )
     scaled.load_state_dict({key: value * halves.get(key, 1.0) for key, value in state.items()})
     torch.testing.assert_close(scaled.logits(part), plain.logits(part))
     torch.testing.assert_close(scaled(part), plain(part))
@@ -172,7 +190,9 @@ def test_a_tied_table_collects_both_gradients() -> None:
     untied.load_state_dict(tied.state_dict() | {"head.weight": tied.embed.weight.detach().clone()})
     row = packed(documents(CONFIGS["llama"], LENGTHS), length=26, source_length=0)
     parts = _gradients(untied, [row])
-    torch.testing.assert_close(_gradients(tied, [row])["embed.weight"], parts["embed.weight"] + parts["head.weight"])
+    torch.testing.assert_close(
+        _gradients(tied, [row])["embed.weight"], parts["embed.weight"] + parts["head.weight"]
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -187,7 +207,11 @@ def test_low_precision_runs_forward_and_backward_close_to_fp32(name: str, mode: 
     assert loss.dtype == torch.float32
     assert abs(loss - exact(row)) < 0.05 * loss
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.dtype == parameter.dtype, key
+        assert (
+            parameter.grad is not None
+            and parameter.grad.isfinite().all()
+            and parameter.grad.dtype == parameter.dtype
+        ), key
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -209,7 +233,10 @@ def test_the_loss_is_cross_entropy_of_the_logits(name: str) -> None:
     torch.testing.assert_close(model(row), expected)
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("llama", True), ("local decoder", False), ("modernbert", False), ("t5gemma", False)])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("llama", True), ("local decoder", False), ("modernbert", False), ("t5gemma", False)],
+)
 def test_the_model_compiles_as_one_graph(name: str, recompute: bool) -> None:
     torch._dynamo.reset()
     model = build(_with(CONFIGS[name], num_layers=2), seed=1)
@@ -233,9 +260,13 @@ def test_initial_values_are_keyed_by_seed_and_name_alone() -> None:
     first, again, other = (build(CONFIGS["t5"], seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["embed.weight"], other["embed.weight"])
-    assert not torch.equal(first["encoder.blocks.0.attn.f.q.weight"], first["encoder.blocks.0.attn.f.k.weight"])
+    assert not torch.equal(
+        first["encoder.blocks.0.attn.f.q.weight"], first["encoder.blocks.0.attn.f.k.weight"]
+    )
     deeper = build(_with(CONFIGS["t5"], num_layers=5, vocab_size=90), 1).state_dict()
-    assert torch.equal(first["decoder.blocks.2.cross.f.q.weight"], deeper["decoder.blocks.2.cross.f.q.weight"])
+    assert torch.equal(
+        first["decoder.blocks.2.cross.f.q.weight"], deeper["decoder.blocks.2.cross.f.q.weight"]
+    )
 
     torch.manual_seed(9)
     backwards = build(CONFIGS["t5"], 1)
@@ -254,7 +285,11 @@ def test_initial_scales_are_the_documented_ones() -> None:
     assert abs(state["embed.weight"].std() * config.embed_scale - 1) < 0.02
     assert abs(state["head.weight"].std() / 0.02 - 1) < 0.02
     assert abs(state["decoder.blocks.1.mlp.f.up.weight"].std() / 0.02 - 1) < 0.1
-    for name in ("decoder.blocks.1.mlp.f.down.weight", "decoder.blocks.1.cross.f.o.weight", "encoder.blocks.1.attn.f.o.weight"):
+    for name in (
+        "decoder.blocks.1.mlp.f.down.weight",
+        "decoder.blocks.1.cross.f.o.weight",
+        "encoder.blocks.1.attn.f.o.weight",
+    ):
         assert abs(state[name].std() / 0.02 * (2 * config.num_layers) ** 0.5 - 1) < 0.1
     nllb = build(CONFIGS["nllb"], seed=1).state_dict()
     assert all((nllb[key] == 0).all() for key in nllb if key.endswith("bias"))
@@ -262,7 +297,16 @@ def test_initial_scales_are_the_documented_ones() -> None:
 
 
 def test_mimetic_global_layers_begin_by_looking_at_equal_tokens() -> None:
-    config = _with(CONFIGS["modernbert"], dim=64, head_dim=16, num_heads=4, num_kv_heads=2, local_window=2, global_every=2, mimetic=True)
+    config = _with(
+        CONFIGS["modernbert"],
+        dim=64,
+        head_dim=16,
+        num_heads=4,
+        num_kv_heads=2,
+        local_window=2,
+        global_every=2,
+        mimetic=True,
+    )
     model, plain = build(config, 1), build(_with(config, mimetic=False), 1).state_dict()
     assert model.encoder is not None
     tokens = torch.arange(1, 21).repeat(2)[None]
@@ -270,7 +314,9 @@ def test_mimetic_global_layers_begin_by_looking_at_equal_tokens() -> None:
     for layer, block in enumerate(model.encoder.blocks):
         q, k = block.attn.f.q.weight, block.attn.f.k.weight
         assert torch.equal(q.unflatten(0, (2, 2, 16))[:, 1], k.unflatten(0, (2, 16))) == (layer % 2 == 0)
-    looks = model.encoder.blocks[0].attn.f.weights(x, View(Visibility(False, torch.ones_like(tokens), torch.ones_like(tokens))))
+    looks = model.encoder.blocks[0].attn.f.weights(
+        x, View(Visibility(False, torch.ones_like(tokens), torch.ones_like(tokens)))
+    )
     equal = (tokens[0, :, None] == tokens[0]).float()
     assert (looks * equal).sum(-1).mean() > 0.4  # of 40 places 2: by chance 0.05
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, plain[name])}
@@ -281,15 +327,32 @@ def test_parameters_have_the_names_that_the_tables_read() -> None:
     names = {key: set(build(config, 0).state_dict()) for key, config in CONFIGS.items()}
     assert {n for n in names["llama"] if "blocks" not in n} == {"embed.weight", "decoder.norm.weight"}
     assert {n.removeprefix("decoder.blocks.1.") for n in names["llama"] if ".1." in n} == {
-        "attn.pre.weight", "attn.f.q.weight", "attn.f.k.weight", "attn.f.v.weight", "attn.f.o.weight",
-        "mlp.pre.weight", "mlp.f.gate.weight", "mlp.f.up.weight", "mlp.f.down.weight",
-    }  # fmt: skip
-    assert "encoder.blocks.0.attn.pre.weight" not in names["modernbert"] and "encoder.blocks.1.attn.pre.weight" in names["modernbert"]
+        "attn.pre.weight",
+        "attn.f.q.weight",
+        "attn.f.k.weight",
+        "attn.f.v.weight",
+        "attn.f.o.weight",
+        "mlp.pre.weight",
+        "mlp.f.gate.weight",
+        "mlp.f.up.weight",
+        "mlp.f.down.weight",
+    }
+    assert (
+        "encoder.blocks.0.attn.pre.weight" not in names["modernbert"]
+        and "encoder.blocks.1.attn.pre.weight" in names["modernbert"]
+    )
     assert {n for n in names["modernbert"] if "blocks" not in n} == {
-        "embed.weight", "encoder.embed_norm.weight", "encoder.norm.weight", "head.dense.weight", "head.norm.weight", "head.bias",
-    }  # fmt: skip
+        "embed.weight",
+        "encoder.embed_norm.weight",
+        "encoder.norm.weight",
+        "head.dense.weight",
+        "head.norm.weight",
+        "head.bias",
+    }
     assert {"encoder.position.table.weight", "decoder.position.table.weight"} <= names["t5"]
-    assert {"decoder.position.weight", "decoder.blocks.0.attn.f.q.bias"} <= names["gpt2"] and "head.weight" in names["nllb"]
+    assert {"decoder.position.weight", "decoder.blocks.0.attn.f.q.bias"} <= names[
+        "gpt2"
+    ] and "head.weight" in names["nllb"]
     assert {"decoder.blocks.0.cross.inner.weight", "decoder.blocks.0.cross.pre.weight"} <= names["t5gemma"]
     labels = set(build(_with(CONFIGS["modernbert"], labels=("a", "b", "c")), 0).state_dict())
     assert {"head.labels.weight", "head.labels.bias"} <= labels and "head.bias" not in labels
@@ -301,4 +364,6 @@ def _gradients(model: Transformer, batches: list[Batch], called: object = None) 
     torch.manual_seed(0)
     for batch in batches:
         (model if called is None else called)(batch).backward()  # type: ignore[operator]
-    return {key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in model.named_parameters()}
+    return {
+        key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in model.named_parameters()
+    }

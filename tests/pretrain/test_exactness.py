@@ -1,4 +1,5 @@
-"""The spine's exactness over stages, precisions, families and worlds: 20 steps straight against 20 steps with a kill -9 or with moves.
+"""The spine's exactness over stages, precisions, families and worlds: 20 steps straight against 20 steps with
+a kill -9 or with moves.
 
 Proofs (`make proof`): about ten seconds for each case on two quiet cores.
 """
@@ -9,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import config as dials
-from tests.pretrain.test_run import OBJECTIVES, _trained_until, killed_at, losses, prepare, quiet, recipe, trained
+from tests.pretrain.test_run import (
+    OBJECTIVES,
+    _trained_until,
+    killed_at,
+    losses,
+    prepare,
+    quiet,
+    recipe,
+    trained,
+)
 from tests.processes import run_processes
+from trifold.pretrain.config import pretraining as dials
 
 pytestmark = pytest.mark.proof
 
@@ -19,10 +29,14 @@ pytestmark = pytest.mark.proof
 @pytest.mark.parametrize("family", OBJECTIVES)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_kill_at_a_random_step_changes_no_bit_of_any_loss(precision: str, stage: int, family: str, tmp_path: Path) -> None:
+def test_a_kill_at_a_random_step_changes_no_bit_of_any_loss(
+    precision: str, stage: int, family: str, tmp_path: Path
+) -> None:
     engine = dials.Engine(zero_stage=stage, precision=precision)  # type: ignore[arg-type]
     step = random.Random(f"{precision} {stage} {family}").randint(5, 19)
-    straight, broken = (recipe(tmp_path, name, family, steps=20, engine=engine) for name in ("straight", "broken"))
+    straight, broken = (
+        recipe(tmp_path, name, family, steps=20, engine=engine) for name in ("straight", "broken")
+    )
     for config in (straight, broken):
         prepare(config, 1, quiet)
     run_processes(2, trained, straight)
@@ -34,7 +48,9 @@ def test_a_kill_at_a_random_step_changes_no_bit_of_any_loss(precision: str, stag
 
 
 @pytest.mark.parametrize("family", OBJECTIVES)
-def test_workers_2_1_3_2_and_stages_1_3_2_1_see_the_same_rows_and_losses_within_1e5(family: str, tmp_path: Path) -> None:
+def test_workers_2_1_3_2_and_stages_1_3_2_1_see_the_same_rows_and_losses_within_1e5(
+    family: str, tmp_path: Path
+) -> None:
     straight, moved = (recipe(tmp_path, name, family, steps=20) for name in ("straight", "moved"))
     for config in (straight, moved):
         prepare(config, 1, quiet)
@@ -42,7 +58,11 @@ def test_workers_2_1_3_2_and_stages_1_3_2_1_see_the_same_rows_and_losses_within_
     for stop, world, stage in ((5, 2, 1), (10, 1, 3), (15, 3, 2), (20, 2, 1)):
         leg = moved.model_copy(update={"engine": dials.Engine(zero_stage=stage)})  # type: ignore[arg-type]
         run_processes(world, _trained_until, leg, stop)
-    assert [rows for _, rows in losses(straight.run).values()] == [rows for _, rows in losses(moved.run).values()]
-    largest = max(abs(loss / losses(moved.run)[step][0] - 1) for step, (loss, _) in losses(straight.run).items())
+    assert [rows for _, rows in losses(straight.run).values()] == [
+        rows for _, rows in losses(moved.run).values()
+    ]
+    largest = max(
+        abs(loss / losses(moved.run)[step][0] - 1) for step, (loss, _) in losses(straight.run).items()
+    )
     print(f"{family}: largest relative difference {largest:.1e}")
     assert math.isfinite(largest) and largest <= 1e-5

@@ -1,7 +1,9 @@
-"""Golden losses: the first 20 steps of a tiny recipe of each family, so that a refactor which changes the numbers cannot pass unseen.
+"""Golden losses: the first 20 steps of a tiny recipe of each family, so that a refactor which changes the
+numbers cannot pass unseen.
 
-Recorded on torch 2.13, one rank, fp32, dropout off. Other releases of torch, and other processors, round and sum in another order:
-hence the tolerances. Where other numbers are wanted, record them anew: `python -m pytest tests/pretrain/test_golden.py -s` prints them.
+Recorded on torch 2.13, one rank, fp32, dropout off. Other releases of torch, and other processors, round and
+sum in another order: hence the tolerances. Where other numbers are wanted, record them anew: `python -m
+pytest tests/pretrain/test_golden.py -s` prints them.
 """
 
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any world, clear refusals."""
+"""A run's promises, from text to checkpoints, in real processes: exact continuation, the same rows at any
+world, clear refusals.
+"""
 
 import errno
 import json
@@ -13,19 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from modeling.config import ModelConfig, Refused
-from modeling.counts import train_flops_per_row
-from pretrain import config as dials
-from pretrain import storage
-from pretrain.checkpoint import newest_verified
-from pretrain.config import Pretrain
-from pretrain.engine import Engine, Place
-from pretrain.lease import COMMIT
-from pretrain.metrics import append_line, read_lines
-from pretrain.objectives.config import Continuation, Infilling, Mixture
-from pretrain.run import make_tokenizer, open_rows, prepare, train
-from pretrain.train import micro_seed
 from tests.processes import run_processes
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.flops import train_flops_per_row
+from trifold.pretrain.checkpoint.checkpoint import newest_verified
+from trifold.pretrain.checkpoint.lease import COMMIT
+from trifold.pretrain.config import pretraining as dials
+from trifold.pretrain.config.objectives import Continuation, Infilling, Mixture
+from trifold.pretrain.config.pretraining import Pretrain
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.run import make_tokenizer, open_rows, prepare, train
+from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.jsonl import append_line, read_lines
+from trifold.pretrain.train import micro_seed
 
 OBJECTIVES = {
     "decoder": dials.Causal(),
@@ -39,7 +43,10 @@ def write_corpus(path: Path, documents: int = 300) -> None:
     names = ["Anna", "Ben", "Cora", "Dan", "Rome", "Paris", "Oslo", "Lima"]
     verbs = ["lives in", "walks to", "dreams of", "writes about", "left", "remembers"]
     texts = (
-        " ".join(f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(draw.randint(1, 12)))
+        " ".join(
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}."
+            for _ in range(draw.randint(1, 12))
+        )
         for _ in range(documents)
     )
     path.write_text("\n\n".join(texts))
@@ -49,12 +56,22 @@ def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> P
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         write_corpus(corpus)
-    shape: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_dim": 48}
+    shape: dict[str, Any] = {
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 16,
+        "mlp_dim": 48,
+    }
     model = ModelConfig(family=family, vocab_size=400, max_positions=64, dropout=0.1, **shape)
     values: dict[str, Any] = {
         "model": model,
         "data": dials.Data(
-            sources=(dials.Source(path=str(corpus)),), heldout_fraction=0.1, row_length=48, cache=str(folder / f"shards-{family}")
+            sources=(dials.Source(path=str(corpus)),),
+            heldout_fraction=0.1,
+            row_length=48,
+            cache=str(folder / f"shards-{family}"),
         ),
         "objective": OBJECTIVES[family],
         "optimizer": dials.Optimizer(lr=3e-3),
@@ -74,7 +91,9 @@ def quiet(what: str, done: int) -> None:
 
 def losses(run: str) -> dict[int, tuple[float, str]]:
     """The loss and the row hash of each step; the last line of a step counts."""
-    return {r["step"]: (r["loss"], r["rows_hash"]) for r in read_lines(Path(run) / "metrics.jsonl") if "loss" in r}
+    return {
+        r["step"]: (r["loss"], r["rows_hash"]) for r in read_lines(Path(run) / "metrics.jsonl") if "loss" in r
+    }
 
 
 def killed_at(place: Place, config: Pretrain, step: int) -> None:
@@ -97,7 +116,10 @@ def trained(place: Place, config: Pretrain) -> None:
 @pytest.mark.parametrize("family", OBJECTIVES)
 def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: str, tmp_path: Path) -> None:
     auto = dials.Engine(recompute="auto")
-    straight, broken = recipe(tmp_path, "straight", family, engine=auto), recipe(tmp_path, "broken", family, engine=auto)
+    straight, broken = (
+        recipe(tmp_path, "straight", family, engine=auto),
+        recipe(tmp_path, "broken", family, engine=auto),
+    )
     for config in (straight, broken):
         prepare(config, 1, quiet)
     run_processes(2, trained, straight)
@@ -107,7 +129,10 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     run_processes(2, trained, broken)
     assert losses(straight.run) == losses(broken.run)
     told = read_lines(Path(broken.run) / "events.jsonl")
-    assert [event["recompute"] for event in told if event["event"] == "started"] == [False, False]  # there is room without
+    assert [event["recompute"] for event in told if event["event"] == "started"] == [
+        False,
+        False,
+    ]  # there is room without
     events = [event["event"] for event in told]
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
 
@@ -116,7 +141,9 @@ def full_from(place: Place, config: Pretrain, step: int) -> str:
     """What the run says whose disk has no room for the checkpoint of `step` and later ones."""
 
     def operation(name: str, path: Path) -> None:
-        if name == "write" and any(f"step-{later:08d}" in str(path) for later in range(step, config.steps + 1)):
+        if name == "write" and any(
+            f"step-{later:08d}" in str(path) for later in range(step, config.steps + 1)
+        ):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     storage.operation = operation
@@ -131,7 +158,9 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     config = recipe(tmp_path, "full", steps=400)
     prepare(config, 1, quiet)
     said = run_processes(1, full_from, config, 8)[0]
-    assert re.search(r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes", said)
+    assert re.search(
+        r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes", said
+    )
     assert said.endswith("the checkpoint before stays. Mend that and run the same command again.")
     assert len(losses(config.run)) < 400
     found = newest_verified(Path(config.run), lambda *_, **__: None)
@@ -142,16 +171,23 @@ def parts_of(run: str) -> dict[int, dict[str, float]]:
     """What each step's line says of the parts of a mixture, training and held out."""
     found: dict[int, dict[str, float]] = {}
     for record in read_lines(Path(run) / "metrics.jsonl"):
-        told = {key: value for key, value in record.items() if key.startswith(("loss_", "targets_", "heldout_loss_", "heldout_targets_"))}
+        told = {
+            key: value
+            for key, value in record.items()
+            if key.startswith(("loss_", "targets_", "heldout_loss_", "heldout_targets_"))
+        }
         found[record["step"]] = found.get(record["step"], {}) | told
     return found
 
 
 def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_path: Path) -> None:
-    mixture = Mixture(parts=(dials.Spans(), dials.Spans(density=0.5, mode="X"), Continuation(mode="S"), Infilling()))
+    mixture = Mixture(
+        parts=(dials.Spans(), dials.Spans(density=0.5, mode="X"), Continuation(mode="S"), Infilling())
+    )
     names = ("spans", "X", "S", "infilling")
     straight, broken, moved = (
-        recipe(tmp_path, run, "encoder-decoder", objective=mixture, steps=4) for run in ("straight", "broken", "moved")
+        recipe(tmp_path, run, "encoder-decoder", objective=mixture, steps=4)
+        for run in ("straight", "broken", "moved")
     )
     for config in (straight, broken, moved):
         prepare(config, 1, quiet)
@@ -163,7 +199,9 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     for record in read_lines(Path(straight.run) / "metrics.jsonl"):
         prefix = "heldout_" if "heldout_loss" in record else ""
         counts = [record[f"{prefix}targets_{name}"] for name in names]
-        sums = [record.get(f"{prefix}loss_{name}", 0) * count for name, count in zip(names, counts, strict=True)]
+        sums = [
+            record.get(f"{prefix}loss_{name}", 0) * count for name, count in zip(names, counts, strict=True)
+        ]
         assert sum(sums) / sum(counts) == pytest.approx(record[f"{prefix}loss"], rel=1e-5)
         assert not prefix or sum(counts) == record["heldout_targets"]
     assert min(counts) > 0
@@ -183,7 +221,9 @@ def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses
     for stop, world, stage in ((4, 2, 1), (8, 1, 3), (12, 3, 2)):
         leg = moved.model_copy(update={"engine": dials.Engine(zero_stage=stage)})
         run_processes(world, _trained_until, leg, stop)
-    assert [rows for _, rows in losses(straight.run).values()] == [rows for _, rows in losses(moved.run).values()]
+    assert [rows for _, rows in losses(straight.run).values()] == [
+        rows for _, rows in losses(moved.run).values()
+    ]
     for step, (loss, _) in losses(straight.run).items():
         assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
 
@@ -213,16 +253,27 @@ def state_of(config: Pretrain) -> dict[str, torch.Tensor]:
     return {f"{name} {key}": found.full(name, key) for name in found.names for key in found.keys(name)}
 
 
-def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_within_rounding(tmp_path: Path) -> None:
-    stages = (dials.Stage(steps=3, row_length=16, step_rows=4, micro_rows=1), dials.Stage(steps=4, row_length=32))
-    straight, broken, moved = (recipe(tmp_path, run, stages=stages, ema=0.8) for run in ("straight", "broken", "moved"))
+def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_within_rounding(
+    tmp_path: Path,
+) -> None:
+    stages = (
+        dials.Stage(steps=3, row_length=16, step_rows=4, micro_rows=1),
+        dials.Stage(steps=4, row_length=32),
+    )
+    straight, broken, moved = (
+        recipe(tmp_path, run, stages=stages, ema=0.8) for run in ("straight", "broken", "moved")
+    )
     for config in (straight, broken, moved):
         prepare(config, 1, quiet)
-    assert len(list((tmp_path / "shards-decoder").glob("rows-*"))) == 4  # three to train on, one held out: nothing is left to the ranks
+    assert (
+        len(list((tmp_path / "shards-decoder").glob("rows-*"))) == 4
+    )  # three to train on, one held out: nothing is left to the ranks
 
     run_processes(2, trained, straight, timeout=280)
     with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
-        run_processes(2, _in_legs, broken, (2, 3), 6, timeout=280)  # in the first stage, at its end, in the second after a save
+        run_processes(
+            2, _in_legs, broken, (2, 3), 6, timeout=280
+        )  # in the first stage, at its end, in the second after a save
     run_processes(2, _in_legs, broken, (7, 12), timeout=280)  # at the second's end
     assert losses(straight.run) == losses(broken.run) and len(losses(straight.run)) == 12
     expected, found = state_of(straight), state_of(broken)
@@ -230,19 +281,32 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
 
     run_processes(3, _trained_until, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}), 2)
     run_processes(1, trained, moved)
-    assert [rows for _, rows in losses(moved.run).values()] == [rows for _, rows in losses(straight.run).values()]
+    assert [rows for _, rows in losses(moved.run).values()] == [
+        rows for _, rows in losses(straight.run).values()
+    ]
     for step, (loss, _) in losses(straight.run).items():
         assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
 
     steps = [record for record in read_lines(Path(straight.run) / "metrics.jsonl") if "loss" in record]
     assert [record["stage"] for record in steps] == [0] * 3 + [1] * 4 + [2] * 5
     assert [record["rows"] for record in steps[2:5]] == [[8, 11], [12, 17], [18, 23]]
-    assert [record["tokens"] <= most for record, most in zip(steps, (64, 128, 192, 384), strict=False)] == [True] * 4
+    assert [record["tokens"] <= most for record, most in zip(steps, (64, 128, 192, 384), strict=False)] == [
+        True
+    ] * 4
     work = [record["mfu"] * record["seconds"] for record in steps]
-    expected_work = [rows * train_flops_per_row(straight.model, length) for rows, length in ((4, 16), (6, 32), (6, 48))]
-    assert [work[0] / work[-1], work[3] / work[-1]] == pytest.approx([flops / expected_work[-1] for flops in expected_work[:2]])
-    scores = [record for record in read_lines(Path(straight.run) / "metrics.jsonl") if "heldout_loss" in record]
-    assert scores[0]["heldout_loss_ema"] == scores[0]["heldout_loss"] and scores[-1]["heldout_loss_ema"] != scores[-1]["heldout_loss"]
+    expected_work = [
+        rows * train_flops_per_row(straight.model, length) for rows, length in ((4, 16), (6, 32), (6, 48))
+    ]
+    assert [work[0] / work[-1], work[3] / work[-1]] == pytest.approx(
+        [flops / expected_work[-1] for flops in expected_work[:2]]
+    )
+    scores = [
+        record for record in read_lines(Path(straight.run) / "metrics.jsonl") if "heldout_loss" in record
+    ]
+    assert (
+        scores[0]["heldout_loss_ema"] == scores[0]["heldout_loss"]
+        and scores[-1]["heldout_loss_ema"] != scores[-1]["heldout_loss"]
+    )
 
     with pytest.raises(AssertionError, match=r"Refused: .*rows of fingerprint"):
         run_processes(1, trained, straight.model_copy(update={"stages": stages[:1]}))
@@ -272,8 +336,14 @@ def test_every_schedule_ends_at_its_final_rate_in_a_resumed_run(tmp_path: Path) 
         prepare(config, 1, quiet)
     run_processes(1, _all_in_legs, configs)
     for config in configs:
-        rates = [record["lr"] / 3e-3 for record in read_lines(Path(config.run) / "metrics.jsonl") if "lr" in record]
-        assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.2) and len(rates) == 7
+        rates = [
+            record["lr"] / 3e-3 for record in read_lines(Path(config.run) / "metrics.jsonl") if "lr" in record
+        ]
+        assert (
+            rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+            and rates[-1] == pytest.approx(0.2)
+            and len(rates) == 7
+        )
         assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-2] > 0.2
 
 
@@ -307,8 +377,13 @@ def test_too_many_nonfinite_steps_stop_the_run_naming_step_and_rows(tmp_path: Pa
     config = recipe(tmp_path, "spoiled", nonfinite_limit=2)
     prepare(config, 1, quiet)
     said = run_processes(2, _trained_on_nan, config, (5, 6, 7, 8))
-    assert "step 7 (rows 36 to 41) was not applied: its loss is not finite. It is bad step number 2 in a row" in said[0]
-    skipped = [event for event in read_lines(Path(config.run) / "events.jsonl") if event["event"] == "bad_step"]
+    assert (
+        "step 7 (rows 36 to 41) was not applied: its loss is not finite. It is bad step number 2 in a row"
+        in said[0]
+    )
+    skipped = [
+        event for event in read_lines(Path(config.run) / "events.jsonl") if event["event"] == "bad_step"
+    ]
     assert [event["rows"] for event in skipped] == [[30, 35], [36, 41]]
     checkpoint = newest_verified(Path(config.run), lambda event, **facts: None)
     assert checkpoint is not None and checkpoint.state.step == 4
@@ -319,15 +394,22 @@ def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run", steps=4)
     prepare(config, 1, quiet)
     run_processes(1, trained, config)
-    with pytest.raises(AssertionError, match=r"Refused: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many"):
+    with pytest.raises(
+        AssertionError,
+        match=r"Refused: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many",
+    ):
         run_processes(1, trained, config.model_copy(update={"step_rows": 8}))
     write_corpus(tmp_path / "corpus.txt", documents=200)
     prepare(config, 1, quiet)
-    with pytest.raises(AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"):
+    with pytest.raises(
+        AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"
+    ):
         run_processes(1, trained, config)
 
 
-def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_tokenizer_and_later_ones_do_not(tmp_path: Path) -> None:
+def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_tokenizer_and_later_ones_do_not(
+    tmp_path: Path,
+) -> None:
     config, told = recipe(tmp_path, "run"), []
 
     def made(config: Pretrain) -> str:
@@ -340,7 +422,9 @@ def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_
     second = made(config)
     assert second != first and told == ["making the tokenizer anew: what it is made of has changed"]
     small = config.model_copy(update={"tokenizer": dials.Tokenizer(sample_bytes=9000)})
-    taken = config.model_copy(update={"tokenizer": dials.Tokenizer(path=f"{config.run}/tokenizer"), "run": str(tmp_path / "taken")})
+    taken = config.model_copy(
+        update={"tokenizer": dials.Tokenizer(path=f"{config.run}/tokenizer"), "run": str(tmp_path / "taken")}
+    )
     assert second != made(small) == made(taken)
     assert made(config) == second == made(taken)
 
@@ -356,7 +440,9 @@ def test_heldout_loss_does_not_depend_on_the_world(tmp_path: Path) -> None:
         config = recipe(tmp_path, f"world-{world}", steps=1, checkpoints=dials.Checkpoints(every=1))
         prepare(config, 1, quiet)
         run_processes(world, trained, config)
-        scores.append([r["heldout_loss"] for r in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in r])
+        scores.append(
+            [r["heldout_loss"] for r in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in r]
+        )
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
@@ -364,8 +450,12 @@ def test_heldout_documents_are_never_trained_on(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run")
     prepare(config, 1, quiet)
     rows, heldout = open_rows(config)
-    (train_corpus,), (heldout_corpus,) = ([stream.corpus for stream in side.streams] for side in (rows[-1], heldout))
-    documents = [{bytes(c.document(i)) for i in range(c.num_documents)} for c in (train_corpus, heldout_corpus)]
+    (train_corpus,), (heldout_corpus,) = (
+        [stream.corpus for stream in side.streams] for side in (rows[-1], heldout)
+    )
+    documents = [
+        {bytes(c.document(i)) for i in range(c.num_documents)} for c in (train_corpus, heldout_corpus)
+    ]
     assert documents[1] and not documents[0] & documents[1]
 
 

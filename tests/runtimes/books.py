@@ -1,8 +1,9 @@
-"""Small stock models with tokenizers of their kinds, made of real books by `transformers` and `tokenizers` alone: what people import."""
+"""Small stock models with tokenizers of their kinds, made of real books by `transformers` and `tokenizers`
+alone: what people import.
+"""
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-DATA = Path(os.environ.get("TRIFOLD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+from tests.paths import DATA
+
 BOOKS = DATA / "corpora" / "classic-books-en" / "train.txt.gz"
 PIECES = 4096
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -34,26 +36,57 @@ def _bytes(lines: list[str]) -> Any:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"]))
+    made.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"]),
+    )
     model = json.loads(made.to_str())["model"]
-    return transformers.GPT2TokenizerFast(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    return transformers.GPT2TokenizerFast(
+        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]]
+    )
 
 
 def _unigram(lines: list[str]) -> Any:
     made = Tokenizer(models.Unigram())
     made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=PIECES, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=PIECES, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"]
+    )
     made.train_from_iterator(lines, trainer)
     vocab = [(piece, score) for piece, score in json.loads(made.to_str())["model"]["vocab"]]
     return transformers.T5TokenizerFast(vocab=vocab, extra_ids=len(SENTINELS))
 
 
-_BERT = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, max_position_embeddings=256,
-             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
-_GPT2 = dict(n_embd=128, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-             bos_token_id=0, eos_token_id=0)  # fmt: skip
-_T5 = dict(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-           decoder_start_token_id=0)  # fmt: skip
+_BERT = dict(
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=512,
+    max_position_embeddings=256,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+_GPT2 = dict(
+    n_embd=128,
+    n_layer=4,
+    n_head=4,
+    n_positions=256,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+_T5 = dict(
+    d_model=128,
+    d_kv=32,
+    d_ff=256,
+    num_layers=3,
+    num_heads=4,
+    feed_forward_proj="gated-gelu",
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
 KINDS = {  # its tokenizer, its class and settings: 1.3M, 1.3M and 1.5M parameters
     "BERT": (_wordpiece, "BertForMaskedLM", _BERT),
     "GPT-2": (_bytes, "GPT2LMHeadModel", _GPT2),
@@ -62,12 +95,16 @@ KINDS = {  # its tokenizer, its class and settings: 1.3M, 1.3M and 1.5M paramete
 
 
 def make(kind: str, folder: Path) -> Any:
-    """The stock model, just initialised, saved with its tokenizer in a folder. Training the tokenizer takes 1 to 4 s of one core."""
+    """The stock model, just initialised, saved with its tokenizer in a folder. Training the tokenizer takes 1
+    to 4 s of one core.
+    """
     train_tokenizer, stock_class, settings = KINDS[kind]
     tokenizer = train_tokenizer(text(1_000_000).split("\n"))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     stock_class = getattr(transformers, stock_class)
-    model = stock_class(stock_class.config_class(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **settings))
+    model = stock_class(
+        stock_class.config_class(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **settings)
+    )
     model.save_pretrained(folder)
     return model

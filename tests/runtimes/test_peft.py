@@ -1,20 +1,22 @@
-"""PEFT opens the folder that `trifold publish --adapter` writes, over the folder that training started from."""
+"""PEFT opens the folder that `trifold publish --adapter` writes, over the folder that training started
+from.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from modeling.config import Lora
-from modeling.lora import adapt
-from pretrain import lease
-from pretrain.adapter import publish_adapter
-from pretrain.checkpoint import State
-from pretrain.saving import commit, origin, write_rank
-from pretrain.slices import Slice
-from tests.modeling import stock
+from tests.modeling.huggingface import stock
 from tests.published import batch_of, tokenizer
 from tests.runtimes.folders import written
+from trifold.modeling.config import Lora
+from trifold.modeling.lora import adapt
+from trifold.pretrain.checkpoint import lease
+from trifold.pretrain.checkpoint.checkpoint import State
+from trifold.pretrain.checkpoint.saving import commit, origin, write_rank
+from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.publish.lora_adapter import publish_adapter
 
 peft = pytest.importorskip("peft", reason="pip install 'trifold[runtimes]'")
 transformers = pytest.importorskip("transformers")
@@ -23,11 +25,21 @@ pytestmark = pytest.mark.proof
 
 @pytest.mark.parametrize(
     ("name", "auto_class"),
-    [("llama", "AutoModelForCausalLM"), ("modernbert", "AutoModelForMaskedLM"), ("t5gemma", "AutoModelForSeq2SeqLM")],
+    [
+        ("llama", "AutoModelForCausalLM"),
+        ("modernbert", "AutoModelForMaskedLM"),
+        ("t5gemma", "AutoModelForSeq2SeqLM"),
+    ],
 )
 @torch.no_grad()
-def test_published_adapters_give_our_logits_over_the_folder_they_began_from(name: str, auto_class: str, tmp_path: Path) -> None:
-    base, run, lora = tmp_path / "base", tmp_path / "run", Lora(rank=3, alpha=5.0, targets=("q", "v", "up", "down"))
+def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
+    name: str, auto_class: str, tmp_path: Path
+) -> None:
+    base, run, lora = (
+        tmp_path / "base",
+        tmp_path / "run",
+        Lora(rank=3, alpha=5.0, targets=("q", "v", "up", "down")),
+    )
     model = written(base, name)
     shape = model.config
     adapt(model, lora, seed=1)
@@ -38,13 +50,21 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(name
     tokenizer().save(run / "tokenizer", shape.family)
     held = lease.take_generation(run)
     folder = lease.folder_of(run, 1, held.generation)
-    write_rank(folder, held, 0, 1, {n: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for n, p in model.named_parameters()})
+    write_rank(
+        folder,
+        held,
+        0,
+        1,
+        {n: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for n, p in model.named_parameters()},
+    )
     recipe = {"run": str(run), "model": {"from": str(base)}, "lora": lora.model_dump(mode="json")}
     extra = {"model": shape.model_dump(mode="json"), "lora_scale": lora.scale}
     commit(folder, held, 1, State(1, 1, 1, [], "rows", recipe, 1.0, extra), origin(), timeout=5)
 
     out = publish_adapter(run, tmp_path / "adapter", on_event=lambda kind, **facts: None)
-    adapted = peft.PeftModel.from_pretrained(getattr(transformers, auto_class).from_pretrained(base, attn_implementation="eager"), out)
+    adapted = peft.PeftModel.from_pretrained(
+        getattr(transformers, auto_class).from_pretrained(base, attn_implementation="eager"), out
+    )
     batch = batch_of(shape, 9)
     ours = model.logits(batch)
     assert (stock.logits(adapted.eval(), batch) - ours).abs().max() <= 1e-5 * ours.abs().max()

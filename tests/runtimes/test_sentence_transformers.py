@@ -5,19 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.batch import Batch
 from tests.published import tokenizer
 from tests.runtimes.folders import LINES, written
+from trifold.modeling.batch import Batch
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install 'trifold[runtimes]'")
 pytestmark = pytest.mark.proof
 
 
-@pytest.mark.parametrize("name", ["modernbert", "modernbert, biases, own head", "modernbert, all global, five heads"])
+@pytest.mark.parametrize(
+    "name", ["modernbert", "modernbert, biases, own head", "modernbert, all global, five heads"]
+)
 @torch.no_grad()
 def test_vectors_are_the_means_of_our_hidden_states(name: str, tmp_path: Path) -> None:
     model = written(tmp_path / "encoder", name)
-    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(LINES, convert_to_tensor=True)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(
+        LINES, convert_to_tensor=True
+    )
     for line, vector in zip(LINES, theirs, strict=True):
         before, after = tokenizer().around("encoder")
         tokens = torch.tensor([[*before, *tokenizer().encode_batch([line])[0].tolist(), *after]])

@@ -1,0 +1,237 @@
+"""One `trifold compare`: models trained on the same rows with as many parameters, measured alike, and drawn
+in one report.
+
+In: recipes, each of a run that is new, begun or finished; recipes of one task are compared with each other.
+Out: a folder with report.html, which holds everything, and a PNG of each picture. What is finished is not
+trained again, so the same command goes on after a stop, and one more recipe adds one more model.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from trifold.finetune.run import open_rows as task_rows
+from trifold.finetune.run import open_tasks
+from trifold.finetune.tasks.scores import Sacre, intervals
+from trifold.launch.commands.finetune import finetune
+from trifold.launch.commands.pretrain import pretrain
+from trifold.launch.compare import report
+from trifold.launch.compare.measured import Bin, Point, Run, curve
+from trifold.launch.compare.probes import ends, maps, opened, reach, speed
+from trifold.launch.recipe.changes import differences
+from trifold.launch.recipe.reader import flatten, resolve
+from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, Recipe
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.flops import num_parameters
+from trifold.pretrain.data.rows import Numbered
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.initial_model import begin
+from trifold.pretrain.monitor.run_folder import ended
+from trifold.pretrain.publish.published_folder import read_json
+from trifold.pretrain.run import open_rows as text_rows
+from trifold.pretrain.storage.jsonl import read_lines
+
+LARGEST = 1.1  # times as many parameters as the smallest
+# In what compared recipes may differ.
+OWN = (
+    "run",
+    "model.",
+    "task.crf",
+    "optimizer.",
+    "schedule.",
+    "engine.",
+    "checkpoints.",
+    "cluster.",
+    "scoring.",
+)
+ELSEWHERE = (
+    "run",
+    "cluster.",
+    "engine.",
+    "checkpoints.",
+    "scoring.",
+    "trackers",
+)  # by what no result of a finished run changes
+BINS = 6  # of sentence length: each a sixth of the sentences
+
+
+def compare(
+    recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Console
+) -> Path:
+    """Train what is not trained yet, measure, and write the report. Raises Refused where the recipes are not
+    comparable.
+    """
+    report.ready(out)  # this, and what follows, is refused before anything is trained
+    if word:
+        ends(sentence or "", word)
+    comparable(recipes)
+    finished = [recipe for recipe in recipes if _finished(recipe)]
+    _same_rows(finished)
+    for recipe in recipes:
+        if recipe not in finished:
+            console.rule(recipe.run)
+            finetune(recipe, console) if isinstance(recipe, FinetuneRecipe) else pretrain(recipe, console)
+    _same_rows(recipes)
+    runs = []
+    for recipe in recipes:
+        console.print(f"measuring {recipe.run}", highlight=False)
+        runs.append(_measured(recipe, sentence, word))
+    return report.write(out, runs)
+
+
+def comparable(recipes: Sequence[AnyRecipe]) -> None:
+    """Refuse models of one group that differ by more than a tenth in parameters, and recipes that differ in
+    what is learned from.
+    """
+    if not recipes:
+        raise Refused("there is no recipe to compare: name some, such as configs/compare/world-*.yaml.")
+    for a, b in combinations(recipes, 2):
+        if Path(a.run).resolve() == Path(b.run).resolve():
+            raise Refused(f"two recipes have the run folder {a.run}: give each its own `run`.")
+        if _group(a) != _group(b):
+            continue
+        if Path(a.run).name == Path(b.run).name:
+            raise Refused(
+                f"{a.run} and {b.run} end in the same name, which the report knows them by: rename one."
+            )
+        small, large = sorted(((num_parameters(_shape(r)), r.run) for r in (a, b)), key=lambda pair: pair[0])
+        if large[0] > LARGEST * small[0]:
+            raise Refused(
+                f"{large[1]} has {large[0]:,} parameters and {small[1]} {small[0]:,},"
+                f" {large[0] / small[0] - 1:.0%} more:"
+                f" models are compared at the same size, up to {LARGEST - 1:.0%}. Change model.dim of one."
+            )
+        left, right = (flatten(r.model_dump(mode="json")) for r in (a, b))
+        left["vocabulary"], right["vocabulary"] = _shape(a).vocab_size, _shape(b).vocab_size
+        for key in left | right:
+            if not key.startswith(OWN) and left.get(key) != right.get(key):
+                said = f"{left.get(key)!r} in {a.run} and {right.get(key)!r} in {b.run}"
+                raise Refused(f"{key} is {said}: models that are compared learn from the same.")
+
+
+def _group(recipe: AnyRecipe) -> str:
+    return recipe.task.kind if isinstance(recipe, FinetuneRecipe) else recipe.objective.kind
+
+
+def _shape(recipe: AnyRecipe) -> ModelConfig:
+    return begin(recipe.model, Path(recipe.run))[0]
+
+
+def _finished(recipe: AnyRecipe) -> bool:
+    """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or
+    scores the model anew.
+    """
+    file = Path(recipe.run) / "config.yaml"
+    if not file.exists() or any(
+        not change.key.startswith(ELSEWHERE)
+        for change in differences(resolve(file, kind=type(recipe)), recipe, recipe.steps)  # type: ignore[type-var]
+    ):
+        return False
+    end = ended(Path(recipe.run))
+    steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
+    if isinstance(recipe, FinetuneRecipe):
+        return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
+    return end == "finished" and steps >= recipe.steps
+
+
+def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
+    """Refuse runs of one group that learned from, or were scored on, unlike rows: their files have changed
+    from one run to the other. Families may read the same examples in unlike rows.
+    """
+    for a, b in combinations(recipes, 2):
+        if (_group(a), _shape(a).family) == (_group(b), _shape(b).family):
+            left, right = (
+                [e for e in read_lines(Path(r.run) / "events.jsonl") if e["event"] == "data"][-1]
+                for r in (a, b)
+            )
+            for key in left.keys() & right.keys() & {"fingerprint", "heldout_fingerprint"}:
+                if left[key] != right[key]:
+                    raise Refused(
+                        f"{a.run} has rows of {key} {left[key]}, and {b.run} of {right[key]}: the files that"
+                        " both name (or, in another"
+                        " version of Trifold, the way rows are made) have changed in between. Give one"
+                        " another `run` folder."
+                    )
+
+
+def _rows(recipe: AnyRecipe) -> tuple[Any, Any]:
+    """The rows that a run learns from at its end, and those held out."""
+    if isinstance(recipe, Recipe):
+        rows, heldout = text_rows(recipe)
+        return rows[-1], heldout
+    tokenizer = Tokenizer.open(Path(recipe.run) / "tokenizer")
+    return task_rows(recipe, open_tasks(recipe, tokenizer, _shape(recipe).family), tokenizer)
+
+
+def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
+    folder = Path(recipe.run)
+    model, tokenizer = opened(folder), Tokenizer.open(folder / "tokenizer")
+    heldout, first = _heldout(recipe, tokenizer)
+    points = curve(folder)
+    by_length = _by_length(folder) if _group(recipe) == "translation" else []
+    return Run(
+        name=folder.name,
+        group=_group(recipe),
+        cell=model.config.cell,
+        attends=model.config.cell == "attention" or model.config.alignment != "none",
+        on_cpu=recipe.cluster.gpus_per_worker == 0,
+        parameters=num_parameters(model.config),
+        steps=recipe.steps,
+        curve=points,
+        scores=_scores(folder, points, by_length),
+        by_length=by_length,
+        reach=reach(model, heldout),
+        speed=speed(model.config),
+        maps=maps(model, tokenizer, sentence or first, word),
+    )
+
+
+def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer) -> tuple[Numbered, str]:
+    """Held-out rows, and a text of theirs to look at."""
+    heldout = _rows(recipe)[1]
+    if isinstance(recipe, Recipe):
+        row = heldout.row(0)
+        return heldout, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
+    lines = read_lines(Path(recipe.run) / "predictions.jsonl")
+    texts = sorted(
+        (line["source"] for line in lines if "source" in line), key=lambda text: abs(len(text.split()) - 14)
+    )
+    return heldout, texts[0] if texts else "She said that it was late."
+
+
+def _scores(folder: Path, points: list[Point], by_length: list[Bin]) -> dict[str, str]:
+    last = points[-1]
+    said = {
+        "tokens": f"{last.tokens:,}",
+        "seconds": f"{last.seconds:,.0f}",
+        "CPU seconds": f"{last.cpu_seconds:,.0f}",
+    }
+    said["held-out nats"] = f"{last.loss:.3f}"
+    if (folder / "scores.json").exists():
+        found = read_json(folder / "scores.json")
+        low, high = found["intervals"][found["best"]]
+        said[found["best"]] = f"{found['scores'][found['best']]:.2f} ({low:.2f} to {high:.2f})"
+    if by_length:
+        for which, part in (("shortest", by_length[0]), ("longest", by_length[-1])):
+            said[f"BLEU of the {which} sixth"] = f"{part.score:.2f} ({part.low:.2f} to {part.high:.2f})"
+    return said
+
+
+def _by_length(folder: Path) -> list[Bin]:
+    """BLEU of the dev sentences, cut by the number of words of their sources into bins of equal size."""
+    lines = sorted(read_lines(folder / "predictions.jsonl"), key=lambda line: len(line["source"].split()))
+    bleu, bins = Sacre("BLEU"), []
+    for part in np.array_split(np.arange(len(lines)), BINS):
+        chosen = [lines[i] for i in part]
+        counts = bleu.statistics(
+            [line["prediction"] for line in chosen], [line["references"] for line in chosen]
+        )
+        low, high = intervals(counts, lambda total: {"bleu": bleu.score(total)}, resamples=200)["bleu"]
+        words = float(np.mean([len(line["source"].split()) for line in chosen]))
+        bins.append(Bin(words, bleu.score(counts.sum(axis=0)), low, high))
+    return bins

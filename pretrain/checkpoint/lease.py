@@ -1,0 +1,129 @@
+"""Who may commit: each attempt of a run takes the next generation, and with it closes the ones before.
+
+    RUN/lease/000002          generation 2's claim: host, process, time
+    RUN/lease/000001.closed   the checkpoints of generation 1 that count for ever, written once, by whoever claimed a later generation
+    RUN/checkpoints/step-00000010-g0001/commit.json
+
+A checkpoint counts when it has its marker and its generation is open, or was closed with it. So a group that
+was cut off and still writes a marker commits nothing, however the two interleave: claiming comes before
+closing, closing before the new generation reads. The run's place may be a POSIX folder or an object store:
+creating a file only where there is none, and listing what is there, are all that this needs of it. Cost: a
+claim is about a dozen operations on tiny files; a check lists one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from trifold.modeling.errors import Refused
+from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage import Location
+
+COMMIT = "commit.json"  # the marker
+
+
+class Superseded(Refused):
+    """A later generation of this run has begun: this process may not commit any more, and should end."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One attempt's right to commit checkpoints of a run, held by all its ranks."""
+
+    run: Location
+    generation: int
+
+    def check(self) -> None:
+        """Raise Superseded when a later generation has begun."""
+        newest = newest_generation(self.run)
+        if newest > self.generation:
+            holder = json.loads((self.run / "lease" / f"{newest:06d}").read_text())
+            raise Superseded(
+                f"{self.run}: generation {newest} began on {holder['host']} (process {holder['pid']}) at"
+                f" {holder['time']};"
+                f" generation {self.generation} may not commit any more, so this attempt ends here and that"
+                " one goes on"
+            )
+
+
+def home_of(run: Path) -> Location:
+    """Where the run of a folder keeps lease/ and checkpoints/, as its config.yaml says (storage.home)."""
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return storage.home(run, config.get("checkpoints", {}).get("storage"))
+
+
+def take_generation(run: Location) -> Lease:
+    """Take the run's next generation: exactly one process gets each number, and no earlier generation commits
+    afterwards.
+    """
+    folder = run / "lease"
+    storage.make_folder(folder)
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    generation = newest_generation(run) + 1
+    while not storage.create(
+        folder / f"{generation:06d}", json.dumps({"generation": generation, **facts}).encode()
+    ):
+        generation += 1
+    for earlier in range(1, generation):  # one that died between claiming and closing left it to us
+        if not _closed(run, earlier).exists():
+            names = [path.name for path in _marked(run) if numbers(path.name)[0] == earlier]
+            storage.create(_closed(run, earlier), json.dumps(names).encode())
+    return Lease(run, generation)
+
+
+def newest_generation(run: Location) -> int:
+    """The highest generation that was claimed; 0 for a run that never began."""
+    return max(
+        (int(path.name) for path in storage.entries(run / "lease") if path.name.isdecimal()), default=0
+    )
+
+
+def committed(run: Location) -> list[Location]:
+    """The checkpoint folders that count, oldest first: by generation, then by step (a later generation may
+    have gone back).
+    """
+    return [path for path in _marked(run) if counts(path)]
+
+
+def counts(folder: Location) -> bool:
+    """Whether a marked checkpoint folder counts: false when its generation was closed without it."""
+    closed = _closed(folder.parent.parent, numbers(folder.name)[0])
+    return not closed.exists() or folder.name in json.loads(closed.read_text())
+
+
+def folders(run: Location) -> list[Location]:
+    """All checkpoint folders, whole or not, oldest first."""
+    found = (path for path in storage.entries(run / "checkpoints") if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: numbers(path.name))
+
+
+def folder_of(run: Location, step: int, generation: int) -> Location:
+    """Where a generation writes the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:08d}-g{generation:04d}"
+
+
+def numbers(name: str) -> tuple[int, int]:
+    """(generation, step) of a checkpoint folder's name."""
+    match = _NAME.fullmatch(name)
+    assert match, name
+    return int(match[2]), int(match[1])
+
+
+_NAME = re.compile(r"step-(\d{8,})-g(\d{4,})")
+
+
+def _marked(run: Location) -> list[Location]:
+    return [path for path in folders(run) if (path / COMMIT).exists()]
+
+
+def _closed(run: Location, generation: int) -> Location:
+    return run / "lease" / f"{generation:06d}.closed"

@@ -1,0 +1,186 @@
+"""What a pretraining run is, as plain values: the recipe that launch/recipe/reader.py reads from YAML.
+
+One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and
+`micro_rows`.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from trifold.modeling.config import ModelConfig, Settings
+from trifold.modeling.errors import Refused
+from trifold.pretrain.config import objectives
+from trifold.pretrain.config.objectives import Causal as Causal  # recipes made in code find them here
+from trifold.pretrain.config.objectives import Masked as Masked
+from trifold.pretrain.config.objectives import Objective
+from trifold.pretrain.config.objectives import Spans as Spans
+from trifold.pretrain.config.training import Training
+
+
+class Source(Settings):
+    """One corpus. Exactly one of `path` (file, folder, glob, URL: .txt, .jsonl, .parquet, SQuAD's .json; also
+    .gz) and `hub` (an id).
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    split: str = "train"
+    text_column: str = "text"  # JSONL, Parquet and hub sets
+    documents: Literal["blank_line", "line"] = "blank_line"  # plain text: what ends a document
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either `path` or `hub`, and not both")
+        return self
+
+
+class Data(Settings):
+    """What is read, and how it is cut into rows."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    heldout: tuple[Source, ...] = ()  # corpora of their own ...
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
+    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans and continuations)
+    cache: str | None = None  # where token shards live; None: inside the run folder
+    prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
+
+    @model_validator(mode="after")
+    def _one_heldout(self) -> "Data":
+        if bool(self.heldout) == (self.heldout_fraction > 0):
+            raise ValueError(
+                "give either `data.heldout` (corpora) or `data.heldout_fraction` (above 0), and not both"
+            )
+        return self
+
+
+TAKEN = re.compile(
+    r"<(pad|s|/s|unk|mask|extra_id_\d\d?|0x[0-9A-F]{2})>"
+)  # what a tokenizer of ours holds in any case (tokenizer.py)
+
+
+class Tokenizer(Settings):
+    """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
+
+    path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
+    sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    languages: tuple[
+        str, ...
+    ] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
+
+    @model_validator(mode="after")
+    def _codes(self) -> "Tokenizer":
+        for code in self.languages:
+            if code.split() != [code] or re.search("[▁\0\ud800-\udfff]", code):  # words.py cuts text there
+                raise ValueError(
+                    f"languages: the code {code!r} must have a character, and no space, ▁, line end, zero or"
+                    " lone surrogate"
+                )
+            if TAKEN.fullmatch(code) or self.languages.count(code) > 1:
+                raise ValueError(
+                    f"languages: {code!r} is a token of every tokenizer, or twice in this list: take another"
+                    " code, as en_XX"
+                )
+        return self
+
+
+class Stage(Settings):
+    """An earlier part of a run: its first steps, or those after the stage before. What is not given is the
+    recipe's own.
+    """
+
+    steps: int = Field(gt=0)
+    row_length: int | None = Field(default=None, gt=1)
+    step_rows: int | None = Field(default=None, gt=0)
+    micro_rows: int | None = Field(default=None, gt=0)
+
+
+class Start(Settings):
+    """Where the model comes from: a published folder, or a configuration with new weights."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    folder: str | None = Field(
+        default=None, alias="from"
+    )  # a published folder: its shape, tokenizer and weights ...
+    random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
+    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Start":
+        if (self.folder is None) == (self.config is None):
+            raise ValueError(
+                "give either model.from (a published folder) or model.config (new weights), and not both"
+            )
+        return self
+
+
+def _said(model: Any) -> str:
+    return "start" if isinstance(model, Start) or (isinstance(model, dict) and "from" in model) else "new"
+
+
+Model = Annotated[Annotated[ModelConfig, Tag("new")] | Annotated[Start, Tag("start")], Discriminator(_said)]
+
+
+class Pretrain(Training):
+    """A run that learns from text."""
+
+    model: Model  # its dials, for new weights, or `from`: a published folder to go on from
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    objective: Objective
+    stages: tuple[
+        Stage, ...
+    ] = ()  # short rows first, small steps first; after the last one the recipe's own values hold
+    evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
+
+    def fits(self, model: ModelConfig) -> None:
+        """Raises Refused where this model is of another family than the objective trains, shorter than the
+        rows, or cannot be shared.
+        """
+        if model.family != (family := objectives.family(self.objective)):
+            raise Refused(
+                f"the {self.objective.kind} objective trains a model of family {family}, not {model.family}"
+            )
+        if self.data.row_length > model.max_positions:
+            raise Refused(
+                f"data.row_length ({self.data.row_length}) exceeds model.max_positions"
+                f" ({model.max_positions})"
+            )
+        self.engine.fits(model)
+        self.engine.shares("data.row_length", self.data.row_length)
+        for number, stage in enumerate(self.stages):
+            if (stage.row_length or 0) > model.max_positions:
+                raise Refused(
+                    f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions"
+                    f" ({model.max_positions})"
+                )
+            self.engine.shares(f"stages.{number}.row_length", stage.row_length or self.data.row_length)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Pretrain":
+        if isinstance(self.model, ModelConfig):
+            self.fits(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Pretrain":
+        for number, stage in enumerate(self.stages):
+            step_rows, micro_rows = stage.step_rows or self.step_rows, stage.micro_rows or self.micro_rows
+            if micro_rows > step_rows:
+                raise ValueError(
+                    f"stages.{number} has micro_rows {micro_rows}, which exceeds its step_rows {step_rows}"
+                )
+        if (earlier := sum(stage.steps for stage in self.stages)) >= self.steps:
+            raise ValueError(
+                f"the stages take {earlier} steps together and leave none of `steps` ({self.steps}) to the"
+                " recipe's own values"
+            )
+        return self

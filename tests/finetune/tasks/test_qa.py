@@ -1,0 +1,172 @@
+"""Answers at their places: windows over long contexts, languages without spaces, questions without an
+answer.
+"""
+
+import json
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.published import tokenizer
+from trifold.finetune import config
+from trifold.finetune.examples.squad import read_squad
+from trifold.finetune.tasks.qa import Qa, open_qa
+from trifold.modeling.errors import Refused
+from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.data.objectives import Segment
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
+
+CONTEXT = (
+    "Ada and Bob met by the river in town number 7. " * 6
+    + "Then Éva came to 東京 by train. "
+    + "Who knows why? " * 5
+)
+
+
+def squad(path: Path, context: str, *questions: tuple[str, list[tuple[int, str]]]) -> str:
+    asked = [
+        {
+            "id": str(i),
+            "question": q,
+            "answers": [{"answer_start": at, "text": t} for at, t in answers],
+            "is_impossible": not answers,
+        }
+        for i, (q, answers) in enumerate(questions)
+    ]
+    path.write_text(
+        json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": asked}]}]}),
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def vocabulary(folder: Path) -> Tokenizer:
+    """One with pieces of several letters, that begin with a space."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abdeghiklmnorstuwy", k=5)) for _ in range(40)]
+    words += [word for word in re.findall(r"\w+", CONTEXT) if word.isascii()]
+    return train(
+        [*(" ".join(draw.choices(words, k=8)) for _ in range(300))],
+        TokenizerConfig(),
+        440,
+        folder / "vocabulary",
+    )
+
+
+class Knowing:
+    """A model that points where its targets say, in rows packed as `labelled` packs them."""
+
+    rank, world = 0, 1
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self.known = {bytes(s.tokens): s.targets for s in segments}
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        out = torch.zeros(*batch.tokens.shape, 2)
+        for b, (tokens, segments) in enumerate(
+            zip(batch.tokens.numpy(), batch.segments.numpy(), strict=True)
+        ):
+            for n in range(1, segments.max() + 1):
+                at = np.flatnonzero(segments == n)
+                start, end = self.known[bytes(tokens[at])][:2]
+                out[b, at[start], 0] = out[b, at[end], 1] = 9
+        return out
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        return [mine]
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_what_the_targets_mark_is_the_answer_letter_for_letter(family: Any, tmp_path: Path) -> None:
+    answers = ["Ada", "town number 7", "Éva", "東京", "東", "京", "train", "Éva came to 東京 by train"]
+    questions = [(f"what is {i}?", [(CONTEXT.index(text), text)]) for i, text in enumerate(answers)]
+    place = squad(tmp_path / "train.json", CONTEXT, *questions, ("and nothing?", []))
+    qa = Qa(config.Qa(train=(place,), dev=(place,), stride=30), vocabulary(tmp_path), family, 80)
+    segments = qa.segments(qa.train)
+    assert len(segments) >= 3 * len(qa.train) and max(len(s.tokens) for s in segments) <= 80
+    marks = qa.pointer.tokenizer
+    for length in range(60, 100, 4):  # windows that end before, in and after the answers
+        cut = Qa(config.Qa(train=(place,), dev=(place,), stride=30), marks, family, length)
+        spelled = {
+            marks.decode(s.tokens[s.targets[0] : s.targets[1] + 1]).strip() for s in cut.segments(cut.train)
+        }
+        assert spelled == {*answers, "</s>" if family == "decoder" else "<s>"}  # never a part of an answer
+    found = qa.predict(Knowing(segments), qa.train, None, 240)  # type: ignore[arg-type]
+    assert any(b - a > 2 and CONTEXT[a] == " " for a, b in qa.pointer.encoded(CONTEXT)[1])
+    assert [answer.text for answer in found] == [*answers, ""]
+    assert [answer.start for answer in found[:-1]] == [at for _, [(at, _)] in questions]
+    assert qa.scores(qa.statistics(found, qa.train).sum(axis=0)) == {"f1": 100, "exact_match": 100}
+
+
+def test_windows_cover_the_context_and_share_the_stride(tmp_path: Path) -> None:
+    place = squad(tmp_path / "train.json", CONTEXT, ("who?", [(0, "Ada")]))
+    qa = Qa(config.Qa(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 40)
+    windows = [window for _, window in qa.pointer.windows(qa.train[:1])]
+    ids = tokenizer().encode_batch([CONTEXT])[0].tolist()
+    parts = [window.tokens[window.first : -1].tolist() for window in windows]
+    assert all(before[-7:] == after[:7] for before, after in pairwise(parts))
+    assert [i for n, part in enumerate(parts) for i in (part[7:] if n else part)] == ids
+    with pytest.raises(Refused, match=r"question 0: the question has \d+ tokens; row_length \(12\)"):
+        Qa(config.Qa(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 12).segments(qa.train)
+
+
+def test_an_answer_that_is_not_at_its_offset_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        Refused,
+        match=r"a\.json, question 0: its answer 'Bob' is not at character 3 of the context, where ' an'"
+        r" stands",
+    ):
+        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(3, "Bob")]))))
+    with pytest.raises(Refused, match=r"question 0: .* each answer_start a whole number from 0 on"):
+        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(-6, CONTEXT[-6:-3])]))))
+    with pytest.raises(Refused, match=r"question 0: character 3 .* half of a surrogate pair"):
+        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who\ud83d?", []))))
+    (tmp_path / "b.json").write_text('{"data": [{"paragraphs": [{"context": "c", "qas": ["who?"]}]}]}')
+    with pytest.raises(Refused, match="is no SQuAD file"):
+        list(read_squad(str(tmp_path / "b.json")))
+    (tmp_path / "b.json").write_text("[1]")
+    with pytest.raises(Refused, match="is no SQuAD file"):
+        list(read_squad(str(tmp_path / "b.json")))
+
+
+def test_an_encoder_decoder_writes_and_the_trivial_system_picks_a_sentence(tmp_path: Path) -> None:
+    place = squad(
+        tmp_path / "train.json",
+        CONTEXT,
+        ("Who came to 東京?", [(CONTEXT.index("Éva"), "Éva")]),
+        ("and nothing?", []),
+    )
+    qa = open_qa(config.Qa(train=(place,), dev=(place,)), tokenizer(), "encoder-decoder", 300)
+    segments = qa.segments(qa.train)
+    assert [tokenizer().decode(s.targets[:-1]) for s in segments] == ["Éva", "no answer"]
+    assert qa.trivial()[1][0].text == "Then Éva came to 東京 by train."
+
+
+def test_a_hub_set_of_questions_reads_as_the_file_does(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    place = squad(tmp_path / "file.json", "Ada met Bob.", ("Who?", [(8, "Bob"), (0, "Ada")]), ("Why?", []))
+    rows = [
+        {
+            "id": "0",
+            "question": "Who?",
+            "context": "Ada met Bob.",
+            "answers": {"text": ["Bob", "Ada"], "answer_start": [8, 0]},
+        },
+        {
+            "id": "1",
+            "question": "Why?",
+            "context": "Ada met Bob.",
+            "answers": {"text": [], "answer_start": []},
+        },
+    ]
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    said = [(q.id, q.question, q.context, q.answers) for q in read_squad(f"hub:{tmp_path}/hub:train")]
+    assert said == [(q.id, q.question, q.context, q.answers) for q in read_squad(place)]
+    assert said[1][3] == ()

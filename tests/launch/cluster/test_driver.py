@@ -1,0 +1,368 @@
+"""Real Ray, real processes, a small stand-in for training that steps, records, saves, stops, and can be
+killed.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from trifold.launch.cluster import capacity, driver
+from trifold.launch.cluster.attempt import Failure
+from trifold.launch.commands.pretrain import stopping
+from trifold.launch.recipe.schema import Recipe
+from trifold.modeling.errors import Refused
+from trifold.pretrain.storage.jsonl import append_line, read_lines
+
+
+def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
+    """A training function with an all-reduce in each step and a checkpoint every 5. Made here, so that Ray
+    ships it by value.
+    """
+
+    def train(recipe, place):
+        import json
+        import time
+        from pathlib import Path
+
+        import torch
+        import torch.distributed as dist
+
+        from trifold.modeling.errors import Refused
+        from trifold.pretrain.monitor import heartbeat
+        from trifold.pretrain.monitor.stop_request import StopRequest
+        from trifold.pretrain.storage.jsonl import append_line
+
+        if place.init_method:
+            dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
+        run = Path(recipe.run)
+        request = StopRequest(run)
+        saved = sorted(run.glob("checkpoints/*/commit.json"))
+        first = json.loads(saved[-1].read_text())["step"] if saved else 0
+        if place.rank == 0:
+            append_line(
+                run / "events.jsonl",
+                {"time": time.time(), "event": "started", "step": first, "world": place.world},
+            )
+        for step in range(first + 1, recipe.steps + 1):
+            heartbeat.at("pretending", step=step, rows=(step, step))
+            time.sleep(0.05 if step != sleep_at or place.rank == 0 else 1000)
+            if step == refuse_at and place.rank == 1:
+                raise Refused("the disk is full: 0 bytes left")
+            if crash and place.rank == 1:
+                raise RuntimeError("something broke")
+            stop = torch.tensor([float(request.asked())])
+            dist.all_reduce(stop)
+            if place.rank == 0:
+                append_line(run / "metrics.jsonl", {"step": step, "loss": 1 / step, "place": str(place)})
+                if step % 5 == 0 or stop.item():
+                    folder = run / "checkpoints" / f"step-{step:08d}-g0001"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "commit.json").write_text(json.dumps({"step": step}))
+            if stop.item():
+                if place.rank == 0:
+                    append_line(run / "events.jsonl", {"event": "stopped", "step": step})
+                return
+        if place.rank == 0:
+            append_line(run / "events.jsonl", {"event": "finished", "step": recipe.steps})
+
+    return train
+
+
+def recipe(run: Path, steps: int = 40, **cluster_keys: object) -> Recipe:
+    return Recipe.model_validate_json(
+        json.dumps(
+            {
+                "run": str(run),
+                "model": {
+                    "family": "decoder",
+                    "vocab_size": 300,
+                    "dim": 16,
+                    "num_layers": 1,
+                    "num_heads": 1,
+                    "num_kv_heads": 1,
+                }
+                | {"head_dim": 16, "mlp_dim": 16, "max_positions": 16},
+                "data": {"sources": [{"path": "x.txt"}], "heldout_fraction": 0.1, "row_length": 16},
+                "objective": {"kind": "causal"},
+                "optimizer": {"lr": 0.001},
+                "steps": steps,
+                "step_rows": 2,
+                "micro_rows": 1,
+                "cluster": {"workers": 2, **cluster_keys},
+            }
+        )
+    )
+
+
+def kill_when(run: Path, step: int, rank: int = 1) -> threading.Thread:
+    """kill -9 the given rank once `step` was recorded; at most once."""
+
+    def watch() -> None:
+        while not any(record["step"] >= step for record in read_lines(run / "metrics.jsonl")):
+            time.sleep(0.02)
+        os.kill(json.loads((run / "workers" / f"rank-{rank:05d}.json").read_text())["pid"], signal.SIGKILL)
+        append_line(run / "killed.jsonl", {"time": time.time()})
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kinds(run: Path) -> list[str]:
+    return [event["event"] for event in read_lines(run / "events.jsonl") if event["event"] != "placed"]
+
+
+def test_killed_worker_is_restarted_from_the_newest_checkpoint(ray_cluster, tmp_path):
+    kill_when(tmp_path, 12)
+    driver.run(recipe(tmp_path), stand_in())
+    events = read_lines(tmp_path / "events.jsonl")
+    events = [event for event in events if event["event"] != "placed"]
+    assert [event["event"] for event in events] == ["started", "failed", "restarting", "started", "finished"]
+    assert events[1]["rank"] == 1 and "was killed" in events[1]["error"]
+    assert events[3]["step"] >= 10 and events[3]["step"] % 5 == 0
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 40
+
+
+def test_a_run_on_this_machine_listens_on_its_loopback_alone(ray_cluster, tmp_path):
+    def train(recipe, place):
+        import torch.distributed as dist
+
+        if place.init_method:
+            dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
+        dist.barrier()
+        mine = {
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.lexists(f"/proc/self/fd/{fd}")
+        }
+        for line in [
+            line.split()
+            for kind in ("tcp", "tcp6")
+            for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+        ]:
+            if (
+                line[3] == "0A" and f"socket:[{line[9]}]" in mine
+            ):  # listening; addresses are hexadecimal words, as they lie in memory
+                append_line(
+                    tmp_path / "listening.jsonl", {"loopback": line[1].split(":")[0].endswith("0100007F")}
+                )
+        dist.barrier()
+
+    driver.run(recipe(tmp_path), train)
+    found = [record["loopback"] for record in read_lines(tmp_path / "listening.jsonl")]
+    assert found and all(found)
+
+
+def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to_go_on(ray_cluster, tmp_path):
+    with pytest.raises(Refused) as verdict:
+        driver.run(recipe(tmp_path, max_restarts=0), stand_in(crash=True))
+    said = str(verdict.value)
+    assert (
+        "rank 1 of 2 failed" in said
+        and "RuntimeError: something broke" in said
+        and "No checkpoint was saved yet." in said
+    )
+    assert said.endswith(f"trifold pretrain {tmp_path}/config.yaml")
+    assert kinds(tmp_path) == ["started", "failed"]
+    assert (
+        re.search(r"at starting, before its first step|at pretending, in step 1, rows 1 to 1", said)
+        and "It said last:" in said
+    )
+    assert said in (tmp_path / "failures.log").read_text()
+
+
+def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack_and_ended(ray_cluster, tmp_path):
+    with pytest.raises(Refused) as verdict:
+        driver.run(recipe(tmp_path, max_restarts=0, step_timeout=6), stand_in(sleep_at=7))
+    said = str(verdict.value)
+    assert "rank 1 of 2 failed on" in said and "no rank came forward for 6 s, and this one is behind" in said
+    assert "It was at pretending, in step 7, rows 7 to 7." in said and "rank 0 on" in said
+    innermost = said.split("innermost call first")[1].splitlines()[1]
+    assert "test_cluster.py" in innermost and innermost.endswith("in train") and "step-00000005" in said
+    assert "all_reduce" in (tmp_path / "workers" / "rank-00000.stack").read_text()
+    assert kinds(tmp_path) == ["started", "hanging", "failed"]
+
+
+def test_a_host_that_comes_is_taken_in_and_one_that_goes_is_left_both_after_a_save(
+    ray_cluster, tmp_path, monkeypatch
+):
+    room = [1]
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(room[0], room[0]))
+    monkeypatch.setattr(capacity, "SETTLED", 0.0)
+
+    def events(kind: str) -> list[dict[str, object]]:
+        return [event for event in read_lines(tmp_path / "events.jsonl") if event["event"] == kind]
+
+    def come_and_go() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        room[0] = 2
+        while len(events("started")) < 2:
+            time.sleep(0.02)
+        os.kill(json.loads((tmp_path / "workers" / "rank-00001.json").read_text())["pid"], signal.SIGTERM)
+
+    threading.Thread(target=come_and_go, daemon=True).start()
+    driver.run(recipe(tmp_path, min_workers=1, steps=60), stand_in())
+    assert [event["world"] for event in events("started")] == [1, 2, 2]
+    assert [event["step"] for event in events("stopped")] == [event["step"] for event in events("started")][
+        1:
+    ]
+    assert not events("failed") and read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 60
+
+
+def test_a_run_begins_beside_another_with_what_is_free_and_takes_the_rest_in_when_that_ends(
+    ray_cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(capacity, "SETTLED", 0.5)
+    driver.join()
+    import ray
+
+    @ray.remote
+    class Other:
+        """Another run's worker."""
+
+    other = Other.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
+    ray.get(other.__ray_ready__.remote())
+    with pytest.raises(Refused, match=r"2 workers need 2 CPUs \(\d there, 1 of them free\): 1 fit"):
+        driver.run(recipe(tmp_path), stand_in())
+
+    def end_it() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        ray.kill(other)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    driver.run(recipe(tmp_path, min_workers=1, steps=100), stand_in())
+    assert [
+        event["world"] for event in read_lines(tmp_path / "events.jsonl") if event["event"] == "started"
+    ] == [1, 2]
+    assert "failed" not in kinds(tmp_path)
+
+
+def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_cluster, tmp_path):
+    with pytest.raises(Refused, match=r"^the disk is full: 0 bytes left$"):
+        driver.run(recipe(tmp_path), stand_in(refuse_at=3))
+    assert kinds(tmp_path) == ["started"]
+
+
+def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
+    import ray
+
+    ray.shutdown()  # so that it starts inside, where it takes SIGTERM for itself
+
+    def terminate() -> None:
+        while not read_lines(tmp_path / "metrics.jsonl"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with stopping(tmp_path) as stop:
+        driver.run(recipe(tmp_path), stand_in(), asked=stop.asked)
+    assert stop.number == signal.SIGTERM
+    last = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert last < 40 and (tmp_path / "checkpoints" / f"step-{last:08d}-g0001" / "commit.json").exists()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp_path):
+    driver.join()
+    with pytest.raises(
+        Refused,
+        match=r"900 workers need 900 CPUs \(\d+ there, \d+ of them free\): \d+"
+        r" fit.*cluster.wait_at_start=600",
+    ):
+        driver.run(recipe(tmp_path, workers=900), stand_in())
+
+
+def test_a_run_that_saves_between_its_failures_outlives_more_of_them_than_max_restarts(tmp_path, monkeypatch):
+    lost = Failure(0, RuntimeError("lost"), died=False)
+    saves = iter([False, True, True, False, False])
+    monkeypatch.setattr(driver, "join", lambda *_: None)
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(2, 2))
+
+    def ends(*_: object) -> Failure:
+        if next(saves):
+            append_line(tmp_path / "events.jsonl", {"event": "save_committed"})
+        return lost
+
+    monkeypatch.setattr(driver, "attempt", ends)
+    with pytest.raises(Refused, match=r"1 restarts of 1 were used: RuntimeError: lost"):
+        driver.run(recipe(tmp_path, max_restarts=1), stand_in())
+    assert kinds(tmp_path).count("failed") == 4 and next(saves) is False
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"), [(30.0, ["failed", "waiting", "restarting"]), (0.6, ["failed", "waiting"])]
+)
+def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path, monkeypatch, limit, told):
+    ends, rooms = iter([Failure(0, RuntimeError("lost"), died=False), None]), iter([2, 1, 1, 1, 2])
+    monkeypatch.setattr(
+        driver, "join", lambda *_: None
+    )  # no Ray and no training: what the driver makes of hosts and ends
+    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(fit := next(rooms), fit))
+    for which in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(capacity.ray, which, lambda: {"CPU": 1.0})
+    monkeypatch.setattr(driver, "attempt", lambda *_: next(ends))
+    if limit > 1:
+        driver.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
+    else:
+        with pytest.raises(
+            Refused,
+            match=r"(?s)2 workers need 2 CPUs .* after 0.6 s: 1 fit.*rank 0 of 2 failed.*lost.*Continue"
+            r" with: trifold",
+        ):
+            driver.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
+    assert kinds(tmp_path) == told
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "no-port"])
+def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
+    with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
+        driver.join(address)
+
+
+def test_a_job_server_given_for_a_head_is_told_apart_at_once():
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(
+        Refused,
+        match=r"that is a web server, such as the one for jobs \(trifold submit\); a head listens at port"
+        r" 6379",
+    ):
+        driver.join(f"127.0.0.1:{server.server_port}")
+    server.shutdown()
+
+
+def test_a_head_of_another_release_and_what_is_no_head_are_told_in_one_sentence(monkeypatch):
+    from ray._private.utils import check_version_info
+    from ray.exceptions import RpcError
+
+    def of_another_release(**_: object) -> None:  # what ray.init asks once it has reached a head
+        check_version_info({"ray_version": "2.9.3", "python_version": "3.10.1"}, "node 10.0.0.1:6379")
+
+    def unheard(
+        **_: object,
+    ) -> None:  # what Ray says after 40 s; test_jobs.py meets a head that refuses its token
+        raise RpcError("Timed out while waiting for GCS to become available.")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr("ray._raylet.GcsClient", lambda **_: None)
+        monkeypatch.setattr("ray.init", of_another_release)
+        with pytest.raises(
+            Refused,
+            match=r"it runs Ray 2\.9\.3 and Python 3\.10\.1, and here are Ray 2\.\S+ and Python 3\.\S+:"
+            r" install the same",
+        ):
+            driver.join(address)
+        monkeypatch.setattr("ray._raylet.GcsClient", unheard)
+        with pytest.raises(Refused, match=r": what listens there is no Ray head\.$"):
+            driver.join(address)

@@ -1,0 +1,47 @@
+"""The watchdog over a real rank that waits while its checkpoint is written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.launch.cluster.test_driver import recipe
+from trifold.launch.cluster import failure_report
+from trifold.launch.cluster.failure_report import Watchdog
+
+SAVES = """
+import sys, time
+from pathlib import Path
+import torch
+from pretrain import heartbeat, storage
+from trifold.pretrain.checkpoint.lease import take_generation
+from trifold.pretrain.checkpoint.saving import write_rank
+from trifold.pretrain.engine.zero.slices import Slice
+run = Path(sys.argv[1])
+lease = take_generation(run)
+storage.operation = lambda name, place: time.sleep(0.3 * (place.suffix == ".safetensors"))  # a slow disk
+heartbeat.begin(run, 0, "a-host", "its-name", "its.log", 60.0)
+heartbeat.at("saving", step=7)
+write_rank(run / "checkpoint", lease, 0, 1, {f"p{i}": Slice(0, (4,), {"fp32": torch.ones(4)}) for i in range(8)})
+time.sleep(100)
+"""
+
+
+def test_a_rank_whose_save_comes_forward_does_not_hang_and_one_whose_save_does_not_is_named(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(failure_report, "LATE", 0.0)
+    process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)])
+    try:
+        watchdog = Watchdog(recipe(tmp_path, step_timeout=1.5))
+        began = time.monotonic()
+        while not (tmp_path / "checkpoint" / "rank-00000.json").exists():
+            assert watchdog.hanging() is None and time.monotonic() - began < 60 and process.poll() is None
+            time.sleep(0.05)
+        while (beat := watchdog.hanging()) is None:
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+        assert (beat.rank, beat.step, beat.phase) == (0, 7, "saving")
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,290 @@
+"""Recipes are read strictly: each mistake is one sentence that names the place, the value and what is
+allowed.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trifold.launch.recipe.reader import CLONE, resolve, write
+from trifold.launch.recipe.schema import FinetuneRecipe
+from trifold.modeling.errors import Refused
+
+RECIPE = """
+run: runs/x
+model: {family: decoder, vocab_size: 512, dim: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 16,
+  mlp_dim: 64, max_positions: 128}
+data:
+  sources: [{path: a.txt}]
+  heldout_fraction: 0.1
+  row_length: 128
+objective: {kind: causal}
+optimizer: {lr: 1e-3}
+steps: 10
+step_rows: 4
+micro_rows: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+        ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
+        ("seed=" + "[" * 100_000, "maximum recursion depth exceeded."),
+        ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
+        ("scoring.held_out.novels=[{paht: x}]", "`scoring.held_out.novels.0.path`?"),
+        ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' stands before the names of its scores"),
+        (
+            "data.sources.0.paht=x",
+            "there is no key `data.sources.0.paht`; did you mean `data.sources.0.path`?",
+        ),
+        ("steps=0", "`steps` is 0 (a whole number); it must be a whole number, above 0."),
+        ("steps=1e3", "`steps` is 1000.0 (a number); it must be a whole number, above 0."),
+        ("steps=true", "`steps` is true (true or false); it must be a whole number"),
+        ("steps=010", '`steps` is "010" (text); it must be a whole number'),
+        (
+            "model.dropout=1",
+            "`model.dropout` is 1 (a whole number); it must be a number, at least 0 and below 1.",
+        ),
+        ("optimizer.lr=fast", '`optimizer.lr` is "fast" (text); it must be a number, above 0.'),
+        ("optimizer.lr=.inf", '`optimizer.lr` is ".inf" (text); it must be a number'),
+        ("optimizer.lr=1e400", "`optimizer.lr` is Infinity (a number); it must be a number, above 0."),
+        ("optimizer.betas=[2, -1]", "`optimizer`: betas [2.0, -1.0] must each be at least 0 and below 1."),
+        ("run=''", '`run` is "" (text); it must be text, its length at least 1.'),
+        ("optimizer.betas=[0.9]", "`optimizer.betas.1` is missing; it must be a number."),
+        ("engine.precision=bf17", "it must be one of auto, fp32, bf16, autocast. Did you mean bf16?"),
+        (
+            "objective.kind=casual",
+            '`objective.kind` is "casual" (text); it must be one of causal, prefix, fim, masked, spans,'
+            " continuation, infilling, mixture."
+            " Did you mean causal?",
+        ),
+        (
+            "objective={}",
+            "`objective.kind` is missing; it must be one of causal, prefix, fim, masked, spans,"
+            " continuation, infilling, mixture.",
+        ),
+        ("objective.kind=masked", "the masked objective trains a model of family encoder, not decoder."),
+        (
+            "objective={kind: mixture, parts: [{kind: causal}, {kind: spans}]}",
+            "`objective`: the parts of a mixture train one model, and here causal a model of family decoder,"
+            " spans a model of family",
+        ),
+        ("objective={kind: mixture, parts: [{kind: causal}]}", "`objective.parts` is [{"),
+        (
+            "objective={kind: mixture, parts: [{kind: causal, weigth: 2}, {kind: fim}]}",
+            "did you mean `objective.parts.0.weight`?",
+        ),
+        (
+            "objective={kind: mixture, parts: [{kind: fim, suffix_first: 2}, {kind: causal}]}",
+            "`objective.parts.0.suffix_first` is 2 (a whole number); it must be a number, at least 0 and at"
+            " most 1.",
+        ),
+        (
+            "objective={kind: mixture, parts: [{kind: fmi}, {kind: causal}]}",
+            "one of causal, prefix, fim, masked, spans, continuation, infilling. D",
+        ),
+        (  # a folder has its own shape
+            "model.from=f",
+            "`model` has no keys family, vocab_size, dim, num_layers, num_heads, num_kv_heads, head_dim,"
+            " mlp_dim, max_positions; with what"
+            " else it says, it has from, random, config, dropout, label_smoothing.",
+        ),
+        ("model={from: f, randon: true}", "there is no key `model.randon`; did you mean `model.random`?"),
+        (
+            "model={from: f, dropout: 2}",
+            "`model.dropout` is 2 (a whole number); it must be a number, at least 0 and below 1.",
+        ),
+        ("model=3", "`model` is 3 (a whole number); it must be a mapping of keys to values."),
+        ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
+        ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, and not both."),
+        ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),
+        ("run.x=1", 'goes through `run`, which holds "runs/x" (text)'),
+        ("model.num_kv_heads=3", "`model`: num_heads (2) must be a multiple of num_kv_heads (3)."),
+        ("micro_rows=8", "micro_rows (8) exceeds step_rows (4)."),
+        (
+            "cluster.workers=-1",
+            "`cluster.workers` is -1 (a whole number); it must be a whole number, at least 0.",
+        ),
+        ("run=${NOT_SET_HERE}", "the environment variable NOT_SET_HERE is not set"),
+        ("steps", "is not of the form key=value"),
+        ("steps=[1", "expected ',' or ']'"),
+    ],
+)
+def test_each_mistake_is_refused_in_one_sentence(recipe, override, message):
+    with pytest.raises(Refused) as refusal:
+        resolve(recipe, [override])
+    assert message in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
+    monkeypatch.setenv("TRIFOLD_DATA", "data")
+    with pytest.raises(Refused) as refusal:
+        resolve("configs/finetune/multi30k.yaml", ["task.prompt=Translate"], FinetuneRecipe)
+    assert "`task.prompt`: 'Translate' has no {source} in it, where each text is to stand." in str(
+        refusal.value
+    )
+
+
+def test_a_recipe_of_the_other_command_is_refused_with_the_name_of_its_own():
+    with pytest.raises(
+        Refused,
+        match=r"tags\.yaml is a recipe of `trifold finetune`, and one of `trifold pretrain` is wanted"
+        r" here\.$",
+    ):
+        resolve("configs/demo/tags.yaml")
+    with pytest.raises(
+        Refused,
+        match=r"encoder\.yaml is a recipe of `trifold pretrain`, and one of `trifold finetune` is wanted"
+        r" here\.$",
+    ):
+        resolve("configs/demo/encoder.yaml", kind=FinetuneRecipe)
+
+
+def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: recipe.yaml\noptimizer: {lrr: 3}\n")
+    with pytest.raises(Refused) as refusal:
+        resolve(child, ["steps=0"])
+    lines = sorted(str(refusal.value).splitlines())
+    assert lines[0].startswith(f"{child}: there is no key `optimizer.lrr`")
+    assert lines[1].startswith("the override steps=0: `steps` is 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: a\nsteps: 1\nrun: b\n", "line 3: `run` is already given in line 1."),
+        ("- 1\n", "holds [1] (a list); a recipe is a mapping"),
+        ("a: [1\nb: 2", "line 2: "),
+        ("extends: nowhere.yaml\n", 'extends names "nowhere.yaml" (text), and there is no such file'),
+        ("extends: 5\n", "extends names 5 (a whole number), and there is no such file"),
+        ("run: !!timestamp 2026-11-20\n", "could not determine a constructor"),
+        ("extends: broken.yaml\n", "extends itself: broken.yaml -> broken.yaml"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("? [a, b]\n: 1\n", "a key must be plain text"),
+    ],
+)
+def test_broken_files_are_refused_by_name_and_line(tmp_path, text, message):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(Refused, match=re.escape(message)) as refusal:
+        resolve(tmp_path / "broken.yaml")
+    assert "broken.yaml" in str(refusal.value)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(Refused, match="there is no recipe"):
+        resolve(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match=r"binary\.yaml cannot be read as UTF-8"):
+        resolve(tmp_path / "binary.yaml")
+
+
+def test_the_recipe_in_a_run_folder_means_that_run_wherever_it_was_moved(recipe, tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "events.jsonl").touch()
+    write(resolve(recipe), run / "config.yaml")
+    assert resolve(run / "config.yaml").run == str(run)
+    assert resolve(run / "config.yaml", ["run=runs/another"]).run == "runs/another"
+    (run / "events.jsonl").unlink()  # not a run: a recipe that happens to have this name
+    assert resolve(run / "config.yaml").run == resolve(recipe).run
+
+
+def test_extends_merges_mappings_and_replaces_lists(recipe, tmp_path):
+    (tmp_path / "other.yaml").write_text("steps: 99\nengine: {zero_stage: 2, offload: true}\n")
+    (tmp_path / "child.yaml").write_text(
+        "extends: [recipe.yaml, other.yaml]\nengine: {zero_stage: 3}\ndata: {sources: [{path: b.txt}, {path:"
+        " c.txt}]}\n"
+    )
+    child = resolve(tmp_path / "child.yaml")
+    assert (child.steps, child.engine.zero_stage, child.engine.offload) == (99, 3, True)
+    assert [source.path for source in child.data.sources] == ["b.txt", "c.txt"]
+    assert child.data.row_length == 128
+
+
+def test_overrides_and_environment_reach_every_place(recipe, monkeypatch):
+    monkeypatch.setenv("PLACE", "/books")
+    made = resolve(
+        recipe,
+        [
+            "optimizer.lr=3e-4",
+            "data.sources.0.path=${PLACE}/x.txt",
+            "optimizer.betas=[0.8, 0.9]",
+            "model.vocab_size=1_000",
+        ],
+    )
+    assert (made.optimizer.lr, made.data.sources[0].path, made.optimizer.betas, made.model.vocab_size) == (
+        3e-4,
+        "/books/x.txt",
+        (0.8, 0.9),
+        1000,
+    )
+
+
+def test_plain_values_are_read_as_in_yaml_1_2(recipe):
+    made = resolve(recipe, ["run=no", "data.sources.0.split=2026-11-20", "optimizer.eps=1e-8"])
+    assert (made.run, made.data.sources[0].split, made.optimizer.eps) == ("no", "2026-11-20", 1e-8)
+
+
+def test_resolved_recipe_reads_back_equal(recipe, tmp_path):
+    made = resolve(recipe, ["optimizer.lr=1e-5", "run=naïve"])
+    write(made, tmp_path / "run" / "config.yaml")
+    assert resolve(tmp_path / "run" / "config.yaml") == made
+
+
+RUNNABLE = [
+    file.relative_to(CLONE)
+    for files in ("pretrain/*.yaml", "demo/*coder.yaml")
+    for file in sorted((CLONE / "configs").glob(files))
+]
+
+
+@pytest.mark.parametrize("file", RUNNABLE, ids=str)
+def test_every_shipped_recipe_resolves_from_anywhere(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIFOLD_DATA", "/data")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(file).steps > 0
+    assert (CLONE / file).read_text().startswith("# "), (
+        "a recipe's header says command, hardware, time and result"
+    )
+
+
+SHIPPED = {
+    file.relative_to(CLONE)
+    for files in ("finetune/*.yaml", "demo/*.yaml")
+    for file in (CLONE / "configs").glob(files)
+}
+TASKS = sorted(file for file in SHIPPED.difference(RUNNABLE) if file.stem not in ("small", "world"))
+
+
+@pytest.mark.parametrize("file", TASKS, ids=str)
+def test_every_shipped_task_resolves_and_reads_back(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIFOLD_DATA", "/data")
+    made = resolve(file, ["model.random=true"], FinetuneRecipe)
+    write(made, tmp_path / "config.yaml")
+    assert resolve(tmp_path / "config.yaml", kind=FinetuneRecipe) == made
+    assert (CLONE / file).read_text().startswith("# ")
+    with pytest.raises(Refused, match=r"no key `model.form`; did you mean `model.from`"):
+        resolve(file, ["model.form=x"], FinetuneRecipe)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((CLONE / "configs" / "model").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_shipped_model_resolves_in_a_recipe(file, tmp_path):
+    family = yaml.safe_load(file.read_text())["model"]["family"]
+    kind = {"encoder": "masked", "decoder": "causal", "encoder-decoder": "spans"}[family]
+    text = re.sub(r"model: .*\n.*\n", "", RECIPE).replace("causal", kind)
+    (tmp_path / "recipe.yaml").write_text(f"extends: {file}\n{text}")
+    assert resolve(tmp_path / "recipe.yaml").model.dim > 0

@@ -1,0 +1,55 @@
+"""How a folder writes text: settings that come back from generation_config.json, and mean the same to the
+stock class.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trifold.modeling.config import Generation
+from trifold.modeling.huggingface import decoding
+from trifold.modeling.huggingface.generation import write_generation
+
+SETTINGS = st.builds(
+    Generation,
+    max_new=st.integers(1, 500),
+    min_new=st.integers(0, 5),
+    no_repeat=st.integers(0, 4),
+    beams=st.integers(1, 8),
+    length_penalty=st.floats(-2, 2),
+    sample=st.booleans(),
+    temperature=st.floats(0.1, 2),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.1, 1),
+)
+
+
+@given(SETTINGS)
+def test_settings_come_back_from_the_folder(how: Generation) -> None:
+    drawn = (
+        {} if how.sample else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    )  # without draws these say nothing
+    assert decoding({"bos_token_id": 1}, write_generation(how)) == how.model_copy(update=drawn)
+
+
+def test_the_stock_class_knows_every_field_and_an_encoder_decoders_start_is_read() -> None:
+    transformers = pytest.importorskip("transformers")
+    how = Generation(max_new=7, min_new=2, no_repeat=3, beams=4, length_penalty=0.5)
+    stock = transformers.GenerationConfig(**write_generation(how))
+    assert (stock.max_new_tokens, stock.min_new_tokens, stock.no_repeat_ngram_size, stock.num_beams) == (
+        7,
+        2,
+        3,
+        4,
+    )
+    assert stock.length_penalty == 0.5 and not stock.do_sample
+    said = {
+        "is_encoder_decoder": True,
+        "bos_token_id": 1,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+        "forced_bos_token_id": 9,
+    }
+    assert decoding(said, write_generation(how)) == how.model_copy(
+        update={"start": 2, "first": 9, "end": True}
+    )

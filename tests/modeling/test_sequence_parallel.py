@@ -1,0 +1,129 @@
+"""Rows that ranks share, against the same rows whole: losses, each position's loss, and gradients, for every
+family and way of position.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.modeling.families import CONFIGS, documents, packed
+from trifold.modeling.activation_memory import held
+from trifold.modeling.batch import Batch
+from trifold.modeling.sequence_parallel import Shared, Swap
+from trifold.modeling.transformer import Transformer, build
+
+
+def ranks(size: int) -> list[Shared]:
+    """As many ranks, each to be used in a thread of its own: on the CPU a backward runs in the thread that
+    asked for it.
+    """
+    barrier, board = threading.Barrier(size), [torch.empty(0)] * size
+
+    def swap_of(rank: int) -> Swap:
+        def swap(x: Tensor) -> Tensor:
+            board[rank] = x.detach()
+            barrier.wait(20)
+            mine = torch.stack([sent[rank] for sent in board])
+            barrier.wait(20)
+            return mine
+
+        return swap
+
+    return [Shared(rank, size, swap_of(rank)) for rank in range(size)]
+
+
+def on_all(size: int, work: Callable[[Shared], Any]) -> list[Any]:
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(work, ranks(size)))
+
+
+def rows(name: str) -> Batch:
+    """Two packed rows of 32 positions whose documents do not end where slices do; of an encoder with picks at
+    uneven places.
+    """
+    config = CONFIGS[name]
+    made = [packed(documents(config, [(3, 4), (11, 9), (13, 6)], seed), 32, 24) for seed in (1, 2)]
+    both = Batch(
+        *(
+            torch.cat(parts) if parts[0] is not None else None
+            for parts in zip(*(vars(m).values() for m in made), strict=True)
+        )
+    )
+    picked = torch.tensor(
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8, 20, -1, -1], [9, 15, 16, 17, 26, -1, -1, -1, -1, -1, -1, -1]]
+    )
+    return replace(both, picked=picked if name == "modernbert" else None)
+
+
+def found(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The sum of the losses, each loss, and all gradients."""
+    with torch.no_grad():
+        each = model(batch, per_token=True)[0]
+    loss = model(batch)
+    loss.backward()
+    return loss.detach(), each, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_slices_have_the_losses_and_gradients_of_whole_rows(name: str, packs: bool) -> None:
+    config = CONFIGS[name]
+    batch = rows(name) if packs else replace(rows(name), segments=None, source_segments=None)
+    whole_loss, whole_each, whole_grads = found(build(config, 0), batch)
+
+    def work(shared: Shared) -> Any:
+        model = build(config, 0)
+        model.recompute(packs)
+        model.share(shared)
+        return found(model, shared.own(batch))
+
+    losses, each, grads = zip(*on_all(config.num_kv_heads, work), strict=True)
+    torch.testing.assert_close(sum(losses), whole_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.cat(each, dim=1), whole_each, rtol=1e-4, atol=1e-5)
+    largest = max(float(grad.abs().max()) for grad in whole_grads.values())
+    for key, expected in whole_grads.items():
+        torch.testing.assert_close(sum(grad[key] for grad in grads), expected, rtol=1e-3, atol=2e-6 * largest)
+
+
+def test_picks_of_a_slice_keep_their_targets_and_take_no_more_room_than_it_has() -> None:
+    batch = rows("modernbert")
+    assert batch.picked is not None
+    taken: list[tuple[int, int]] = []
+    for shared in ranks(4):
+        own = shared.own(batch)
+        assert own.picked is not None and own.picked.shape == (2, 8)
+        taken += [
+            (row, 8 * shared.place + at) for row in (0, 1) for at in own.picked[row].tolist() if at >= 0
+        ]
+    assert sorted(taken) == [(row, at) for row in (0, 1) for at in batch.picked[row].tolist() if at >= 0]
+
+
+@pytest.mark.parametrize("name", ("llama", "t5gemma"))
+def test_activations_shrink_by_the_ranks_and_what_is_sent_is_counted(name: str) -> None:
+    config = CONFIGS[name].model_copy(update={"num_kv_heads": 4, "max_positions": 512, "local_window": 0})
+    made = packed(documents(config, [(500, 500)]), 512, 512)
+    batch = replace(
+        made, segments=None, source_segments=None
+    )  # without masks, which the CPU makes for whole rows
+    sent: list[int] = []
+
+    def work(shared: Shared) -> None:
+        def counting(x: Tensor) -> Tensor:
+            sent.append(x.nbytes // 2)
+            return shared.swap(x)
+
+        model = build(config, 0)
+        model.share(replace(shared, swap=counting))
+        model(shared.own(batch)).backward()
+
+    on_all(2, work)
+    one, two = (held(config, batch, "fp32", False, "cpu", sharing) for sharing in (1, 2))
+    assert one.sent == 0 and 2 * two.sent == sum(sent)
+    # What attention found is kept twice: as its own backward and as that of the next map read it.
+    assert two.kept < 0.54 * one.kept and two.peak < 0.56 * one.peak

@@ -1,0 +1,272 @@
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.paths import DATA
+from trifold.modeling.errors import Refused
+from trifold.pretrain.config.pretraining import Source
+from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.data import prepare as module
+from trifold.pretrain.data import shard_writer
+from trifold.pretrain.data.corpus import documents, is_heldout
+from trifold.pretrain.data.prepare import over_processes, prepare
+from trifold.pretrain.data.shards import Shards
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
+from trifold.pretrain.data.tokenizer.word_cache import Words
+
+
+def sentences(count: int) -> list[str]:
+    draw = random.Random(3)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 8))) for _ in range(300)]
+    return [" ".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train(sentences(500), TokenizerConfig(), 600, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences(300)))
+    return Source(path=str(tmp_path / "text.txt"))
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_BATCH", 300)  # a shard can end only where a batch does
+    yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("small_batches")
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")), min_size=1))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_documents_come_back_from_shards_as_they_went_in(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    path = tmp_path / "any.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ["some text", *texts]))
+    os.utime(
+        path, ns=(hash(tuple(texts)) % 2**60,) * 2
+    )  # examples follow each other within one tick of the clock
+    parts = prepare(
+        Source(path=str(path)), tokenizer, tmp_path / "shards", heldout_fraction=0.3, shard_bytes=20
+    )
+    kept = [text for text in ["some text", *texts] if text]
+    for shards, held in zip(parts, (False, True), strict=True):
+        expected = [text for text in kept if is_heldout(text, 0.3) == held]
+        assert [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)] == expected
+        assert shards.num_bytes == sum(len(text.encode()) for text in expected)
+        assert (
+            shards.num_tokens
+            == shards.lengths.sum()
+            == sum(len(shards.document(i)) for i in range(shards.num_documents))
+        )
+    assert sum(part.index["dropped"] for part in parts) == len(texts) + 1 - len(kept)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source
+) -> None:
+    for workers in (1, 3):
+        shards, _ = prepare(
+            source,
+            tokenizer,
+            tmp_path / str(workers),
+            spread=over_processes(workers),
+            heldout_fraction=0.1,
+            shard_bytes=2000,
+        )
+        assert len(shards.index["shards"]) > 5
+        texts = [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)]
+        assert texts == [text for text in sentences(300) if not is_heldout(text, 0.1)]
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_shards_are_used_again_until_text_tokenizer_or_rule_changes(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source
+) -> None:
+    heard: list[tuple[int, int]] = []
+
+    def made(source: Source, tokenizer: Tokenizer, fraction: float) -> str:
+        heard.clear()
+        return prepare(
+            source, tokenizer, tmp_path / "s", heldout_fraction=fraction, progress=lambda *n: heard.append(n)
+        )[0].fingerprint
+
+    first = made(source, tokenizer, 0.1)
+    assert heard[-1] == (300, sum(map(len, sentences(300))))
+    assert made(source, tokenizer, 0.1) == first and not heard
+    assert made(source, tokenizer, 0.2) != first and heard
+    other = train(sentences(501), TokenizerConfig(), 600, tmp_path / "other")
+    assert made(source, other, 0.1) != first and heard
+    path = Path(str(source.path))
+    os.utime(path, ns=(1, 1))
+    assert made(source, tokenizer, 0.1) == first and heard  # made anew, but of the same tokens: a run goes on
+    path.write_text(path.read_text() + "\n\nmore")
+    assert made(source, tokenizer, 0.1) != first
+
+
+class Killed(BaseException): ...
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    for place in ("progress", "ShardWriter.close", "Path.rename"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if place != "progress":
+                patch.setattr(f"trifold.pretrain.data.prepare.{place}", die)
+            prepare(source, tokenizer, tmp_path / "s", **({"progress": die} if place == "progress" else {}))
+        with pytest.raises(Refused, match="no complete token shards"):
+            Shards(tmp_path / "s" / "train")
+    prepare(source, tokenizer, tmp_path / "s")[0].verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.lock", "text.txt"]
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_interrupted_preparation_goes_on_after_its_last_full_shard_to_the_same_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source
+) -> None:
+    seen: list[str] = []
+
+    def counted(work, batches):
+        for batch in batches:
+            seen.extend(batch)
+            yield work(batch)
+
+    def made(folder: Path, die_after: int) -> None:
+        def progress(documents: int, _: int) -> None:
+            if documents > die_after:
+                raise Killed
+
+        seen.clear()
+        prepare(
+            source,
+            tokenizer,
+            folder,
+            heldout_fraction=0.1,
+            shard_bytes=2000,
+            spread=counted,
+            progress=progress,
+        )
+
+    made(tmp_path / "whole", 1000)
+    with pytest.raises(Killed):
+        made(tmp_path / "s", 150)
+    state = json.loads((tmp_path / "s.incomplete" / "state.json").read_text())
+    for part in ("train", "heldout"):
+        for name in {name for name, _ in state[part]["sizes"]} - state[part]["finished"].keys():
+            with (tmp_path / "s.incomplete" / part / name).open("ab") as file:
+                file.write(b"what came after the last save")
+    with pytest.raises(Killed):
+        made(tmp_path / "s", 250)
+    assert seen[0] == sentences(300)[state["done"][1]] and state["done"][1] > 100
+    made(tmp_path / "s", 1000)
+    assert seen[0] not in sentences(300)[:200]
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_shard_is_named_and_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, _ = prepare(source, tokenizer, tmp_path / "s")
+    path = shards.folder / "00000.tokens"
+    good = path.read_bytes()
+
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(Refused, match=r"00000\.tokens is not what was written"):
+        Shards(shards.folder).verify()
+
+    path.write_bytes(good[:-2])
+    with pytest.raises(
+        Refused, match=rf"00000\.tokens has {len(good) - 2} bytes where its index says {len(good)}"
+    ):
+        Shards(shards.folder)
+    again, _ = prepare(source, tokenizer, tmp_path / "s")
+    assert "00000.tokens has" in caplog.text and again.fingerprint == shards.fingerprint
+
+    path.unlink()
+    with pytest.raises(Refused, match=r"00000\.tokens has 0 bytes"):
+        Shards(shards.folder)
+
+    (shards.folder / "index.json").write_text('{"sizes": ' + "[" * 100_000)
+    with pytest.raises(Refused, match=r"index\.json is missing or broken"):
+        Shards(shards.folder)
+
+
+def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, _ = prepare(source, tokenizer, tmp_path / "narrow")
+    monkeypatch.setattr(tokenizer, "dtype", np.dtype("<u4"))
+    monkeypatch.setattr(tokenizer, "_words", Words(tokenizer._fast, tokenizer._spec, tokenizer.dtype))
+    wide, _ = prepare(source, tokenizer, tmp_path / "wide")
+    assert narrow.document(7).dtype == np.uint16 and wide.document(7).dtype == np.uint32
+    assert (
+        isinstance(narrow.document(7).base.base, np.memmap)
+        and narrow.document(7).tolist() == wide.document(7).tolist()
+    )
+    assert (narrow.lengths == wide.lengths).all() and narrow.num_tokens == wide.num_tokens
+
+
+def test_a_bad_file_in_the_middle_and_a_full_disk_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "z.txt").write_bytes(b"\xff")
+    with pytest.raises(Refused, match="not UTF-8: byte 0"):
+        prepare(Source(path=str(tmp_path / "*.txt")), tokenizer, tmp_path / "s", spread=over_processes(2))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer._Hashed, "write", full)
+    with pytest.raises(Refused, match="no space is left"):
+        prepare(source, tokenizer, tmp_path / "s")
+    assert not (tmp_path / "s.incomplete").exists()  # it would fill the disk that is full
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(
+    tmp_path: Path, tokenizer: Tokenizer, source: Source
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer", "decoder")
+    code = (
+        "import time; from trifold.pretrain.data.prepare import *\n"
+        f"prepare(Source(path={source.path!r}), Tokenizer.open({str(tmp_path / 'tokenizer')!r}),"
+        f" {str(tmp_path / 's')!r},"
+        " spread=over_processes(2), progress=lambda *_: (print('begun', flush=True), time.sleep(600)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    process.kill()
+    process.communicate(timeout=60)  # returns when nobody holds the other end of its output any more
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"the real corpora are not at {DATA} (set TRIFOLD_DATA)")
+def test_the_dev_books_come_back_byte_for_byte(tmp_path: Path) -> None:
+    source = Source(path=str(DATA / "corpora/classic-books-en/dev.txt.gz"))
+    tokenizer = train(documents(source), TokenizerConfig(sample_bytes=300_000), 2000, tmp_path / "tokenizer")
+    shards, _ = prepare(source, tokenizer, tmp_path / "shards")
+    assert [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)] == list(
+        documents(source)
+    )
+    assert shards.num_documents == 3 and 2.5 < shards.num_bytes / shards.num_tokens < 5

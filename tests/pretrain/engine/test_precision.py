@@ -1,0 +1,34 @@
+"""`engine.precision: auto`: what each device does best, and one answer for all ranks."""
+
+import pytest
+import torch
+
+from tests.pretrain.engine.test_engine import engine_of, recipe, rows
+from tests.processes import run_processes
+from trifold.pretrain.distributed import Place
+from trifold.pretrain.engine.precision import settled
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "chosen"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_a_cpu_trains_in_bf16_only_where_it_has_instructions_for_it(amx, avx512, chosen, monkeypatch):
+    # Mocked, because a machine has one CPU.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert settled(recipe(precision="auto"), "cpu").engine.precision == chosen
+    assert settled(recipe(precision="autocast"), "cpu").engine.precision == "autocast"
+
+
+def _on_unlike_cpus(place: Place, fast: list[bool]) -> tuple[str, bool, float]:
+    torch.cpu._is_amx_tile_supported = lambda: fast[place.rank]
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    engine = engine_of(recipe(precision="auto", recompute=not fast[place.rank]), place)
+    return engine.precision, engine.recompute, engine.train_step([rows(0)], [0], 100, 1.0).loss
+
+
+@pytest.mark.parametrize(("fast", "agreed"), [([True, False], "fp32"), ([True, True], "bf16")])
+def test_ranks_on_unlike_cpus_train_in_one_precision_and_recompute_where_one_needs_it(fast, agreed):
+    first, second = run_processes(2, _on_unlike_cpus, fast)
+    assert first == second
+    assert first[:2] == (agreed, not all(fast))

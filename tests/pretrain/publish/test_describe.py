@@ -1,0 +1,71 @@
+"""`trifold import FOLDER`: what it says of folders that the stock classes made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from tests.modeling.huggingface.stock import make
+from tests.published import tokenizer
+from trifold.launch.cli import app
+from trifold.modeling.errors import Refused
+from trifold.pretrain.publish.describe import describe
+
+pytest.importorskip("transformers")
+
+
+def folder_of(name: str, folder: Path, **more: Tensor) -> Path:
+    """What the stock class saves, with tensors besides, and a tokenizer."""
+    make(name).save_pretrained(folder)
+    save_file(
+        load_file(folder / "model.safetensors") | more,
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    tokenizer().save(folder, "encoder")
+    return folder
+
+
+def test_what_was_read_is_said_and_what_was_dropped(tmp_path: Path) -> None:
+    folder = folder_of("BERT", tmp_path, **{"bert.pooler.dense.weight": torch.ones(24, 24)})
+    said = dict(describe(folder))
+    assert said["architecture"] == "BertForMaskedLM, read as BertForMaskedLM: encoder"
+    assert said["layers"] == "2, dim 24, 3 heads of 8" and said["feed-forward"] == "40, gelu, biases"
+    assert said["norms"] == "layer (eps 1e-12) after each sum, on the embeddings"
+    assert said["head"] == "tied to the embeddings, after a dense layer, with a bias"
+    parameters = sum(
+        tensor.numel()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if "pooler" not in name
+    )
+    assert said["parameters"].startswith(f"{parameters:,} (float32")
+    assert said["dropped"].startswith("bert.pooler.dense.weight: ")
+    assert said["tokenizer"] == "Unigram, 400 pieces" and said["trained on"].startswith("yes")
+    assert said["published again"] == "yes, as BertForMaskedLM"
+
+
+def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["import", str(folder_of("M2M-100", tmp_path))])
+    assert result.exit_code == 0, result.output
+    assert "M2M100ForConditionalGeneration: encoder-decoder" in " ".join(result.output.split())
+    assert "sinusoidal, at most 40, counted from 2" in result.output
+
+
+def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
+    import transformers
+
+    folder_of("RoBERTa", tmp_path)
+    transformers.RobertaModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "bare")
+    said = dict(describe(tmp_path / "bare"))
+    assert said["not there"].startswith("head.bias, head.dense.bias") and "pooler" in said["dropped"]
+    assert said["trained on"] == "not before it has one" and "tokenizer" in said["tokenizer"]
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    folder = folder_of("GPT-2", tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(Refused, match="may be a pickle"):
+        dict(describe(folder))

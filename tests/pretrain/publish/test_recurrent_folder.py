@@ -1,0 +1,80 @@
+"""The gate on folders without a stock class: what it can ask, it asks, and every single mistake is found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modeling.families import CONFIGS, RECURRENT
+from tests.pretrain.publish.test_verify import failed, reseal
+from tests.published import SPECIAL, random_model, tokenizer
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.errors import Refused
+from trifold.modeling.huggingface import express
+from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish.verify import verify
+
+pytest.importorskip("transformers")
+TAGGER = RECURRENT["lstm encoder"].model_copy(update={"labels": ("O", "B-X"), "crf": True})
+MODELS = RECURRENT | {
+    "tagger": TAGGER,
+    "answers": RECURRENT["rnn encoder"].model_copy(update={"spans": True}),
+}
+
+
+def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Any]:
+    config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size})
+    state = random_model(config).state_dict()
+    published_folder.write(folder, config, state, tokenizer(), dtype)
+    published_folder.seal(folder, config, tokenizer(), "rows", {})
+    return config, state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sound_folder_passes_and_comes_back_whole(name: str, tmp_path: Path) -> None:
+    config, state = write(tmp_path, name)
+    for report in (verify(tmp_path, (config, state)), verify(tmp_path)):
+        assert report.ok, report.failures
+        names = {check.name for check in report.checks}
+        assert {*"files config dtype tokenizer reload".split(), "special tokens"} <= names
+        assert ("greedy" in names) == (config.family != "encoder")
+    back, read = published_folder.load(tmp_path)
+    assert (
+        back == config
+        and read.keys() == state.keys()
+        and all(torch.equal(read[key], state[key]) for key in state)
+    )
+    assert published_folder.read_json(tmp_path / "config.json")["architectures"] == ["TrifoldRecurrent"]
+
+
+def test_a_bf16_folder_passes(tmp_path: Path) -> None:
+    assert (report := verify(tmp_path, write(tmp_path, "lstm additive", torch.bfloat16))).ok, report.failures
+
+
+def test_weights_and_dials_that_are_not_the_trained_ones_are_found(tmp_path: Path) -> None:
+    config, state = write(tmp_path, "lstm additive")
+    tensors = published_folder.read_tensors(tmp_path)
+    a, b = "decoder.align.score.query.weight", "decoder.align.score.key.weight"
+    published_folder.write_tensors(
+        tmp_path, tensors | {a: tensors[b].clone(), b: tensors[a].clone()}, published_folder.SHARD_BYTES
+    )
+    assert failed(verify(tmp_path)) == {"files"}
+    reseal(tmp_path)
+    assert failed(verify(tmp_path, (config, state))) == {"weights", "reload"}
+    published_folder.write_tensors(tmp_path, tensors, published_folder.SHARD_BYTES)
+    hf = published_folder.read_json(tmp_path / "config.json")
+    published_folder.write_json(tmp_path / "config.json", hf | {"embed_scale": 2.0})
+    reseal(tmp_path)
+    assert failed(verify(tmp_path, (config, state))) == {"config", "reload"}
+    published_folder.write_json(tmp_path / "config.json", hf | {"cell": "gru"})
+    assert "folder" in failed(verify(tmp_path))  # tensors of another shape
+    published_folder.write_json(tmp_path / "config.json", hf | {"head_count": 3})
+    with pytest.raises(Refused, match="sets head_count = 3, which Trifold does not have"):
+        published_folder.load(tmp_path)
+
+
+def test_no_model_of_attention_is_published_as_recurrent() -> None:
+    assert express(CONFIGS["llama"], SPECIAL)[0].stock_class == "LlamaForCausalLM"
+    with pytest.raises(Refused, match="crf True"):
+        express(CONFIGS["modernbert"].model_copy(update={"labels": ("O", "B-X"), "crf": True}), SPECIAL)
