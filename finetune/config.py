@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from trifold.modeling.config import Generation, Lora, Settings
-from trifold.pretrain.config.pretraining import Start, Tokenizer
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.pretraining import InitialModelConfig, TokenizerConfig
+from trifold.pretrain.config.training import TrainingConfig
 
 
 def _asking(prompt: str | None) -> str | None:
@@ -17,17 +17,17 @@ def _asking(prompt: str | None) -> str | None:
     return prompt
 
 
-Prompt = Annotated[str | None, AfterValidator(_asking)]
+PromptConfig = Annotated[str | None, AfterValidator(_asking)]
 
 
-class Columns(Settings):
+class ColumnsConfig(Settings):
     """The names of a record's columns, for JSONL, TSV, Parquet and hub sets."""
 
     source: str = "source"
     target: str = "target"
 
 
-class Translation(Settings):
+class TranslationConfig(Settings):
     """Pairs of sentences: two parallel line files joined by a comma, or one file of pairs (.jsonl, .tsv,
     .parquet), or hub:NAME:SPLIT.
     """
@@ -35,15 +35,15 @@ class Translation(Settings):
     kind: Literal["translation"] = "translation"
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
-    columns: Columns = Columns()
-    prompt: Prompt = (
+    columns: ColumnsConfig = ColumnsConfig()
+    prompt: PromptConfig = (
         None  # with {source} in it; None: the source alone, and before a decoder's translation a line "=>"
     )
     truncate: bool = False  # cut what does not fit instead of refusing it
     weight: float = Field(default=1.0, gt=0)
 
 
-class Summarization(Settings):
+class SummarizationConfig(Settings):
     """Documents and their summaries, in the same files as translation's pairs. An encoder picks sentences of
     the document.
     """
@@ -51,13 +51,13 @@ class Summarization(Settings):
     kind: Literal["summarization"] = "summarization"
     train: tuple[str, ...] = Field(min_length=1)
     dev: tuple[str, ...] = Field(min_length=1)
-    columns: Columns = Columns(source="document", target="summary")
-    prompt: Prompt = None
+    columns: ColumnsConfig = ColumnsConfig(source="document", target="summary")
+    prompt: PromptConfig = None
     truncate: bool = True
     weight: float = Field(default=1.0, gt=0)
 
 
-class Ner(Settings):
+class NerConfig(Settings):
     """Entity tags of words, from CoNLL files (columns apart by tab, else by spaces; the last one is the tag),
     or hub:NAME:SPLIT.
     """
@@ -67,11 +67,11 @@ class Ner(Settings):
     dev: tuple[str, ...] = Field(min_length=1)
     crf: bool = False  # score a sentence's labels as one sequence; for recurrent models
     written: bool = False  # a decoder or an encoder-decoder writes the entities instead of labelling words
-    prompt: Prompt = None
+    prompt: PromptConfig = None
     weight: float = Field(default=1.0, gt=0)
 
 
-class Qa(Settings):
+class QaConfig(Settings):
     """Answers as spans of a context, from SQuAD 1.1 or 2.0 JSON, or hub:NAME:SPLIT."""
 
     kind: Literal["qa"] = "qa"
@@ -85,11 +85,11 @@ class Qa(Settings):
     prompted: bool = (
         False  # a decoder writes the answer instead of pointing at it; an encoder-decoder always does
     )
-    prompt: Prompt = None
+    prompt: PromptConfig = None
     weight: float = Field(default=1.0, gt=0)
 
 
-class Matching(Settings):
+class MatchingConfig(Settings):
     """Which tokens of a context stand in its question too, from the same files: the first lesson of a model
     that is to find answers.
     """
@@ -102,15 +102,18 @@ class Matching(Settings):
     weight: float = Field(default=1.0, gt=0)
 
 
-Task = Annotated[Translation | Summarization | Ner | Qa | Matching, Field(discriminator="kind")]
+Task = Annotated[
+    TranslationConfig | SummarizationConfig | NerConfig | QaConfig | MatchingConfig,
+    Field(discriminator="kind"),
+]
 
 
-class Finetune(Training):
+class FinetuneConfig(TrainingConfig):
     """A run that learns a task."""
 
-    model: Start
-    tokenizer: Tokenizer = (
-        Tokenizer()
+    model: InitialModelConfig
+    tokenizer: TokenizerConfig = (
+        TokenizerConfig()
     )  # of a model.config: trained on the task's own text, or a trained one's folder
     task: Task
     more: tuple[
@@ -132,7 +135,7 @@ class Finetune(Training):
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
     @model_validator(mode="after")
-    def _choosable(self) -> "Finetune":
+    def _choosable(self) -> "FinetuneConfig":
         if self.evaluate_every % self.checkpoints.every:
             raise ValueError(
                 f"evaluate_every ({self.evaluate_every}) must be a multiple of checkpoints.every"

@@ -13,37 +13,37 @@ import numpy as np
 
 from trifold.pretrain.data.collate import Row, assemble
 from trifold.pretrain.data.objectives import Segment
-from trifold.pretrain.data.packing import Pieces, Room, pack
-from trifold.pretrain.data.row_order import Order, turns
+from trifold.pretrain.data.packing import Chunks, RowCapacity, pack_chunks
+from trifold.pretrain.data.row_order import RowOrder, mixture_schedule
 
 
-class Rows:
+class TaskRows:
     """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in
     order.
     """
 
     targets_per_byte: float | None = None
-    parts: Sequence[str] = ()
+    member_names: Sequence[str] = ()
 
     def __init__(
         self,
         sets: Sequence[Sequence[Segment]],
-        room: Room,
+        room: RowCapacity,
         pad: int,
         weights: Sequence[float],
         seed: int | None,
     ) -> None:
-        self.sets, self.room, self.pad = sets, room, pad
-        self.packed = [pack(_pieces(segments), room) for segments in sets]
+        self.sets, self.capacity, self.pad = sets, room, pad
+        self.packed = [pack_chunks(_pieces(segments), room) for segments in sets]
         sizes = [len(packed.offsets) - 1 for packed in self.packed]
         self.num_rows = sum(sizes)
         keys = [None if seed is None else (seed, 2, number) for number in range(len(sets))]
-        self.orders = [Order(np.array([size]), key) for size, key in zip(sizes, keys, strict=True)]
-        self._turns = turns(weights)
+        self.orders = [RowOrder(np.array([size]), key) for size, key in zip(sizes, keys, strict=True)]
+        self._turns = mixture_schedule(weights)
         used = sum(
             len(s.tokens) + (0 if s.source is None else len(s.source)) for segments in sets for s in segments
         )
-        self.waste = 1 - used / (self.num_rows * (room.tokens + room.source))
+        self.padding_fraction = 1 - used / (self.num_rows * (room.tokens + room.source))
         self.fingerprint = _fingerprint(sets, room, weights)
 
     def row(self, i: int) -> Row:
@@ -54,12 +54,12 @@ class Rows:
         """Several rows."""
         places = [self._place(i) for i in numbers]
         return assemble(
-            [[self.sets[number][j] for j in members] for number, members in places], self.room, self.pad
+            [[self.sets[number][j] for j in members] for number, members in places], self.capacity, self.pad
         )
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return assemble([[]], self.room, self.pad)[0]
+        return assemble([[]], self.capacity, self.pad)[0]
 
     def members(self, i: int) -> list[int]:
         """Which examples stand in row i, in the order of their segments (which count from 1)."""
@@ -75,26 +75,26 @@ class Rows:
         return number, packed.document[packed.row(row)].tolist()
 
 
-def room_for(sets: Sequence[Sequence[Segment]], row_length: int) -> Room:
+def row_capacity(sets: Sequence[Sequence[Segment]], row_length: int) -> RowCapacity:
     """What a row holds: `row_length` positions; where there are sources, those, and as many target positions
     as go with them on average.
     """
     segments = [segment for segments in sets for segment in segments]
     if segments[0].source is None:
-        return Room(row_length)
+        return RowCapacity(row_length)
     targets = [len(segment.tokens) for segment in segments]
     sources = sum(len(segment.source) for segment in segments if segment.source is not None)
-    return Room(-(-max(*targets, round(row_length * sum(targets) / sources)) // 8) * 8, row_length)
+    return RowCapacity(-(-max(*targets, round(row_length * sum(targets) / sources)) // 8) * 8, row_length)
 
 
-def _pieces(segments: Sequence[Segment]) -> Pieces:
+def _pieces(segments: Sequence[Segment]) -> Chunks:
     index = np.arange(len(segments))
     tokens = np.array([len(segment.tokens) for segment in segments])
     sources = np.array([0 if segment.source is None else len(segment.source) for segment in segments])
-    return Pieces(index, np.zeros_like(index), tokens, tokens, sources)
+    return Chunks(index, np.zeros_like(index), tokens, tokens, sources)
 
 
-def _fingerprint(sets: Sequence[Sequence[Segment]], room: Room, weights: Sequence[float]) -> str:
+def _fingerprint(sets: Sequence[Sequence[Segment]], room: RowCapacity, weights: Sequence[float]) -> str:
     digest = hashlib.blake2b(
         repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16
     )

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from trifold.finetune import config as dials
-from trifold.finetune.config import Finetune
-from trifold.finetune.evaluation.model_selection import Judge
-from trifold.finetune.examples.conll import read_tagged
+from trifold.finetune.config import FinetuneConfig
+from trifold.finetune.evaluation.model_selection import DevEvaluator
+from trifold.finetune.examples.conll import read_tagged_sentences
 from trifold.finetune.examples.pairs import read_pairs
-from trifold.finetune.examples.squad import read_squad
-from trifold.finetune.rows import Rows, room_for
+from trifold.finetune.examples.squad import read_questions
+from trifold.finetune.rows import TaskRows, row_capacity
 from trifold.finetune.tasks.matching import Matching
 from trifold.finetune.tasks.ner import open_ner
 from trifold.finetune.tasks.qa import open_qa
@@ -29,25 +29,36 @@ from trifold.finetune.tasks.summarization import open_summarization
 from trifold.finetune.tasks.task import Task, TextToText
 from trifold.finetune.tasks.translation import Translation
 from trifold.modeling.config import Family, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
-from trifold.modeling.lora import adapt
+from trifold.modeling.lora import add_lora
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import State, open_checkpoint
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState, open_checkpoint
 from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.loader import Loader
-from trifold.pretrain.data.stages import Part
+from trifold.pretrain.data.stages import ResolvedStage
 from trifold.pretrain.data.tokenizer import tokenizer
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.engine import Engine
-from trifold.pretrain.initial_model import begin, check, fingerprint, initialised, own_tokenizer
+from trifold.pretrain.initial_model import (
+    build_initialised,
+    check_same_start,
+    ensure_tokenizer,
+    fingerprint,
+    load_initial_model,
+)
 from trifold.pretrain.monitor.metrics import Recorder
-from trifold.pretrain.session import from_first_rank, newest, peak, take_turn
+from trifold.pretrain.session import (
+    broadcast_from_rank0,
+    newest_checkpoint_name,
+    peak_flops_all_ranks,
+    start_attempt,
+)
 from trifold.pretrain.storage import storage
-from trifold.pretrain.train import Progress, Work
+from trifold.pretrain.train import Progress, RunHooks
 from trifold.pretrain.train import train as train_loop
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -59,53 +70,58 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
-def prepare(config: Finetune, progress: Callable[[str, int], None]) -> None:
-    """Put the tokenizer into the run folder, and check the model and every example. Raises Refused naming
+def prepare(config: FinetuneConfig, progress: Callable[[str, int], None]) -> None:
+    """Put the tokenizer into the run folder, and check the model and every example. Raises UserError naming
     file and line.
     """
     progress("reading examples", 0)
     vocabulary = make_tokenizer(config, progress)
-    model, _ = begin(config.model, Path(config.run))
+    model, _ = load_initial_model(config.model, Path(config.run))
     if vocabulary.vocab_size > model.vocab_size:
-        raise Refused(
+        raise UserError(
             f"{config.run}/tokenizer has {vocabulary.vocab_size} pieces, and model.config.vocab_size is"
             f" {model.vocab_size}: raise it."
         )
     check_examples(config, vocabulary, model)
 
 
-def check_examples(config: Finetune, vocabulary: Tokenizer, model: ModelConfig) -> None:
-    """Raises Refused, naming file and line, where such a model cannot learn the task from these examples."""
+def check_examples(config: FinetuneConfig, vocabulary: Tokenizer, model: ModelConfig) -> None:
+    """Raises UserError, naming file and line, where such a model cannot learn the task from these examples."""
     if config.row_length > model.max_positions:
         longest = f"the longest text that {config.model.folder or 'model.config'} knows ({model.max_positions} tokens)"
-        raise Refused(f"row_length ({config.row_length}) exceeds {longest}.")
+        raise UserError(f"row_length ({config.row_length}) exceeds {longest}.")
     tasks = open_tasks(config, vocabulary, model.family)
     rows, _ = open_rows(config, tasks, vocabulary)
-    config.engine.fits(tasks[0].shaped(model))
-    for side, length in (("row_length", config.row_length), ("the target side of a row", rows.room.tokens)):
-        config.engine.shares(side, length)
+    config.engine.check_model(tasks[0].with_head(model))
+    for side, length in (
+        ("row_length", config.row_length),
+        ("the target side of a row", rows.capacity.tokens),
+    ):
+        config.engine.check_sharable(side, length)
 
 
-def train(config: Finetune, place: Place) -> None:
+def train(config: FinetuneConfig, place: RankInfo) -> None:
     """One rank of a run, from wherever the run stands to its scores. Every rank calls it with the same
     recipe.
     """
     run = Path(config.run)
     vocabulary = Tokenizer.open(run / "tokenizer")
-    shape, state = begin(config.model, Path(config.run))
+    shape, state = load_initial_model(config.model, Path(config.run))
     tasks = open_tasks(config, vocabulary, shape.family)
-    task, model = tasks[0], tasks[0].shaped(shape)
+    task, model = tasks[0], tasks[0].with_head(shape)
     rows, heldout = open_rows(config, tasks, vocabulary)
-    answers = memory_estimate.answered(config, model, [stack([rows.empty_row()] * config.micro_rows)], place)
-    engine = Engine(_initialised(model, state, config), answers, place)
-    lease, recorder = take_turn(config, engine)
+    answers = memory_estimate.resolve_auto(
+        config, model, [stack([rows.empty_row()] * config.micro_rows)], place
+    )
+    engine = Engine(_build_trainable(model, state, config), answers, place)
+    lease, recorder = start_attempt(config, engine)
     weights = (
         f"new weights (seed {config.seed})" if state is None else f"the weights of {config.model.folder}"
     )
     prints = {"fingerprint": rows.fingerprint, "heldout_fingerprint": heldout.fingerprint}
-    recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.waste, **prints)
-    began = from_first_rank(engine, lambda: fingerprint(config.model))
-    judge = Judge(config, engine, task, heldout)
+    recorder.event("data", start=weights, rows_per_epoch=rows.num_rows, waste=rows.padding_fraction, **prints)
+    began = broadcast_from_rank0(engine, lambda: fingerprint(config.model))
+    judge = DevEvaluator(config, engine, task, heldout)
     facts = {
         "model": model.model_dump(mode="json"),
         "lora_scale": config.lora.scale if config.lora is not None else None,
@@ -118,15 +134,15 @@ def train(config: Finetune, place: Place) -> None:
     }
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
+        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint_name(lease.run, recorder))
         return (
             _resume(storage.location(folder), engine, config, rows, began, recorder, judge)
             if folder
             else None
         )
 
-    def describe(progress: Progress, scores: dict[str, Any]) -> State:
-        return State(
+    def describe(progress: Progress, scores: dict[str, Any]) -> CheckpointState:
+        return CheckpointState(
             step=progress.step,
             cursor=progress.step * config.step_rows,
             optimizer_step=engine.optimizer_step,
@@ -134,33 +150,33 @@ def train(config: Finetune, place: Place) -> None:
             fingerprint=rows.fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
-            judged=-scores[judge.best] if judge.best in scores else None,
+            selection_loss=-scores[judge.best] if judge.best in scores else None,
             extra={**progress.kept, "scores": scores, "history": judge.history, "best": judge.best, **facts},
         )
 
     flops, full = (
-        config.step_rows * train_flops_per_row(model, rows.room.tokens, rows.room.source),
-        peak(engine),
+        config.step_rows * train_flops_per_row(model, rows.capacity.tokens, rows.capacity.source),
+        peak_flops_all_ranks(engine),
     )
     with closing(recorder):
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **judge.score(0))
         saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
-        work = Work(
+        work = RunHooks(
             partial(_loader, config, rows, engine),
             lambda complete: judge.score(progress.step),
             describe,
             restore,
             lambda step, seconds: flops / seconds / full,
-            enough=judge.enough,
+            should_stop_early=judge.should_stop_early,
         )
         train_loop(config, engine, saves, recorder, progress, work)
-        if progress.step == config.steps or judge.enough():
+        if progress.step == config.steps or judge.should_stop_early():
             judge.finish(recorder)
 
 
-def make_tokenizer(config: Finetune, progress: Callable[[str, int], None]) -> Tokenizer:
+def make_tokenizer(config: FinetuneConfig, progress: Callable[[str, int], None]) -> Tokenizer:
     """The run's tokenizer: the published folder's, the recipe's, or one trained on the training texts."""
     path = config.model.folder or config.tokenizer.path
 
@@ -175,38 +191,40 @@ def make_tokenizer(config: Finetune, progress: Callable[[str, int], None]) -> To
         assert config.model.config is not None
         tokenizer.train(_texts(config), config.tokenizer, config.model.config.vocab_size, folder)
 
-    return own_tokenizer(config, origin, make, progress)
+    return ensure_tokenizer(config, origin, make, progress)
 
 
-def open_tasks(config: Finetune, vocabulary: Tokenizer, family: Family) -> list[Task]:
-    """The task that is chosen by, and those that are learned along. Raises Refused for a bad example, by file
+def open_tasks(config: FinetuneConfig, vocabulary: Tokenizer, family: Family) -> list[Task]:
+    """The task that is chosen by, and those that are learned along. Raises UserError for a bad example, by file
     and line.
     """
     tasks = [
         TASKS[task.kind](task, vocabulary, family, config.row_length) for task in (config.task, *config.more)
     ]
     if len(tasks) > 1 and not all(isinstance(task, TextToText) for task in tasks):
-        raise Refused(
+        raise UserError(
             "`more` adds text-to-text tasks to a text-to-text task: other heads cannot be shared in one run."
         )
     return tasks
 
 
-def open_rows(config: Finetune, tasks: Sequence[Task], vocabulary: Tokenizer) -> tuple[Rows, Rows]:
+def open_rows(
+    config: FinetuneConfig, tasks: Sequence[Task], vocabulary: Tokenizer
+) -> tuple[TaskRows, TaskRows]:
     """The rows to train on, of all tasks by weight, and those of the first task's dev examples."""
     sets = [task.segments(task.train) for task in tasks]
     dev = [tasks[0].segments(tasks[0].dev)]
-    room = room_for([*sets, *dev], config.row_length)
+    room = row_capacity([*sets, *dev], config.row_length)
     weights = [getattr(task, "weight", 1.0) for task in (config.task, *config.more)]
-    return Rows(sets, room, vocabulary.pad, weights, config.seed), Rows(
+    return TaskRows(sets, room, vocabulary.pad, weights, config.seed), TaskRows(
         dev, room, vocabulary.pad, [1.0], None
     )
 
 
-def _loader(config: Finetune, rows: Rows, engine: Engine, progress: Progress) -> Loader:
+def _loader(config: FinetuneConfig, rows: TaskRows, engine: Engine, progress: Progress) -> Loader:
     return Loader(
         [rows],
-        [Part(config.row_length, config.step_rows, config.micro_rows)],
+        [ResolvedStage(config.row_length, config.step_rows, config.micro_rows)],
         start=progress.step,
         stop=config.steps,
         rank=engine.rank,
@@ -218,11 +236,13 @@ def _loader(config: Finetune, rows: Rows, engine: Engine, progress: Progress) ->
     )
 
 
-def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Finetune) -> Transformer:
+def _build_trainable(
+    model: ModelConfig, state: dict[str, Tensor] | None, config: FinetuneConfig
+) -> Transformer:
     """The model as training begins: with adapters, and with what the recipe freezes."""
-    made = initialised(model, state, config.seed)
+    made = build_initialised(model, state, config.seed)
     if config.lora is not None:
-        adapt(made, config.lora, config.seed)
+        add_lora(made, config.lora, config.seed)
     for pattern in config.freeze:
         frozen = [
             parameter.requires_grad_(False)
@@ -230,29 +250,29 @@ def _initialised(model: ModelConfig, state: dict[str, Tensor] | None, config: Fi
             if fnmatchcase(name, pattern)
         ]
         if not frozen:
-            raise Refused(
+            raise UserError(
                 f"freeze: no parameter is named like {pattern!r}; there are"
                 f" {', '.join(list(made.state_dict())[:5])}, ..."
             )
     if not any(parameter.requires_grad for parameter in made.parameters()):
-        raise Refused(f"freeze: {', '.join(config.freeze)} leave nothing to train.")
+        raise UserError(f"freeze: {', '.join(config.freeze)} leave nothing to train.")
     return made
 
 
 def _resume(
     folder: storage.Location,
     engine: Engine,
-    config: Finetune,
-    rows: Rows,
+    config: FinetuneConfig,
+    rows: TaskRows,
     began: str | None,
     recorder: Recorder,
-    judge: Judge,
+    judge: DevEvaluator,
 ) -> Progress:
     checkpoint = open_checkpoint(folder)
-    check(checkpoint, config.model, began)
+    check_same_start(checkpoint, config.model, began)
     state = checkpoint.state
     if state.fingerprint != rows.fingerprint:
-        raise Refused(
+        raise UserError(
             f"{folder} was trained on examples of fingerprint {state.fingerprint}, and this recipe makes"
             f" rows of {rows.fingerprint}: files,"
             " tokenizer, prompt, row length or weights have changed. Give another `run` folder."
@@ -263,16 +283,16 @@ def _resume(
     return Progress.of(state)
 
 
-def _texts(config: Finetune) -> Iterator[str]:
+def _texts(config: FinetuneConfig) -> Iterator[str]:
     """What a tokenizer is trained on: all training texts, of both sides."""
     for task in (config.task, *config.more):
-        if isinstance(task, dials.Translation | dials.Summarization):
+        if isinstance(task, dials.TranslationConfig | dials.SummarizationConfig):
             for pair in read_pairs(task.train, task.columns.source, task.columns.target):
                 yield from (pair.source, *pair.targets)
-        elif isinstance(task, dials.Ner):
-            yield from (sentence.text for place in task.train for sentence in read_tagged(place))
+        elif isinstance(task, dials.NerConfig):
+            yield from (sentence.text for place in task.train for sentence in read_tagged_sentences(place))
         else:
-            questions = [question for place in task.train for question in read_squad(place)]
+            questions = [question for place in task.train for question in read_questions(place)]
             yield from (
                 *(question.question for question in questions),
                 *dict.fromkeys(question.context for question in questions),

@@ -18,8 +18,8 @@ from trifold.launch.bench.commands import app as bench
 from trifold.launch.commands.jobs_cli import Changes, Config
 from trifold.launch.commands.jobs_cli import app as jobs
 from trifold.launch.recipe.reader import resolve, resolve_any
-from trifold.launch.recipe.schema import FinetuneRecipe, Recipe
-from trifold.modeling.errors import Refused
+from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
+from trifold.modeling.errors import UserError
 
 # a full disk, a folder that may not be written or is a file: not a defect, though nobody asked for it
 MACHINE = (
@@ -98,14 +98,14 @@ def plan(
     """Say what a recipe will need before anything starts: memory, seconds, checkpoints, price, what failures
     cost.
     """
-    from trifold.launch.commands.plan import Where, plan, rate_of
+    from trifold.launch.commands.plan import Machine, plan, rate_of
     from trifold.pretrain.engine.memory_estimate import device_memory
 
     recipe = _recipe(config, changes)
     kind = device or ("cuda" if recipe.cluster.gpus_per_worker else "cpu")
     ranks = nodes * per_node if per_node else nodes * max(1, recipe.cluster.workers)
     memory = memory_gib * 2**30 if memory_gib else device_memory(kind, ranks // nodes)
-    where = Where(
+    where = Machine(
         ranks,
         kind,
         memory,
@@ -168,14 +168,14 @@ def publish(
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
     from trifold.finetune.evaluation.model_selection import best_step
     from trifold.launch.watch.progress import EVENTS
-    from trifold.pretrain.checkpoint.lease import home_of
+    from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run
     from trifold.pretrain.publish.lora_adapter import publish_adapter
     from trifold.pretrain.publish.publish import publish
 
     def tell(event: str, **facts: object) -> None:
         typer.echo(EVENTS[event].format_map(facts))
 
-    best = best_step(home_of(run))
+    best = best_step(checkpoint_root_of_run(run))
     if adapter:
         publish_adapter(run, out, on_event=tell, checkpoint=best)
         return typer.echo(f"{out} holds the adapters; PEFT reads them.")
@@ -193,7 +193,7 @@ def verify(folder: Published) -> None:
         verdict = typer.style("passed", "green") if check.ok else typer.style("FAILED", "red", bold=True)
         typer.echo(f"{verdict}  {check.name}: {check.detail}")
     if not report.ok:
-        raise Refused(f"{folder} is not what it should be: {report.failures}")
+        raise UserError(f"{folder} is not what it should be: {report.failures}")
 
 
 @app.command("import")
@@ -331,7 +331,7 @@ def main() -> None:
     )
     try:
         app()
-    except Refused as refusal:
+    except UserError as refusal:
         said = str(refusal)
     except OSError as error:
         if error.errno not in MACHINE:
@@ -346,7 +346,7 @@ def main() -> None:
     sys.exit(1)
 
 
-def _recipe(config: str, changes: list[str] | None) -> Recipe:
+def _recipe(config: str, changes: list[str] | None) -> PretrainRecipe:
     return resolve(config, changes or [])
 
 

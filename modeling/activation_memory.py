@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.sequence_parallel import Shared
+from trifold.modeling.sequence_parallel import SequenceShard
 from trifold.modeling.transformer import Transformer
 
 
-class Held(NamedTuple):
+class MicroMemory(NamedTuple):
     """Bytes of one micro batch beyond the weights themselves."""
 
     kept: int  # alive when the forward has ended: what backward will read
@@ -32,7 +32,7 @@ class Held(NamedTuple):
     sent: int = 0  # to the ranks that share its rows
 
 
-class Live(TorchDispatchMode):
+class _LiveStorage(TorchDispatchMode):
     """While inside, counts the bytes of all tensors that operations make and that are still alive, and the
     most there were.
     """
@@ -58,9 +58,9 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def held(
+def measure_micro_memory(
     config: ModelConfig, batch: Batch, precision: str, recompute: bool, device: str, sharing: int = 1
-) -> Held:
+) -> MicroMemory:
     """What forward and backward of a micro batch hold, on one of `sharing` ranks. `precision` and `recompute`
     are the recipe's engine's.
 
@@ -93,14 +93,17 @@ def held(
             torch.set_default_dtype(torch.float32)
         model.recompute(recompute)
         if sharing > 1:
-            shared = Shared(0, sharing, swap)
-            model.share(shared)
-            fake = shared.own(fake)
-        with Live(model.parameters()) as live, torch.autocast("cpu", low, enabled=precision == "autocast"):
+            shared = SequenceShard(0, sharing, swap)
+            model.set_sequence_shard(shared)
+            fake = shared.local(fake)
+        with (
+            _LiveStorage(model.parameters()) as live,
+            torch.autocast("cpu", low, enabled=precision == "autocast"),
+        ):
             loss = model(fake)
             kept = live.now
             loss.backward()
-            return Held(kept, live.peak, _gradients(model), sent)
+            return MicroMemory(kept, live.peak, _gradients(model), sent)
 
 
 def _gradients(model: nn.Module) -> int:

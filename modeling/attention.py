@@ -3,7 +3,7 @@ kernel is chosen here.
 
 Plain rows take SDPA's own causal kernel. Packed and windowed rows take a mask that is made once per forward:
 dense on the CPU (FlexAttention has no backward there), in blocks for FlexAttention on CUDA. Both come from
-one predicate, `Visibility.sees`. Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
+one predicate, `Visibility.allowed`. Shapes: B rows, Q queries, K keys, N heads, G key/value heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ KERNELS = [
 
 # SDPA's backward in bf16 is slow on the CPU. Forward and backward of 8 rows, 8 heads of 32, written out and
 # by SDPA, one core with AMX: 16 and 33 ms at T 256, 71 and 90 ms at 512; at 1,024 they are even.
-WRITTEN_OUT_KEYS = 512
-WRITTEN_OUT_SCORES = 2**22  # scores that exist at a time and stay in the cache: one 8 MB chunk
+EXPLICIT_MAX_KEYS = 512
+EXPLICIT_MAX_SCORES = 2**22  # scores that exist at a time and stay in the cache: one 8 MB chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Visibility:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", self._mask())
 
-    def sees(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q of row b sees key k: indices that broadcast.
 
         Padding sees padding. In cross-attention a query may see no key at all: the kernels then give zeros,
@@ -73,7 +73,7 @@ class Visibility:
         assert self.query_segments is not None and self.key_segments is not None
         (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
         b, q, k = (torch.arange(n, device=self.query_segments.device) for n in (rows, queries, keys))
-        seen = self.sees(b[:, None, None, None], q[:, None], k)
+        seen = self.allowed(b[:, None, None, None], q[:, None], k)
         return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
 
     def blocks(self) -> Any:
@@ -85,14 +85,14 @@ class Visibility:
         assert self.query_segments is not None and self.key_segments is not None
         (rows, queries), keys = self.query_segments.shape, self.key_segments.shape[1]
 
-        def sees(
+        def allowed(
             b: Tensor, head: Tensor, q: Tensor, k: Tensor
         ) -> Tensor:  # flex counts arguments: a method has one too many
-            return self.sees(b, q, k)
+            return self.allowed(b, q, k)
 
-        return _flex()[1](sees, rows, None, queries, keys, device=self.query_segments.device)
+        return _flex()[1](allowed, rows, None, queries, keys, device=self.query_segments.device)
 
-    def added(self) -> tuple[Tensor, Tensor]:
+    def additive_bf16_mask(self) -> tuple[Tensor, Tensor]:
         """The dense predicate for bf16 arithmetic: what is added to the scores (B, 1 or N, Q, K); which
         queries (B, 1, Q, 1) see a key.
         """
@@ -127,10 +127,12 @@ def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibilit
     if mask is not None and not isinstance(mask, Tensor):
         return _flex()[0](q_BNQH, k_BGKH, v_BGKH, block_mask=mask, scale=scale, enable_gqa=gqa)
     small = (
-        q_BNQH.dtype == torch.bfloat16 and q_BNQH.device.type == "cpu" and k_BGKH.shape[2] <= WRITTEN_OUT_KEYS
+        q_BNQH.dtype == torch.bfloat16
+        and q_BNQH.device.type == "cpu"
+        and k_BGKH.shape[2] <= EXPLICIT_MAX_KEYS
     )
     if mask is not None and small and q_BNQH.requires_grad:
-        return _written_out(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
+        return _attend_explicit(q_BNQH, k_BGKH, v_BGKH, visibility, scale)
     if mask is not None and visibility.bias is not None:
         mask = mask.to(q_BNQH.dtype)
     causal = visibility.causal and mask is None
@@ -142,17 +144,17 @@ def attend(q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibilit
         )
 
 
-def _written_out(
+def _attend_explicit(
     q_BNQH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, visibility: Visibility, scale: float
 ) -> Tensor:
     """Attention as its formula, some rows at a time."""
-    added_B1QK, sees_B1Q1 = visibility.added()
+    added_B1QK, sees_B1Q1 = visibility.additive_bf16_mask()
     heads = q_BNQH.shape[1]
     k_BNKH, v_BNKH = (
         x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
         for x in (k_BGKH, v_BGKH)
     )
-    rows = max(1, WRITTEN_OUT_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))
+    rows = max(1, EXPLICIT_MAX_SCORES // (heads * q_BNQH.shape[2] * k_BNKH.shape[2]))
     chunks = zip(
         (q_BNQH * scale).split(rows),
         k_BNKH.split(rows),

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from trifold.modeling.attention import Cache, Visibility, attend
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.position import Rotation, rotate
-from trifold.modeling.sequence_parallel import Shared
+from trifold.modeling.sequence_parallel import SequenceShard
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -34,22 +34,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionContext:
     """What the attention layers of one kind (global, local or cross) share in one forward."""
 
     visibility: Visibility
     rotation: Rotation | None = None
     memory_BSD: Tensor | None = None  # what keys and values are made of; None: the row itself
-    shared: Shared | None = None  # who else has the rows, which are slices then; visibility is of whole ones
+    shared: SequenceShard | None = (
+        None  # who else has the rows, which are slices then; visibility is of whole ones
+    )
 
 
 @dataclass(frozen=True)
-class Views:
+class AttentionContexts:
     """The views of one forward through a stack."""
 
-    whole: View
-    local: View
-    cross: View | None
+    whole: AttentionContext
+    local: AttentionContext
+    cross: AttentionContext | None
 
 
 Caches = tuple[Cache, Cache]  # one block's: of the row itself, and of the memory
@@ -71,7 +73,7 @@ class Block(nn.Module):
         self.mlp = Residual(config, MLP(config))
 
     def forward(
-        self, x_BTD: Tensor, views: Views, caches: Caches | tuple[None, None] = (None, None)
+        self, x_BTD: Tensor, views: AttentionContexts, caches: Caches | tuple[None, None] = (None, None)
     ) -> Tensor:
         x_BTD = self.attn(x_BTD, views.local if self.local else views.whole, caches[0])
         if self.cross is not None:
@@ -109,27 +111,27 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.dim, keys, config.bias)
         self.o = nn.Linear(queries, config.dim, config.bias)
 
-    def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None) -> Tensor:
-        q_BNTH = self._turned(self.q(x_BTD), view)
+    def forward(self, x_BTD: Tensor, view: AttentionContext, cache: Cache | None = None) -> Tensor:
+        q_BNTH = self._rotated_heads(self.q(x_BTD), view)
         if cache is not None and cache.used and view.memory_BSD is not None:  # a memory never grows
             k, v = cache.kept()
         else:
             source = x_BTD if view.memory_BSD is None else view.memory_BSD
-            k, v = self._turned(self.k(source), view), self._heads(self.v(source))
+            k, v = self._rotated_heads(self.k(source), view), self._heads(self.v(source))
             k, v = (k, v) if cache is None else cache.extend(k, v)
         if view.shared is None:
             y_BNTH = attend(q_BNTH, k, v, view.visibility, self.scale)
         else:
-            q, k, v = (view.shared.whole(x) for x in (q_BNTH, k, v))
+            q, k, v = (view.shared.gather(x) for x in (q_BNTH, k, v))
             y_BNTH = view.shared.slice(attend(q, k, v, view.visibility, self.scale))
         return self.o(y_BNTH.transpose(1, 2).flatten(2))
 
-    def weights(self, x_BTD: Tensor, view: View) -> Tensor:
+    def weights(self, x_BTD: Tensor, view: AttentionContext) -> Tensor:
         """Where each head looks, (B, N, T, K): what the kernels never make, for pictures. The view's rows
         need segments.
         """
         q_BNTH, k = (
-            self._turned(f(x), view)
+            self._rotated_heads(f(x), view)
             for f, x in ((self.q, x_BTD), (self.k, x_BTD if view.memory_BSD is None else view.memory_BSD))
         )
         scores = self.scale * q_BNTH @ k.repeat_interleave(q_BNTH.shape[1] // k.shape[1], dim=1).mT
@@ -141,7 +143,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _turned(self, x: Tensor, view: View) -> Tensor:
+    def _rotated_heads(self, x: Tensor, view: AttentionContext) -> Tensor:
         return self._heads(x) if view.rotation is None else rotate(self._heads(x), view.rotation)
 
 

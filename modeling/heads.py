@@ -195,7 +195,7 @@ class _LossSum(torch.autograd.Function):
             each.append(_nll(logp, targets))
             if smoothing:
                 spread.append((logp.mean(-1, keepdim=True) * valid).sum())
-            grad = _minus_hits(logp, targets, 1 - smoothing)
+            grad = _softmax_minus_onehot(logp, targets, 1 - smoothing)
             grad = (grad - smoothing / logp.shape[1] if smoothing else grad).to(h.dtype)
             grad_h.append((grad @ weight * valid).to(h_PD.dtype))
             if grad_weight is not None:
@@ -243,7 +243,7 @@ def _log_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _minus_hits(logp_PV: Tensor, targets_P: Tensor, hit: float) -> Tensor:
+def _softmax_minus_onehot(logp_PV: Tensor, targets_P: Tensor, hit: float) -> Tensor:
     """Probabilities, `hit` less at the targets; takes `logp_PV` over. A compiler fuses the comparison into
     what follows, and would have to write all of them out for a scatter; without one the scatter touches
     least.

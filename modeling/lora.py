@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trifold.modeling.config import Lora
-from trifold.modeling.errors import Refused
-from trifold.modeling.transformer import Transformer, generator
+from trifold.modeling.errors import UserError
+from trifold.modeling.transformer import Transformer, seeded_generator
 
 
-class Adapted(nn.Linear):
+class LoraLinear(nn.Linear):
     """A linear map with an adapter; its own weight and bias keep their names."""
 
     def __init__(self, linear: nn.Linear, lora: Lora) -> None:
@@ -31,7 +31,7 @@ class Adapted(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
 
 
-def adapt(model: Transformer, lora: Lora, seed: int) -> None:
+def add_lora(model: Transformer, lora: Lora, seed: int) -> None:
     """Give the model its adapters, and freeze all else but a task's head. A is uniform within 1 / sqrt(in),
     keyed by (seed, name).
     """
@@ -43,28 +43,28 @@ def adapt(model: Transformer, lora: Lora, seed: int) -> None:
         if isinstance(module, nn.Linear) and ".blocks." in f".{name}"
     ]
     if not found:
-        raise Refused(
+        raise UserError(
             f"lora adapts the linear maps of blocks, and a model of cell {model.config.cell} has none: leave"
             " it out."
         )
     for target in lora.targets:
         if not any(name.endswith(f".{target}") for name, _ in found):
-            raise Refused(
+            raise UserError(
                 f"lora.targets names {target!r}; the linear maps here are"
                 f" {', '.join(sorted({n.split('.')[-1] for n, _ in found}))}."
             )
     for name, module in found:
         parent, _, last = name.rpartition(".")
         if last in lora.targets:
-            adapted = Adapted(module, lora)
+            adapted = LoraLinear(module, lora)
             bound = module.in_features**-0.5
-            nn.init.uniform_(adapted.a, -bound, bound, generator=generator(seed, f"{name}.a"))
+            nn.init.uniform_(adapted.a, -bound, bound, generator=seeded_generator(seed, f"{name}.a"))
             setattr(model.get_submodule(parent), last, adapted)
     for parameter in model.head.labels.parameters() if model.head.labels is not None else ():
         parameter.requires_grad_(True)
 
 
-def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def merge_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The plain weights that an adapted model's state amounts to."""
     plain = {name: tensor for name, tensor in state.items() if not name.endswith((".a", ".b"))}
     for name in (name.removesuffix(".a") for name in state if name.endswith(".a")):

@@ -53,11 +53,11 @@ class Rope(Position):
         )
 
     def rotation(self, at_T: Tensor, local: bool) -> Rotation:
-        made = _opaque_waves if torch.compiler.is_compiling() else waves
+        made = _opaque_cos_sin if torch.compiler.is_compiling() else cos_sin
         return made(at_T, self.head_dim, self.local_theta if local else self.theta)
 
 
-def waves(at_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def cos_sin(at_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, (T, H) fp32 each, of the angles by which positions turn."""
     half = torch.arange(0, head_dim, 2, device=at_T.device, dtype=torch.float32) / head_dim
     angles = at_T[:, None].float() / theta**half
@@ -67,10 +67,10 @@ def waves(at_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
 
 # A compiler would not keep the table, but compute it anew for each element that is turned, in every layer: 17
 # of 74 ms of a step of decoder-110m on an H200. What it cannot look into, it keeps.
-_opaque_waves = torch.library.custom_op("trifold::waves", waves, mutates_args=())
+_opaque_cos_sin = torch.library.custom_op("trifold::waves", cos_sin, mutates_args=())
 
 
-@_opaque_waves.register_fake
+@_opaque_cos_sin.register_fake
 def _(at_T: Tensor, head_dim: int, theta: float) -> Rotation:
     cos = at_T.new_empty(len(at_T), head_dim, dtype=torch.float32)
     return cos, torch.empty_like(cos)
@@ -139,19 +139,19 @@ class Relative(Position):
         )
 
 
-SCHEMES = {"rope": Rope, "learned": Learned, "sinusoidal": Sinusoidal, "relative": Relative}
+POSITION_SCHEMES = {"rope": Rope, "learned": Learned, "sinusoidal": Sinusoidal, "relative": Relative}
 
 
 def rotate(x_BNTH: Tensor, rotation: Rotation) -> Tensor:
     """Turn pairs (i, i + H/2) of each head, in fp32 whatever the precision of x."""
     cos, sin = rotation
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Turn.apply(x_BNTH, cos, sin)
+        return _RotateFn.apply(x_BNTH, cos, sin)
     a, b = x_BNTH.chunk(2, dim=-1)
     return (x_BNTH * cos + torch.cat([-b, a], dim=-1) * sin).type_as(x_BNTH)
 
 
-class _Turn(torch.autograd.Function):
+class _RotateFn(torch.autograd.Function):
     """The same for eager training, in fewer passes over memory; gradients turn the other way. A compiler
     fuses the plain formula.
 
@@ -161,16 +161,16 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x_BNTH, cos, sin)
+        return _rotated(x_BNTH, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad_outputs[0], cos, -sin), None, None
+        return _rotated(grad_outputs[0], cos, -sin), None, None
 
 
-def _turned(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (a, b), (sin_a, sin_b) = x_BNTH.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     turned = x_BNTH * cos
     first, second = turned.chunk(2, dim=-1)

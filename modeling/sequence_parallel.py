@@ -17,20 +17,20 @@ from torch import Tensor
 
 from trifold.modeling.batch import Batch
 
-Swap = Callable[
+AllToAll = Callable[
     [Tensor], Tensor
 ]  # (R, ...) to (R, ...): piece r goes to rank r, and the one in its place came from there
 
 
 @dataclass(frozen=True)
-class Shared:
+class SequenceShard:
     """One of `size` ranks that share rows, and which slice it holds."""
 
     place: int
     size: int
-    swap: Swap
+    swap: AllToAll
 
-    def own(self, batch: Batch) -> Batch:
+    def local(self, batch: Batch) -> Batch:
         """This rank's slice of a batch of whole rows. The segments stay whole, for attention; of the picks
         those of the slice are left.
         """
@@ -51,7 +51,7 @@ class Shared:
         at = batch.picked - self.place * width  # below 0: padding, and slices before
         return replace(mine, picked=at.where(at < width, -1).topk(min(width, at.shape[1])).values)
 
-    def whole(self, x_BNtH: Tensor) -> Tensor:
+    def gather(self, x_BNtH: Tensor) -> Tensor:
         """A slice of all heads to the whole row of this rank's heads, (B, n, T, H)."""
         pieces = x_BNtH.unflatten(1, (self.size, -1)).permute(
             1, 3, 0, 2, 4
@@ -63,7 +63,7 @@ class Shared:
         pieces = x_BnTH.unflatten(2, (self.size, -1)).permute(2, 3, 0, 1, 4)
         return self._swapped(pieces).permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
-    def of_heads(self, bias_1NQK: Tensor) -> Tensor:
+    def local_heads(self, bias_1NQK: Tensor) -> Tensor:
         """What belongs to this rank's heads, (1, n, Q, K)."""
         return bias_1NQK.chunk(self.size, dim=1)[self.place].contiguous()
 
@@ -76,7 +76,7 @@ class _Swapped(torch.autograd.Function):
     """An exchange between all ranks; gradients go back the way their values came, by the same exchange."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, swap: Swap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, swap: AllToAll) -> Tensor:
         ctx.swap = swap
         return swap(x)
 

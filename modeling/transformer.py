@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from trifold.modeling.attention import Cache, Visibility
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.block import Block, Caches, View, Views, is_local, make_norm
+from trifold.modeling.block import AttentionContext, AttentionContexts, Block, Caches, is_local, make_norm
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.heads import Head
-from trifold.modeling.position import SCHEMES
+from trifold.modeling.position import POSITION_SCHEMES
 from trifold.modeling.recurrent.stack import RecurrentStack, score_function
-from trifold.modeling.sequence_parallel import Shared
+from trifold.modeling.sequence_parallel import SequenceShard
 
 
 class Transformer(nn.Module):
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         time.
         """
         if on and self.config.cell != "attention":
-            raise Refused(
+            raise UserError(
                 f"engine.recompute goes block by block, and a model of cell {self.config.cell} has no"
                 " blocks: set it to false."
             )
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
             if stack is not None:
                 stack.recompute = on
 
-    def share(self, shared: Shared | None) -> None:
+    def set_sequence_shard(self, shared: SequenceShard | None) -> None:
         """From here on batches hold slices of rows (`Shared.own`), and losses are a slice's; None: whole
         rows.
         """
@@ -129,12 +129,12 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.causal, self.window, self.dropout = causal, config.local_window, config.dropout
-        self.position = SCHEMES[config.position](config, causal)
+        self.position = POSITION_SCHEMES[config.position](config, causal)
         self.embed_norm = make_norm(config, config.embed_norm)
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.final_norm)
         self.recompute = False
-        self.shared: Shared | None = None
+        self.shared: SequenceShard | None = None
 
     def caches(self, length: int, memory_length: int) -> list[Caches]:
         """What generation of texts up to `length` keeps, layer by layer."""
@@ -179,7 +179,7 @@ class Stack(nn.Module):
         start: int,
         memory_BSD: Tensor | None,
         memory_segments_BS: Tensor | None,
-    ) -> Views:
+    ) -> AttentionContexts:
         """Masks, rotations and biases, made once for all layers."""
         end, shared = start + x_BTD.shape[1], self.shared
         first, last = (
@@ -188,15 +188,15 @@ class Stack(nn.Module):
         at = torch.arange(last, device=x_BTD.device)
         bias = self.position.bias(at[first:], at)
         if shared is not None and bias is not None:
-            bias = shared.of_heads(bias)
+            bias = shared.local_heads(bias)
 
-        def view(window: int) -> View:
+        def view(window: int) -> AttentionContext:
             rotation = self.position.rotation(at[start:end], local=window > 0)
             newest = last - first == 1  # sees all that there is
             if segments_BT is None and bias is None and not window and (newest or not first):
-                return View(Visibility(self.causal and not newest), rotation, shared=shared)
+                return AttentionContext(Visibility(self.causal and not newest), rotation, shared=shared)
             known_BT = _one_document(x_BTD, last) if segments_BT is None else segments_BT
-            return View(
+            return AttentionContext(
                 Visibility(self.causal, known_BT[:, first:], known_BT, window, first, bias),
                 rotation,
                 shared=shared,
@@ -206,15 +206,17 @@ class Stack(nn.Module):
         if memory_BSD is not None:  # each document reads its own source; positions play no part
             assert (segments_BT is None) == (memory_segments_BS is None)
             queries = None if segments_BT is None else segments_BT[:, first:]
-            cross = View(Visibility(False, queries, memory_segments_BS), memory_BSD=memory_BSD, shared=shared)
-        return Views(whole, view(self.window) if self.window else whole, cross)
+            cross = AttentionContext(
+                Visibility(False, queries, memory_segments_BS), memory_BSD=memory_BSD, shared=shared
+            )
+        return AttentionContexts(whole, view(self.window) if self.window else whole, cross)
 
 
 def _one_document(x_BTD: Tensor, length: int) -> Tensor:
     return torch.ones(len(x_BTD), length, dtype=torch.int64, device=x_BTD.device)
 
 
-_LOOKS = re.compile(r"\w+\.blocks\.(\d+)\.attn\.f\.[qk]\.weight")
+_QK_WEIGHT = re.compile(r"\w+\.blocks\.(\d+)\.attn\.f\.[qk]\.weight")
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:
@@ -251,11 +253,11 @@ def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
             parameter.chunk(4)[1].fill_(1)  # input, forget, cell, output
     elif parameter.ndim == 1:
         parameter.fill_(1)
-    elif config.mimetic and (match := _LOOKS.fullmatch(name)) and not is_local(config, int(match[1])):
+    elif config.mimetic and (match := _QK_WEIGHT.fullmatch(name)) and not is_local(config, int(match[1])):
         # W_q^T W_k is then close to the identity (Trockman and Kolter 2023): a token looks at tokens equal to
         # it
         keys = parameter.new_empty(config.num_kv_heads * config.head_dim, config.dim)
-        keys.normal_(0, config.dim**-0.5, generator=generator(seed, name.replace(".q.", ".k.")))
+        keys.normal_(0, config.dim**-0.5, generator=seeded_generator(seed, name.replace(".q.", ".k.")))
         heads = keys.unflatten(0, (config.num_kv_heads, -1))
         parameter.copy_(heads.repeat_interleave(len(parameter) // len(keys), dim=0).flatten(0, 1))
     else:
@@ -266,10 +268,10 @@ def reset(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
             std = 1 / config.embed_scale
         elif config.cell != "attention" and not name.startswith(("embed.", "head.")):
             std = parameter.shape[1] ** -0.5
-        parameter.normal_(0, std, generator=generator(seed, name))
+        parameter.normal_(0, std, generator=seeded_generator(seed, name))
 
 
-def generator(seed: int, name: str) -> torch.Generator:
+def seeded_generator(seed: int, name: str) -> torch.Generator:
     """The random numbers of one parameter."""
     key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))

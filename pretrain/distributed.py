@@ -5,7 +5,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among the ranks."""
 
     rank: int

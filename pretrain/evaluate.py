@@ -16,10 +16,10 @@ from torch import Tensor
 
 from trifold.modeling.batch import Batch
 from trifold.pretrain.data.collate import stack
-from trifold.pretrain.data.rows import Numbered, Rows
+from trifold.pretrain.data.rows import Rows, RowSource
 
 
-class Scoring(Protocol):
+class EvaluationEngine(Protocol):
     """What scores rows: the engine in the middle of training, or a model by itself. `counts`: whether no rank
     before has the same rows.
     """
@@ -34,13 +34,13 @@ class Scoring(Protocol):
     def sum_over_ranks(self, values: Tensor) -> Tensor: ...
 
 
-def evaluate(engine: Scoring, rows: Numbered, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
+def evaluate(engine: EvaluationEngine, rows: RowSource, *, num_rows: int, micro_rows: int) -> dict[str, Any]:
     """Score the first `num_rows` held-out rows. Bits per byte are exact when those are all of them, else an
     estimate from them.
     """
     num_rows = min(num_rows, rows.num_rows)
     totals = torch.zeros(
-        3 + 2 * len(rows.parts), dtype=torch.float64
+        3 + 2 * len(rows.member_names), dtype=torch.float64
     )  # sum of losses, targets, correct ones; losses, targets by part
     for first in range(0, num_rows, micro_rows * engine.world):
         mine = range(first + engine.rank * micro_rows, first + (engine.rank + 1) * micro_rows)
@@ -50,8 +50,8 @@ def evaluate(engine: Scoring, rows: Numbered, *, num_rows: int, micro_rows: int)
         totals[:3] += torch.stack(
             [nll_BT.double().sum(), (batch.targets >= 0).sum().double(), correct_BT.double().sum()]
         )
-        if rows.parts:
-            totals[3:] += batch.by_part(nll_BT, len(rows.parts)).flatten()
+        if rows.member_names:
+            totals[3:] += batch.by_part(nll_BT, len(rows.member_names)).flatten()
     if engine.world > 1:
         totals = engine.sum_over_ranks(totals if engine.counts else torch.zeros_like(totals))
     loss_sum, count, correct = totals[:3].tolist()
@@ -64,8 +64,8 @@ def evaluate(engine: Scoring, rows: Numbered, *, num_rows: int, micro_rows: int)
     }
     if rows.targets_per_byte is not None:
         scores["bits_per_byte"] = loss / math.log(2) * rows.targets_per_byte
-    sums, counts = totals[3:].view(2, len(rows.parts)).tolist()
-    return scores | part_losses("heldout_", rows.parts, sums, counts)
+    sums, counts = totals[3:].view(2, len(rows.member_names)).tolist()
+    return scores | part_losses("heldout_", rows.member_names, sums, counts)
 
 
 def part_losses(
@@ -81,7 +81,7 @@ def part_losses(
     return found
 
 
-def unigram_loss(rows: Rows, heldout: Numbered, vocab_size: int, *, sample: int = 2000) -> float:
+def unigram_loss(rows: Rows, heldout: RowSource, vocab_size: int, *, sample: int = 2000) -> float:
     """Nats per target of the simplest model there is: each token's share (add one) among the targets of the
     first `sample` training rows.
 
@@ -92,7 +92,7 @@ def unigram_loss(rows: Rows, heldout: Numbered, vocab_size: int, *, sample: int 
     return float(-(found * np.log(counts / counts.sum())).sum() / found.sum())
 
 
-def _target_counts(rows: Numbered, numbers: range, vocab_size: int) -> np.ndarray:
+def _target_counts(rows: RowSource, numbers: range, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size)
     for number in numbers:
         targets = rows.row(number).targets

@@ -16,22 +16,24 @@ from typing import Any
 from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer, build
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint
-from trifold.pretrain.checkpoint.lease import committed
-from trifold.pretrain.config.pretraining import Start
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.checkpoint.lease import valid_folders
+from trifold.pretrain.config.pretraining import InitialModelConfig
+from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.storage import storage
 
 
-def begin(model: ModelConfig | Start, run: Path) -> tuple[ModelConfig, dict[str, Tensor] | None]:
+def load_initial_model(
+    model: ModelConfig | InitialModelConfig, run: Path
+) -> tuple[ModelConfig, dict[str, Tensor] | None]:
     """The model that a run starts from, with the head that it has, and its weights (fp32, by name); None for
     new ones.
 
-    Raises Refused for a folder that is not whole, and one whose tokenizer is not the one it was trained with,
+    Raises UserError for a folder that is not whole, and one whose tokenizer is not the one it was trained with,
     or not the run's.
     """
     if isinstance(model, ModelConfig):
@@ -41,18 +43,18 @@ def begin(model: ModelConfig | Start, run: Path) -> tuple[ModelConfig, dict[str,
         assert model.config is not None
         return model.config.model_copy(update=dropout), None
     folder = Path(model.folder)
-    shape, state = published_folder.load(folder)
-    found = published_folder.tokenizer(folder).fingerprint
+    shape, state = published_folder.load_model(folder)
+    found = published_folder.open_tokenizer(folder).fingerprint
     own = run / "tokenizer"
     if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
-        raise Refused(
+        raise UserError(
             f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder."
         )
     return shape.model_copy(update=dropout), None if model.random else state
 
 
-def own_tokenizer(
-    config: Training,
+def ensure_tokenizer(
+    config: TrainingConfig,
     origin: Callable[[], Any],
     make: Callable[[Path], Any],
     progress: Callable[[str, int], None],
@@ -66,7 +68,7 @@ def own_tokenizer(
     run.mkdir(parents=True, exist_ok=True)
     with (run / "tokenizer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
-        if not folder.exists() or not committed(storage.home(run, config.checkpoints.storage)):
+        if not folder.exists() or not valid_folders(storage.checkpoint_root(run, config.checkpoints.storage)):
             made_of = sha256(json.dumps(origin()).encode()).hexdigest()
             if not (folder / "made-of").exists() or (folder / "made-of").read_text() != made_of:
                 progress(
@@ -80,7 +82,7 @@ def own_tokenizer(
     return Tokenizer.open(folder)
 
 
-def initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> Transformer:
+def build_initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> Transformer:
     """New weights, keyed by (seed, name), and over them all that `state` has for this model: another head is
     new.
     """
@@ -99,7 +101,7 @@ def initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int)
     return made
 
 
-def fingerprint(model: ModelConfig | Start) -> str | None:
+def fingerprint(model: ModelConfig | InitialModelConfig) -> str | None:
     """Of the config and the weights of the folder that a run starts from; None where it starts from no
     folder. Costs a read of them.
     """
@@ -114,14 +116,16 @@ def fingerprint(model: ModelConfig | Start) -> str | None:
     return sha256(repr(sorted(weights.items())).encode()).hexdigest()[:32]
 
 
-def check(checkpoint: Checkpoint, model: ModelConfig | Start, found: str | None) -> None:
-    """Raises Refused where a run that is to be continued started from another folder than `found` is the
+def check_same_start(
+    checkpoint: Checkpoint, model: ModelConfig | InitialModelConfig, found: str | None
+) -> None:
+    """Raises UserError where a run that is to be continued started from another folder than `found` is the
     fingerprint of.
     """
     began = checkpoint.state.extra.get("start", found)  # runs of before it was written down go on
     if began != found:
         folder = None if isinstance(model, ModelConfig) else model.folder
-        raise Refused(
+        raise UserError(
             f"{checkpoint.folder} comes from a run that started from weights of fingerprint {began}, and"
             f" {folder} has {found}: restore that"
             " folder, or give another `run` folder."

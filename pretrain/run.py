@@ -11,34 +11,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
-from trifold.pretrain.checkpoint.checkpoint import Checkpoint, State, open_checkpoint
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CheckpointState, open_checkpoint
 from trifold.pretrain.checkpoint.saving import Checkpointer
-from trifold.pretrain.config.pretraining import Pretrain, Source, Start
+from trifold.pretrain.config.pretraining import InitialModelConfig, PretrainConfig, SourceConfig
 from trifold.pretrain.data import prepare as preparation
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.corpus import corpus_fingerprint, documents, is_heldout
 from trifold.pretrain.data.loader import Loader
 from trifold.pretrain.data.rows import Rows
 from trifold.pretrain.data.shards import Shards
-from trifold.pretrain.data.stages import parts, where
+from trifold.pretrain.data.stages import locate_step, resolve_stages
 from trifold.pretrain.data.tokenizer import tokenizer
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.evaluate import evaluate, unigram_loss
-from trifold.pretrain.initial_model import begin, check, fingerprint, initialised, own_tokenizer
+from trifold.pretrain.initial_model import (
+    build_initialised,
+    check_same_start,
+    ensure_tokenizer,
+    fingerprint,
+    load_initial_model,
+)
 from trifold.pretrain.monitor.metrics import Recorder
-from trifold.pretrain.session import from_first_rank, newest, peak, take_turn
+from trifold.pretrain.session import (
+    broadcast_from_rank0,
+    newest_checkpoint_name,
+    peak_flops_all_ranks,
+    start_attempt,
+)
 from trifold.pretrain.storage import storage
-from trifold.pretrain.train import Progress, Work
+from trifold.pretrain.train import Progress, RunHooks
 from trifold.pretrain.train import train as train_loop
 
 
 def prepare(
-    config: Pretrain,
+    config: PretrainConfig,
     workers: int,
     progress: Callable[[str, int], None],
     spread: preparation.Spread | None = None,
@@ -47,7 +58,7 @@ def prepare(
     rows.
 
     `workers` processes of this machine tokenize and pack, unless `spread` tokenizes elsewhere.
-    `progress(what, done)` hears how far it is. Raises Refused for a corpus or a tokenizer that cannot be
+    `progress(what, done)` hears how far it is. Raises UserError for a corpus or a tokenizer that cannot be
     used.
     """
     vocabulary = make_tokenizer(config, progress)
@@ -64,14 +75,14 @@ def prepare(
     open_rows(config, processes=workers)
 
 
-def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> Tokenizer:
+def make_tokenizer(config: PretrainConfig, progress: Callable[[str, int], None]) -> Tokenizer:
     """The run's tokenizer: a copy of the start's or the recipe's, else one trained on all sources.
 
-    Raises Refused for a start that cannot be used, and a tokenizer with more pieces than the model has.
+    Raises UserError for a start that cannot be used, and a tokenizer with more pieces than the model has.
     """
-    shape, _ = begin(config.model, Path(config.run))
+    shape, _ = load_initial_model(config.model, Path(config.run))
     config.fits(shape)
-    path = config.model.folder if isinstance(config.model, Start) else config.tokenizer.path
+    path = config.model.folder if isinstance(config.model, InitialModelConfig) else config.tokenizer.path
     sources, fraction = config.data.sources, config.data.heldout_fraction
 
     def origin() -> list[Any]:
@@ -91,83 +102,88 @@ def make_tokenizer(config: Pretrain, progress: Callable[[str, int], None]) -> To
         texts = (text for source in sources for text in documents(source) if not is_heldout(text, fraction))
         tokenizer.train(texts, config.tokenizer, shape.vocab_size, folder)
 
-    found = own_tokenizer(config, origin, make, progress)
+    found = ensure_tokenizer(config, origin, make, progress)
     if found.vocab_size > shape.vocab_size:
-        raise Refused(
+        raise UserError(
             f"the tokenizer in {config.run} has {found.vocab_size} pieces, model.vocab_size is"
             f" {shape.vocab_size}: raise it"
         )
     return found
 
 
-def train(config: Pretrain, place: Place) -> None:
+def train(config: PretrainConfig, place: RankInfo) -> None:
     """One rank of a run, from wherever the run stands to its last step. Every rank calls it with the same
     recipe.
     """
     run = Path(config.run)
     rows, heldout = open_rows(config)
-    model, weights = begin(config.model, run)
-    plan = parts(config)
+    model, weights = load_initial_model(config.model, run)
+    plan = resolve_stages(config)
     micros = (stack([r.empty_row()] * part.micro_rows) for part, r in zip(plan, rows, strict=True))
-    answers = memory_estimate.answered(config, model, micros, place)
-    engine = Engine(initialised(model, weights, config.seed), answers, place, len(heldout.parts))
-    lease, recorder = take_turn(config, engine)
-    start = from_first_rank(engine, lambda: fingerprint(config.model))
+    answers = memory_estimate.resolve_auto(config, model, micros, place)
+    engine = Engine(build_initialised(model, weights, config.seed), answers, place, len(heldout.member_names))
+    lease, recorder = start_attempt(config, engine)
+    start = broadcast_from_rank0(engine, lambda: fingerprint(config.model))
     facts = [
-        {**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.waste}
+        {**part._asdict(), "rows_per_epoch": r.num_rows, "waste": r.padding_fraction}
         for part, r in zip(plan, rows, strict=True)
     ]
     prints = {"fingerprint": rows[-1].fingerprint, "heldout_fingerprint": heldout.fingerprint}
     recorder.event("data", **facts[-1], **prints, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
-        folder = from_first_rank(engine, lambda: newest(lease.run, recorder))
+        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint_name(lease.run, recorder))
         return (
             _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder)
             if folder
             else None
         )
 
-    def describe(progress: Progress, scores: dict[str, Any]) -> State:
-        return State(
+    def describe(progress: Progress, scores: dict[str, Any]) -> CheckpointState:
+        return CheckpointState(
             step=progress.step,
-            cursor=where(plan, progress.step).row,
+            cursor=locate_step(plan, progress.step).row,
             optimizer_step=engine.optimizer_step,
             skips=progress.skips,
-            fingerprint=_read_so_far(config, rows, progress.step).fingerprint,
+            fingerprint=_rows_at(config, rows, progress.step).fingerprint,
             config=config.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
             extra={**progress.kept, "scores": scores, "model": model.model_dump(mode="json"), "start": start},
         )
 
-    full = peak(engine)
+    full = peak_flops_all_ranks(engine)
 
     def mfu(step: int, seconds: float) -> float:
-        part, room = where(plan, step).part, rows[where(plan, step).part.stage].room
+        part, room = locate_step(plan, step).part, rows[locate_step(plan, step).part.stage].capacity
         return part.step_rows * train_flops_per_row(model, room.tokens, room.source) / seconds / full
 
-    score = partial(_scored, config, engine, rows[-1], heldout, model.vocab_size)
+    score = partial(_evaluate_heldout, config, engine, rows[-1], heldout, model.vocab_size)
     with closing(recorder):
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **score(False))
         saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
-        work = Work(
-            partial(_loader, config, rows, engine), score, describe, restore, mfu, parts=heldout.parts
+        work = RunHooks(
+            partial(_loader, config, rows, engine),
+            score,
+            describe,
+            restore,
+            mfu,
+            parts=heldout.member_names,
         )
         train_loop(config, engine, saves, recorder, progress, work)
 
 
-def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
+def open_rows(config: PretrainConfig, processes: int = 1) -> tuple[list[Rows], Rows]:
     """The rows of a prepared run: to train on, for each of its parts (stages.py), and held out."""
-    vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), shards_of(config)
+    vocabulary, cache = Tokenizer.open(Path(config.run) / "tokenizer"), shards_folder(config)
     made = [(Shards(folder / "train"), Shards(folder / "heldout")) for _, folder, _ in _sources(config)]
     training = [shards for shards, _ in made[: len(config.data.sources)]]
     heldout = [shards for _, shards in made if shards.num_documents] or [made[0][1]]
     if config.data.heldout:  # corpora of their own: all of their documents
         heldout = [shards for shards, _ in made[len(config.data.sources) :]]
     rows: list[Rows] = []
-    for part in parts(config):
+    for part in resolve_stages(config):
         after = (rows[-1], part.first_row) if rows else None
         same = bool(rows) and rows[-1].row_length == part.row_length  # the same rows in other steps
         rows.append(
@@ -178,21 +194,21 @@ def open_rows(config: Pretrain, processes: int = 1) -> tuple[list[Rows], Rows]:
     return rows, Rows(config, vocabulary, heldout, "heldout", cache, processes)
 
 
-def shards_of(config: Pretrain) -> Path:
+def shards_folder(config: PretrainConfig) -> Path:
     """Where a run's token shards and tables of rows are."""
     return Path(config.data.cache or Path(config.run) / "shards")
 
 
-def _sources(config: Pretrain) -> Iterator[tuple[Source, Path, float]]:
+def _sources(config: PretrainConfig) -> Iterator[tuple[SourceConfig, Path, float]]:
     """Every corpus, the folder of its shards, and the share of its documents that is held out."""
     for number, source in enumerate(config.data.sources):
-        yield source, shards_of(config) / f"source-{number}", config.data.heldout_fraction
+        yield source, shards_folder(config) / f"source-{number}", config.data.heldout_fraction
     for number, source in enumerate(config.data.heldout):
-        yield source, shards_of(config) / f"heldout-{number}", 0.0
+        yield source, shards_folder(config) / f"heldout-{number}", 0.0
 
 
-def _scored(
-    config: Pretrain, engine: Engine, rows: Rows, heldout: Rows, vocab_size: int, complete: bool
+def _evaluate_heldout(
+    config: PretrainConfig, engine: Engine, rows: Rows, heldout: Rows, vocab_size: int, complete: bool
 ) -> dict[str, Any]:
     """Held-out losses, by the averaged weights too where there are any; `complete`: of all rows, beside the
     simplest model's.
@@ -202,23 +218,23 @@ def _scored(
     if complete and engine.place.rank == 0:
         scores["unigram_loss"] = unigram_loss(rows, heldout, vocab_size)
     if config.ema:
-        with engine.averaged():
+        with engine.use_ema_weights():
             averaged = evaluate(engine, heldout, num_rows=num_rows, micro_rows=config.micro_rows)
         scores |= {f"{name}_ema": averaged[name] for name in averaged if name != "heldout_targets"}
     return scores
 
 
-def _read_so_far(config: Pretrain, rows: list[Rows], step: int) -> Rows:
+def _rows_at(config: PretrainConfig, rows: list[Rows], step: int) -> Rows:
     """Those that the last of `step` finished steps read. A stage that is yet to come is no part of their
     fingerprint.
     """
-    return rows[where(parts(config), max(step - 1, 0)).part.stage]
+    return rows[locate_step(resolve_stages(config), max(step - 1, 0)).part.stage]
 
 
 def _resume(
     checkpoint: Checkpoint,
     engine: Engine,
-    config: Pretrain,
+    config: PretrainConfig,
     rows: list[Rows],
     start: str | None,
     recorder: Recorder,
@@ -226,18 +242,18 @@ def _resume(
     """Put a checkpoint's weights and moments into the engine; where it stood. `start`: the fingerprint of
     where the run started from.
     """
-    check(checkpoint, config.model, start)
-    state, fingerprint = checkpoint.state, _read_so_far(config, rows, checkpoint.state.step).fingerprint
+    check_same_start(checkpoint, config.model, start)
+    state, fingerprint = checkpoint.state, _rows_at(config, rows, checkpoint.state.step).fingerprint
     if state.fingerprint != fingerprint:
-        raise Refused(
+        raise UserError(
             f"{checkpoint.folder} was trained on rows of fingerprint {state.fingerprint}, and this recipe"
             " and its text make rows of"
             f" {fingerprint}: corpus, tokenizer, row length, stages, objective, weights or (in another"
             " version of Trifold) the way rows are"
             " made have changed. Give another `run` folder."
         )
-    if state.cursor != (cursor := where(parts(config), state.step).row):
-        raise Refused(
+    if state.cursor != (cursor := locate_step(resolve_stages(config), state.step).row):
+        raise UserError(
             f"{checkpoint.folder} had read {state.cursor} rows in its {state.step} steps, and this recipe"
             f" reads {cursor} in as many:"
             " step_rows or stages have changed. Give another `run` folder."
@@ -247,10 +263,10 @@ def _resume(
     return Progress.of(state)
 
 
-def _loader(config: Pretrain, rows: list[Rows], engine: Engine, progress: Progress) -> Loader:
+def _loader(config: PretrainConfig, rows: list[Rows], engine: Engine, progress: Progress) -> Loader:
     return Loader(
         rows,
-        parts(config),
+        resolve_stages(config),
         start=progress.step,
         stop=config.steps,
         rank=engine.rank,

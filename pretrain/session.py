@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.metrics import Recorder, peak_flops
@@ -20,37 +20,37 @@ from trifold.pretrain.storage import storage
 T = TypeVar("T")
 
 
-def take_turn(config: Training, engine: Engine) -> tuple[Lease, Recorder]:
+def start_attempt(config: TrainingConfig, engine: Engine) -> tuple[Lease, Recorder]:
     """All ranks of an attempt begin: they take the run's next generation, and say that they have started."""
-    home = storage.home(Path(config.run), config.checkpoints.storage)
-    lease = Lease(home, from_first_rank(engine, lambda: take_generation(home).generation))
-    heartbeat.end_when_superseded(lease)
+    home = storage.checkpoint_root(Path(config.run), config.checkpoints.storage)
+    lease = Lease(home, broadcast_from_rank0(engine, lambda: take_generation(home).generation))
+    heartbeat.exit_when_superseded(lease)
     recorder = Recorder(Path(config.run), engine.place, lease.generation)
-    storage.told = recorder.event
+    storage.on_retry = recorder.event
     chosen = {"zero_stage": engine.stage, "precision": engine.precision, "recompute": engine.recompute}
     recorder.event("started", world=engine.place.world, **chosen, pid=os.getpid())
     return lease, recorder
 
 
-def newest(home: storage.Location, recorder: Recorder) -> str | None:
+def newest_checkpoint_name(home: storage.Location, recorder: Recorder) -> str | None:
     """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
     checkpoint = newest_verified(home, recorder.event)
     return None if checkpoint is None else str(checkpoint.folder)
 
 
-def peak(engine: Engine) -> float:
+def peak_flops_all_ranks(engine: Engine) -> float:
     """FLOP/s of all ranks' devices together, in the precision in use."""
     dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
     return float(engine.sum_over_ranks(torch.tensor([peak_flops(engine.place, dtype)], dtype=torch.float64)))
 
 
-def from_first_rank(engine: Engine, ask: Callable[[], T]) -> T:
+def broadcast_from_rank0(engine: Engine, ask: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank; what it refuses, every rank refuses."""
     found: list[Any] = [None, None]
     if engine.place.rank == 0:
         try:
             found[0] = ask()
-        except Refused as refusal:
+        except UserError as refusal:
             found[1] = refusal
     dist.broadcast_object_list(found, src=0, device=engine.device)
     if found[1] is not None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.checkpoint import State
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState
 from trifold.pretrain.checkpoint.saving import Checkpointer
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.data.loader import StepRows
-from trifold.pretrain.engine.engine import Engine, Step
+from trifold.pretrain.engine.engine import Engine, StepResult
 from trifold.pretrain.engine.optimizer import lr_factor
-from trifold.pretrain.engine.spikes import give_up, limits, named_before, reason
+from trifold.pretrain.engine.spikes import consecutive_skips, limit_exceeded, raise_if_stopping, step_limits
 from trifold.pretrain.evaluate import part_losses
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.metrics import Recorder
@@ -34,7 +34,7 @@ class Progress:
 
     step: int = 0  # finished optimizer steps, skipped ones included
     tokens: int = 0  # read so far, padding left out
-    bad: int = 0  # steps in a row that were skipped
+    skipped_in_a_row: int = 0  # steps in a row that were skipped
     skips: list[tuple[int, int]] = field(
         default_factory=list
     )  # rows from first to last, both included, that are never read
@@ -43,7 +43,7 @@ class Progress:
     )  # loss and gradient norm of the last steps that were applied
 
     @classmethod
-    def of(cls, state: State) -> "Progress":
+    def of(cls, state: CheckpointState) -> "Progress":
         """Where a checkpoint's run stood; of before there was a rule for spikes, with nothing to judge by
         yet.
         """
@@ -59,68 +59,68 @@ class Progress:
     @property
     def kept(self) -> dict[str, Any]:
         """What goes to a checkpoint's `extra`."""
-        return {"tokens": self.tokens, "bad": self.bad, "recent": self.recent}
+        return {"tokens": self.tokens, "bad": self.skipped_in_a_row, "recent": self.recent}
 
-    def took(self, step: Step, tokens: int, window: int) -> None:
+    def advance(self, step: StepResult, tokens: int, window: int) -> None:
         """A step is done, applied or skipped."""
-        self.step, self.tokens, self.bad = (
+        self.step, self.tokens, self.skipped_in_a_row = (
             self.step + 1,
             self.tokens + tokens,
-            0 if step.applied else self.bad + 1,
+            0 if step.applied else self.skipped_in_a_row + 1,
         )
         if step.applied:
             self.recent = [*self.recent, (step.loss, step.grad_norm)][-window:]
 
-    def go_back(self, earlier: "Progress", skipped: tuple[int, int]) -> None:
+    def rewind(self, earlier: "Progress", skipped: tuple[int, int]) -> None:
         """To where a checkpoint stood, with all rows left out that were named since, and these."""
         vars(self).update(vars(replace(earlier, skips=[*self.skips, skipped])))
 
 
 @dataclass(frozen=True)
-class Work:
+class RunHooks:
     """What a kind of run brings to the loop. Every rank calls each of these equally often."""
 
     load: Callable[[Progress], Iterable[StepRows]]  # the rows of each step from where the run stands
     score: Callable[[bool], dict[str, Any]]  # evaluates; True: completely
     describe: Callable[
-        [Progress, dict[str, Any]], State
+        [Progress, dict[str, Any]], CheckpointState
     ]  # progress and scores as the state that a checkpoint records
     restore: Callable[
         [], Progress | None
     ]  # the last verified checkpoint into the engine, and where it stood; None: there is none
     mfu: Callable[[int, float], float]  # of a step that took so many seconds
-    enough: Callable[[], bool] = lambda: False  # ends training before its last step
+    should_stop_early: Callable[[], bool] = lambda: False  # ends training before its last step
     parts: Sequence[str] = ()  # of a mixture of objectives
 
 
 def train(
-    config: Training,
+    config: TrainingConfig,
     engine: Engine,
     checkpointer: Checkpointer,
     recorder: Recorder,
     progress: Progress,
-    work: Work,
+    work: RunHooks,
 ) -> None:
     """Train from `progress.step` to `config.steps`, or until a stop is asked for (see StopRequest).
 
-    Raises Refused where `config.spikes` says so, and once a save finds its storage full or refusing.
+    Raises UserError where `config.spikes` says so, and once a save finds its storage full or refusing.
     """
     stop = StopRequest(Path(config.run))
     scores: dict[str, Any] = {}
     began = saved = progress.step
-    for rows in _following(work.load, progress):
+    for rows in _iterate_steps(work.load, progress):
         start, start_cpu = time.perf_counter(), time.process_time()
-        heartbeat.at("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
-        if checkpointer.lasting:
-            _saved(checkpointer, progress)
-        count, tokens, rows_hash, stopping = _agree(engine, rows, stop.asked())
-        if stopping or work.enough():
+        heartbeat.set_phase("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
+        if checkpointer.permanent_failure:
+            _wait_for_save(checkpointer, progress)
+        count, tokens, rows_hash, stopping = _all_reduce_step_counts(engine, rows, stop.asked())
+        if stopping or work.should_stop_early():
             break
         factor = lr_factor(config.schedule, rows.step, config.steps)
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
-        most = limits(config.spikes, progress.recent)
+        most = step_limits(config.spikes, progress.recent)
         step = engine.train_step(rows.micros, seeds, count, factor, most)
-        heartbeat.at("recording")
+        heartbeat.set_phase("recording")
         seconds = time.perf_counter() - start
         recorder.metrics(
             rows.step + 1,
@@ -132,23 +132,23 @@ def train(
             cpu_seconds=time.process_time() - start_cpu,
             peak_bytes=engine.meter.peak(),
             rows_hash=f"{rows_hash:012x}",
-            **_told(rows, step, work.parts),
+            **_step_metrics(rows, step, work.parts),
         )
-        recorder.join_scores()
+        recorder.take_queued_scores()
         if rows.step == began:
             recorder.event("stepping", step=rows.step + 1)
-        if not step.applied and _went_back(
+        if not step.applied and _handle_bad_step(
             config,
             recorder,
             checkpointer,
             progress,
             rows,
-            reason(step.loss, step.grad_norm, most),
+            limit_exceeded(step.loss, step.grad_norm, most),
             work.restore,
         ):
             scores = scores if progress.step == rows.step else {}
             continue
-        progress.took(step, tokens, config.spikes.window)
+        progress.advance(step, tokens, config.spikes.window)
 
         finished = progress.step == config.steps
         if finished or progress.step % config.evaluate_every == 0:
@@ -157,14 +157,15 @@ def train(
         if finished or progress.step % config.checkpoints.every == 0:
             _save(checkpointer, engine, work.describe(progress, scores))
             scores, saved = {}, progress.step
-        heartbeat.at("reading rows")
+        heartbeat.set_phase("reading rows")
     if stop.terminated:
         recorder.event("terminated", rank=engine.place.rank, step=progress.step)
     if saved != progress.step:  # lower after a rollback
         _save(checkpointer, engine, work.describe(progress, scores))
-    _saved(checkpointer, progress)
+    _wait_for_save(checkpointer, progress)
     recorder.event(
-        "finished" if progress.step == config.steps or work.enough() else "stopped", step=progress.step
+        "finished" if progress.step == config.steps or work.should_stop_early() else "stopped",
+        step=progress.step,
     )
 
 
@@ -175,7 +176,7 @@ def micro_seed(seed: int, micro: int) -> int:
     return int(np.random.SeedSequence([seed, micro]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _following(load: Callable[[Progress], Iterable[StepRows]], progress: Progress) -> Iterator[StepRows]:
+def _iterate_steps(load: Callable[[Progress], Iterable[StepRows]], progress: Progress) -> Iterator[StepRows]:
     """The rows of each step from where the run stands, also when it went back since the last one."""
     went_back = True
     while went_back:
@@ -186,23 +187,23 @@ def _following(load: Callable[[Progress], Iterable[StepRows]], progress: Progres
                 break
 
 
-def _save(checkpointer: Checkpointer, engine: Engine, state: State) -> None:
-    heartbeat.at("saving")
+def _save(checkpointer: Checkpointer, engine: Engine, state: CheckpointState) -> None:
+    heartbeat.set_phase("saving")
     checkpointer.wait()  # before the copy is made, so that memory never holds two
     checkpointer.save(state, engine.slices())
 
 
-def _saved(checkpointer: Checkpointer, progress: Progress) -> None:
-    """Wait for the last save. Raises Refused where it failed."""
+def _wait_for_save(checkpointer: Checkpointer, progress: Progress) -> None:
+    """Wait for the last save. Raises UserError where it failed."""
     checkpointer.wait()
     if checkpointer.failed is not None:
-        raise Refused(
+        raise UserError(
             f"step {progress.step} was trained but not saved: {checkpointer.failed}. Mend that and run the"
             " same command again."
         )
 
 
-def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, bool]:
+def _all_reduce_step_counts(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, bool]:
     """What all ranks must know before the first backward: valid targets, tokens and row hash of the whole
     step, and whether to stop.
     """
@@ -211,7 +212,7 @@ def _agree(engine: Engine, rows: StepRows, stop: bool) -> tuple[int, int, int, b
     return count, tokens, rows_hash % 2**48, stopping > 0
 
 
-def _told(rows: StepRows, step: Step, parts: Sequence[str]) -> dict[str, Any]:
+def _step_metrics(rows: StepRows, step: StepResult, parts: Sequence[str]) -> dict[str, Any]:
     """What a step's line says of its rows and its arithmetic."""
     return {
         "loss": step.loss,
@@ -223,8 +224,8 @@ def _told(rows: StepRows, step: Step, parts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _went_back(
-    config: Training,
+def _handle_bad_step(
+    config: TrainingConfig,
     recorder: Recorder,
     checkpointer: Checkpointer,
     progress: Progress,
@@ -240,7 +241,9 @@ def _went_back(
     """
     checkpointer.wait()  # a save in flight holds good steps, whether the run goes back to it or ends here
     rolls_back = config.spikes.policy == "rollback"
-    in_a_row = 1 + (named_before(progress.skips, rows.first) if rolls_back else progress.bad)
+    in_a_row = 1 + (
+        consecutive_skips(progress.skips, rows.first) if rolls_back else progress.skipped_in_a_row
+    )
     facts = {
         "rows": [rows.first, rows.last],
         "reason": why,
@@ -248,7 +251,7 @@ def _went_back(
         "in_a_row": in_a_row,
     }
     recorder.event("bad_step", step=rows.step + 1, **facts)
-    give_up(config, rows.step + 1, rows.first, rows.last, why, in_a_row)
+    raise_if_stopping(config, rows.step + 1, rows.first, rows.last, why, in_a_row)
     if rolls_back:
-        progress.go_back(restore() or progress, (rows.first, rows.last))
+        progress.rewind(restore() or progress, (rows.first, rows.last))
     return rolls_back

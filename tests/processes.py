@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 
 
 def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
@@ -27,7 +27,7 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout:
         pipes, children = [], []
         for rank in range(world):
             receive, send = context.Pipe(duplex=False)
-            place = Place(rank, world, rank, "cpu", f"file://{Path(folder) / 'meet'}", threads=1)
+            place = RankInfo(rank, world, rank, "cpu", f"file://{Path(folder) / 'meet'}", threads=1)
             child = context.Process(
                 target=_child, args=(send, function, place, pickle.dumps(args)), daemon=True
             )
@@ -43,7 +43,7 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout:
                 child.join()
 
 
-def _child(send: Connection, function: Callable[..., Any], place: Place, args: bytes) -> None:
+def _child(send: Connection, function: Callable[..., Any], place: RankInfo, args: bytes) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         answer = pickle.dumps((True, function(place, *pickle.loads(args))))

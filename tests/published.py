@@ -12,7 +12,7 @@ from torch import Tensor
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")

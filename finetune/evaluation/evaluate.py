@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trifold.finetune.tasks.scores import intervals
+from trifold.finetune.tasks.scores import bootstrap_intervals
 from trifold.finetune.tasks.task import Task
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import Generation
@@ -22,14 +22,14 @@ from trifold.modeling.transformer import Transformer
 from trifold.pretrain.publish import published_folder
 
 
-class Opened:
-    """A published folder, answering alone on the CPU. Raises Refused where it is not whole."""
+class LoadedModel:
+    """A published folder, answering alone on the CPU. Raises UserError where it is not whole."""
 
     rank, world = 0, 1
 
     def __init__(self, folder: Path) -> None:
-        self.config, state = published_folder.load(folder)
-        self.tokenizer = published_folder.tokenizer(folder)
+        self.config, state = published_folder.load_model(folder)
+        self.tokenizer = published_folder.open_tokenizer(folder)
         self.task: dict[str, Any] = (
             published_folder.read_record(folder).get("task") or {}
         )  # its kind, and the prompt it was taught with
@@ -49,23 +49,23 @@ class Opened:
         return [mine]
 
 
-def some(examples: Sequence[Any], number: int) -> list[Any]:
+def evenly_spaced(examples: Sequence[Any], number: int) -> list[Any]:
     """`number` of the examples, evenly spread; the same ones each time."""
     return [examples[i] for i in np.linspace(0, len(examples) - 1, min(number, len(examples))).astype(int)]
 
 
-def scored(task: Task, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, float]:
+def score_predictions(task: Task, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, float]:
     return task.scores(task.statistics(predictions, examples).sum(axis=0))
 
 
 def report(task: Task, predictions: Sequence[Any]) -> dict[str, Any]:
     """Scores of predictions for all of `dev`, with intervals, beside the trivial system's."""
     statistics = task.statistics(predictions, task.dev)
-    name, guesses = task.trivial()
+    name, guesses = task.baseline()
     return {
         "examples": len(task.dev),
         "scores": task.scores(statistics.sum(axis=0)),
-        "intervals": intervals(statistics, task.scores),
+        "intervals": bootstrap_intervals(statistics, task.scores),
         "signatures": task.signatures(),
-        "trivial": {"system": name, "scores": scored(task, guesses, task.dev)},
+        "trivial": {"system": name, "scores": score_predictions(task, guesses, task.dev)},
     }

@@ -12,44 +12,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trifold.finetune.config import Finetune
-from trifold.finetune.evaluation.evaluate import report, scored, some
-from trifold.finetune.rows import Rows
+from trifold.finetune.config import FinetuneConfig
+from trifold.finetune.evaluation.evaluate import evenly_spaced, report, score_predictions
+from trifold.finetune.rows import TaskRows
 from trifold.finetune.tasks.task import Task
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import open_checkpoint, read_marker, verify
-from trifold.pretrain.checkpoint.lease import committed
+from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.evaluate import evaluate
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.publish import published_folder
-from trifold.pretrain.session import from_first_rank
+from trifold.pretrain.session import broadcast_from_rank0
 from trifold.pretrain.storage import storage
 
 
-class Judge:
+class DevEvaluator:
     """Scores a run's model on its task. `history` holds (step, score) of the evaluations so far; a run that
     resumes sets it back.
     """
 
-    def __init__(self, config: Finetune, engine: Engine, task: Task, heldout: Rows) -> None:
+    def __init__(self, config: FinetuneConfig, engine: Engine, task: Task, heldout: TaskRows) -> None:
         self.config, self.engine, self.task, self.heldout = config, engine, task, heldout
         self.history: list[tuple[int, float]] = []
         self.run, self.best = Path(config.run), config.best or task.best
-        self.chosen = some(task.dev, config.evaluate_examples)
+        self.chosen = evenly_spaced(task.dev, config.evaluate_examples)
 
     def score(self, step: int) -> dict[str, Any]:
-        """Scores of the chosen dev examples. Raises Refused where the score to choose by is none of them."""
+        """Scores of the chosen dev examples. Raises UserError where the score to choose by is none of them."""
         share = -(-self.heldout.num_rows * len(self.chosen) // len(self.task.dev))
         losses, predictions = self._asked(self.chosen, share)
-        scores = scored(self.task, predictions, self.chosen)
+        scores = score_predictions(self.task, predictions, self.chosen)
         if self.best not in scores:  # of a loss the highest would be the worst
-            raise Refused(f"`best` is {self.best!r}; the scores of this task are {', '.join(scores)}.")
+            raise UserError(f"`best` is {self.best!r}; the scores of this task are {', '.join(scores)}.")
         self.history.append((step, scores[self.best]))
         self._write(self.chosen, predictions)
         return losses | scores
 
-    def enough(self) -> bool:
+    def should_stop_early(self) -> bool:
         """Whether the score has not become better for `patience` evaluations in a row."""
         values = [value for _, value in self.history]
         return (
@@ -60,9 +60,11 @@ class Judge:
 
     def finish(self, recorder: Recorder) -> None:
         """Score the best checkpoint on all of dev."""
-        home = storage.home(self.run, self.config.checkpoints.storage)
-        step = from_first_rank(self.engine, partial(best_step, home))
-        checkpoint = open_checkpoint(from_first_rank(self.engine, lambda: _of_step(home, step)))
+        home = storage.checkpoint_root(self.run, self.config.checkpoints.storage)
+        step = broadcast_from_rank0(self.engine, partial(best_step, home))
+        checkpoint = open_checkpoint(
+            broadcast_from_rank0(self.engine, lambda: _checkpoint_of_step(home, step))
+        )
         self.engine.load(checkpoint.read, checkpoint.state.optimizer_step)
         losses, predictions = self._asked(self.task.dev, self.heldout.num_rows)
         self._write(self.task.dev, predictions)
@@ -82,7 +84,7 @@ class Judge:
         published.
         """
         config, engine = self.config, self.engine
-        judged: AbstractContextManager[None] = engine.averaged() if config.ema else nullcontext()
+        judged: AbstractContextManager[None] = engine.use_ema_weights() if config.ema else nullcontext()
         with judged:
             losses = evaluate(engine, self.heldout, num_rows=num_rows, micro_rows=config.micro_rows)
             return losses, self.task.predict(
@@ -104,12 +106,12 @@ def best_step(home: storage.Location) -> int | None:
     """The step of the committed checkpoint with the highest score; of equals the earliest. None where none
     was scored.
     """
-    states = [read_marker(folder)["state"] for folder in committed(home)]
+    states = [read_marker(folder)["state"] for folder in valid_folders(home)]
     judged = [(state["judged"], state["step"]) for state in states if state.get("judged") is not None]
     return min(judged)[1] if judged else None
 
 
-def _of_step(home: storage.Location, step: int | None) -> storage.Location:
-    folder = [f for f in committed(home) if read_marker(f)["state"]["step"] == step][-1]
+def _checkpoint_of_step(home: storage.Location, step: int | None) -> storage.Location:
+    folder = [f for f in valid_folders(home) if read_marker(f)["state"]["step"] == step][-1]
     verify(folder)
     return folder

@@ -14,34 +14,36 @@ from typing import Any
 
 import torch
 
-from trifold.finetune.evaluation.evaluate import Opened
+from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.examples.conll import iob2
-from trifold.finetune.examples.sentences import sentences
+from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.examples.squad import Question
 from trifold.finetune.tasks.qa import Pointer
 from trifold.finetune.tasks.scores import entities
-from trifold.finetune.tasks.summarization import picked
-from trifold.finetune.tasks.task import placed
+from trifold.finetune.tasks.summarization import pick_sentences
+from trifold.finetune.tasks.task import align_to_tokens
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
-from trifold.pretrain.data.corpus import whole
+from trifold.modeling.errors import UserError
+from trifold.pretrain.data.corpus import check_unicode
 
 _WORD = re.compile(
     r"[@#$]?\w(?:\S*\w)?|[^\w\s]+"
 )  # what CoNLL files have as words: it's, @ada, t.co/x whole, the stop after Lima apart
-TOGETHER = 16  # texts that are answered at a time
+BATCH_TOKENS = 16  # texts that are answered at a time
 
 
-def answers(opened: Opened, texts: Iterable[str], how: Generation) -> Iterator[dict[str, Any]]:
+def predict(opened: LoadedModel, texts: Iterable[str], how: Generation) -> Iterator[dict[str, Any]]:
     """An answer for each text, in order."""
-    work = _way(opened)
-    remaining = (whole(text, f"text {number}", "it") for number, text in enumerate(texts, 1))
-    while batch := list(islice(remaining, TOGETHER)):
+    work = _predictor(opened)
+    remaining = (check_unicode(text, f"text {number}", "it") for number, text in enumerate(texts, 1))
+    while batch := list(islice(remaining, BATCH_TOKENS)):
         yield from work(opened, batch, how)
 
 
-def _way(opened: Opened) -> Callable[[Opened, list[str], Generation], Iterator[dict[str, Any]]]:
+def _predictor(
+    opened: LoadedModel,
+) -> Callable[[LoadedModel, list[str], Generation], Iterator[dict[str, Any]]]:
     if opened.config.labels:
         return _entities if opened.task.get("picks") is None else _picked
     if opened.config.spans:
@@ -49,7 +51,7 @@ def _way(opened: Opened) -> Callable[[Opened, list[str], Generation], Iterator[d
     return _filled if opened.config.family == "encoder" else _text
 
 
-def plain(said: dict[str, Any]) -> str:
+def as_text(said: dict[str, Any]) -> str:
     """An answer as a line of text."""
     if "entities" in said:
         found = (
@@ -62,12 +64,15 @@ def plain(said: dict[str, Any]) -> str:
     )
 
 
-def _text(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+def _text(opened: LoadedModel, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     """What is written to each text; a decoder that was taught no task goes on with it, and its text comes
     first.
     """
     marks, alone = opened.tokenizer, opened.config.family == "decoder"
-    (before, after), prompt = marks.around(opened.config.family), opened.task.get("prompt") or "{source}"
+    (before, after), prompt = (
+        marks.special_prefix_suffix(opened.config.family),
+        opened.task.get("prompt") or "{source}",
+    )
     asked = [text.replace("\t", "\n", 1) if opened.task.get("kind") == "qa" else text for text in texts]
     prompts = [
         [*before, *ids.tolist(), *after]
@@ -80,7 +85,7 @@ def _text(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[st
         yield {"text": text + made if alone and not opened.task else made}
 
 
-def _filled(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+def _filled(opened: LoadedModel, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     """The likeliest token in place of each mask."""
     marks = opened.tokenizer
     for text in texts:
@@ -94,11 +99,13 @@ def _filled(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[
         }
 
 
-def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+def _entities(opened: LoadedModel, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     """A word's first piece says its tag."""
     for text in texts:
         spans = [match.span() for match in _WORD.finditer(text)]
-        tokens, places = placed(opened.tokenizer, opened.config.family, text, [begin for begin, _ in spans])
+        tokens, places = align_to_tokens(
+            opened.tokenizer, opened.config.family, text, [begin for begin, _ in spans]
+        )
         batch, space = torch.from_numpy(tokens)[None], opened.tokenizer.encode_batch([" "])[0][-1:]
         labelled = [
             at for place in places for at in (place - 1, place) if at == place or tokens[at] in space
@@ -120,29 +127,29 @@ def _entities(opened: Opened, texts: list[str], how: Generation) -> Iterator[dic
         }
 
 
-def _picked(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+def _picked(opened: LoadedModel, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     """As many sentences of a text as summaries had on average; of a text that is too long those at its
     beginning.
     """
     for text in texts:
-        tokens, places = placed(
-            opened.tokenizer, opened.config.family, text, [begin for begin, _ in sentences(text)]
+        tokens, places = align_to_tokens(
+            opened.tokenizer, opened.config.family, text, [begin for begin, _ in split_sentences(text)]
         )
         tokens = tokens[: opened.config.max_positions]
         batch = torch.from_numpy(tokens)[None]
         logits = opened.logits(Batch(batch, None, batch))[0].numpy()
         yield {
-            "text": picked(
+            "text": pick_sentences(
                 text, logits[[place for place in places if place < len(tokens)]], opened.task["picks"]
             )
         }
 
 
-def _spans(opened: Opened, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
+def _spans(opened: LoadedModel, texts: list[str], how: Generation) -> Iterator[dict[str, Any]]:
     for text in texts:
         question, tab, context = text.partition("\t")
         if not tab:
-            raise Refused(f"this folder answers questions: give `question<TAB>context`, not {text[:60]!r}.")
+            raise UserError(f"this folder answers questions: give `question<TAB>context`, not {text[:60]!r}.")
         length = min(opened.config.max_positions, 512)
         pointer = Pointer(opened.tokenizer, opened.config.family, length, stride=length // 6)
         [found] = pointer.answers(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from trifold.finetune.examples.sentences import sentences
+from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.examples.squad import Question
 
 _WORD = re.compile(
@@ -40,7 +40,7 @@ def cloze(asked: Sequence[Question], number: int) -> list[Question]:
     """`number` questions about the contexts of the asked ones, the same for the same ones."""
     random = Random(0)
     contexts = list(dict.fromkeys(question.context for question in asked))
-    bounds = [sentences(context) for context in contexts]
+    bounds = [split_sentences(context) for context in contexts]
     frames = [frame for question in asked if (frame := _frame(question)) is not None]
     hidden = _hidable(contexts, bounds, {shape for shape, _, _ in frames}, random)
     frames = [frame for frame in frames if frame[0] in hidden]

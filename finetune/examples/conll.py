@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from trifold.finetune.examples.pairs import existing, hub_rows, text_lines
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 _INSIDE, _BEGINS = "IEML", "BSU"  # prefixes of IOB1, IOB2, BIOES and BILOU
 
@@ -25,8 +25,8 @@ class Sentence:
         return " ".join(self.words)
 
 
-def read_tagged(place: str) -> Iterator[Sentence]:
-    """The sentences of a CoNLL file, or of a hub set with the columns tokens and ner_tags. Raises Refused for
+def read_tagged_sentences(place: str) -> Iterator[Sentence]:
+    """The sentences of a CoNLL file, or of a hub set with the columns tokens and ner_tags. Raises UserError for
     a bad line, and none.
     """
     found = False
@@ -34,7 +34,7 @@ def read_tagged(place: str) -> Iterator[Sentence]:
         found = True
         yield sentence
     if not found:
-        raise Refused(f"{place} holds no sentence.")
+        raise UserError(f"{place} holds no sentence.")
 
 
 def read_conll(place: str) -> Iterator[Sentence]:
@@ -42,7 +42,7 @@ def read_conll(place: str) -> Iterator[Sentence]:
     sentence; -DOCSTART- is no word.
 
     Columns stand apart by tabs where the file has any, else by spaces. A word may be empty or hold a space.
-    Raises Refused for a line without a tag, and for a tag that no scheme (IOB1, IOB2, BIOES, BILOU) allows.
+    Raises UserError for a line without a tag, and for a tag that no scheme (IOB1, IOB2, BIOES, BILOU) allows.
     """
     path = existing(place)
     lines = list(text_lines(path))
@@ -55,7 +55,7 @@ def read_conll(place: str) -> Iterator[Sentence]:
             if columns[0] == "-DOCSTART-":
                 continue
             if len(columns) < 2:
-                raise Refused(
+                raise UserError(
                     f"{where}, has 1 column, {line!r}: a word and its tag are needed, apart by a"
                     f" {'tab' if tabs else 'space'}."
                 )
@@ -88,7 +88,7 @@ def _hub_sentences(place: str) -> Iterator[Sentence]:
     for where, row in hub_rows(place):
         words, tags = row.get("tokens"), row.get("ner_tags")
         if not (isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)):
-            raise Refused(
+            raise UserError(
                 f"{where}: the columns tokens and ner_tags must be lists of equal length; there are"
                 f" {', '.join(row)}."
             )
@@ -98,7 +98,7 @@ def _hub_sentences(place: str) -> Iterator[Sentence]:
 def _allowed(tag: str, where: str) -> str:
     prefix, dash, kind = tag.partition("-")
     if tag != "O" and not (len(prefix) == 1 and prefix in _INSIDE + _BEGINS and dash and kind):
-        raise Refused(
+        raise UserError(
             f"{where}, has the tag {tag!r}, which no scheme allows: O, or B- I- E- S- L- U- M- and a type."
         )
     return tag

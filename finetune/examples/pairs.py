@@ -12,8 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.data.corpus import lines, whole
+from trifold.modeling.errors import UserError
+from trifold.pretrain.data.corpus import check_unicode, lines
 
 Record = tuple[str, dict[str, Any]]  # "FILE, line N", and its columns
 
@@ -30,7 +30,7 @@ class Pair:
 def read_pairs(places: Sequence[str], source: str, target: str) -> list[Pair]:
     """All pairs of these places, by the names of their columns; a target is one text or a list of wordings.
 
-    Raises Refused for a pair that lacks text on either side.
+    Raises UserError for a pair that lacks text on either side.
     """
     pairs = []
     for place in places:
@@ -39,9 +39,11 @@ def read_pairs(places: Sequence[str], source: str, target: str) -> list[Pair]:
             wordings = tuple(wordings) if isinstance(wordings, list) and wordings else (wordings,)
             for column, text in ((source, said), *((target, wording) for wording in wordings)):
                 if not isinstance(text, str):
-                    raise Refused(f"{where}: the column {column!r} holds a {type(text).__name__}, not text.")
-                if not whole(text, where, f"the column {column!r}").strip():
-                    raise Refused(f"{where}: {column} is empty; remove the example, or give it a text.")
+                    raise UserError(
+                        f"{where}: the column {column!r} holds a {type(text).__name__}, not text."
+                    )
+                if not check_unicode(text, where, f"the column {column!r}").strip():
+                    raise UserError(f"{where}: {column} is empty; remove the example, or give it a text.")
             pairs.append(Pair(where, said, wordings))
     return pairs
 
@@ -50,27 +52,27 @@ def records(place: str, columns: tuple[str, ...]) -> Iterator[Record]:
     """The records of `place`: one file, several parallel line files joined by commas (a column each, in
     order), or a hub set (`hub_rows`).
 
-    Raises Refused for a file that is missing or broken, unequal line counts, a missing column, and a set
+    Raises UserError for a file that is missing or broken, unequal line counts, a missing column, and a set
     without any record.
     """
     found = False
     for where, record in _read(place, columns):
         missing = [column for column in columns if column not in record]
         if missing:
-            raise Refused(
+            raise UserError(
                 f"{where} has no column {missing[0]!r}: it has {', '.join(map(str, record))}. Name the"
                 " columns in task.columns."
             )
         found = True
         yield where, record
     if not found:
-        raise Refused(f"{place} holds no example.")
+        raise UserError(f"{place} holds no example.")
 
 
 def existing(path: str) -> Path:
-    """The file of a path. Raises Refused where there is none."""
+    """The file of a path. Raises UserError where there is none."""
     if not Path(path).expanduser().is_file():
-        raise Refused(f"there is no file {path} (looked from {Path.cwd()}).")
+        raise UserError(f"there is no file {path} (looked from {Path.cwd()}).")
     return Path(path).expanduser()
 
 
@@ -81,16 +83,16 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value of a file. Raises Refused where it is not whole."""
+    """The one JSON value of a file. Raises UserError where it is not whole."""
     text = "".join(lines(path))
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not whole JSON: {error}.") from None
+        raise UserError(f"{path} is not whole JSON: {error}.") from None
 
 
 def hub_rows(place: str) -> Iterator[Record]:
-    """The rows of hub:NAME, hub:NAME:SPLIT or hub:NAME:SPLIT:CONFIG. Raises Refused where the set cannot be
+    """The rows of hub:NAME, hub:NAME:SPLIT or hub:NAME:SPLIT:CONFIG. Raises UserError where the set cannot be
     read, offline among others.
     """
     name, split, config = [*place.removeprefix("hub:").split(":"), "", ""][:3]
@@ -111,7 +113,7 @@ def _read(place: str, columns: tuple[str, ...]) -> Iterator[Record]:
         case ".parquet":
             return _table(place, "parquet", data_files=str(path), split="train")
         case other:
-            raise Refused(
+            raise UserError(
                 f"{path} ends in {other or 'nothing'}; pairs are read from .jsonl, .tsv and .parquet, or"
                 " from parallel line files A,B."
             )
@@ -119,14 +121,14 @@ def _read(place: str, columns: tuple[str, ...]) -> Iterator[Record]:
 
 def _parallel(paths: list[Path], columns: tuple[str, ...]) -> Iterator[Record]:
     if len(paths) != len(columns):
-        raise Refused(
+        raise UserError(
             f"{', '.join(map(str, paths))} are {len(paths)} parallel files, and {len(columns)} are needed:"
             f" {', '.join(columns)}."
         )
     for number, row in enumerate(zip_longest(*map(text_lines, paths)), 1):
         if None in row:
             counts = ", ".join(f"{path} has {sum(1 for _ in lines(path))}" for path in paths)
-            raise Refused(
+            raise UserError(
                 f"parallel files must have equally many lines: {counts}. Line {number} has no partner."
             )
         yield f"{paths[0]}, line {number}", dict(zip(columns, (line for _, line in row), strict=True))
@@ -139,9 +141,11 @@ def _json_lines(path: Path) -> Iterator[Record]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Refused(f"{where}, is not JSON ({error}): each line must hold one whole object.") from None
+            raise UserError(
+                f"{where}, is not JSON ({error}): each line must hold one whole object."
+            ) from None
         if not isinstance(row, dict):
-            raise Refused(f"{where}, holds a {type(row).__name__}: each line must hold one object.")
+            raise UserError(f"{where}, holds a {type(row).__name__}: each line must hold one object.")
         yield where, row
 
 
@@ -153,7 +157,7 @@ def _tab_separated(path: Path) -> Iterator[Record]:
     for where, line in rows:
         values = line.split("\t")
         if len(values) != len(names):
-            raise Refused(
+            raise UserError(
                 f"{where}, has {len(values)} columns, and the first line names {len(names)}:"
                 f" {', '.join(names)}."
             )
@@ -176,4 +180,4 @@ def _table(where: str, *args: Any, **kwargs: Any) -> Iterator[Record]:
                 row | {column: kind.int2str(row[column]) for column, kind in classes.items()},
             )
     except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
-        raise Refused(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None

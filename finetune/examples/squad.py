@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trifold.finetune.examples.pairs import existing, hub_rows, read_json
-from trifold.modeling.errors import Refused
-from trifold.pretrain.data.corpus import whole
+from trifold.modeling.errors import UserError
+from trifold.pretrain.data.corpus import check_unicode
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Question:
         return tuple(text for _, text in self.answers)
 
 
-def read_squad(place: str) -> Iterator[Question]:
+def read_questions(place: str) -> Iterator[Question]:
     """The questions of a SQuAD 1.1 or 2.0 file, or of a hub set in that form (id, question, context,
     answers).
 
-    Raises Refused for what is not one, and for an answer that is not at its offset.
+    Raises UserError for what is not one, and for an answer that is not at its offset.
     """
     found = False
     for where, asked, context, answers in (
@@ -37,23 +37,23 @@ def read_squad(place: str) -> Iterator[Question]:
         if not all(isinstance(text, str) for text in texts) or not all(
             type(start) is int and start >= 0 for start, _ in answers
         ):
-            raise Refused(
+            raise UserError(
                 f"{where}: its question, context and answers must be text, and each answer_start a whole"
                 " number from 0 on."
             )
-        whole("".join(map(str, texts)), where, "its question, context and answers")
+        check_unicode("".join(map(str, texts)), where, "its question, context and answers")
         for start, text in answers:
             if not text.strip():
-                raise Refused(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
+                raise UserError(f"{where}: it has an empty answer; mark it is_impossible, or remove it.")
             if (there := context[start : start + len(text)]) != text:
-                raise Refused(
+                raise UserError(
                     f"{where}: its answer {text!r} is not at character {start} of the context, where"
                     f" {there!r} stands."
                 )
         found = True
         yield Question(where, str(asked["id"]), asked["question"], context, tuple(answers))
     if not found:
-        raise Refused(f"{place} holds no question.")
+        raise UserError(f"{place} holds no question.")
 
 
 _Asked = tuple[
@@ -73,7 +73,7 @@ def _file_questions(path: Path) -> Iterator[_Asked]:
                 )
                 yield f"{path}, question {asked['id']}", asked, paragraph["context"], answers
     except (KeyError, TypeError, AttributeError) as missing:
-        raise Refused(
+        raise UserError(
             f"{path} is no SQuAD file with data, paragraphs, qas and answers: {type(missing).__name__}"
             f" {missing}."
         ) from None
@@ -85,7 +85,7 @@ def _hub_questions(place: str) -> Iterator[_Asked]:
             answers = row["answers"]
             yield where, row, row["context"], list(zip(answers["answer_start"], answers["text"], strict=True))
     except (KeyError, TypeError) as missing:
-        raise Refused(
+        raise UserError(
             f"{place} has no columns id, question, context and answers as SQuAD has:"
             f" {type(missing).__name__} {missing}."
         ) from None

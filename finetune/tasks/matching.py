@@ -13,9 +13,9 @@ import numpy as np
 
 from trifold.finetune import config
 from trifold.finetune.examples.cloze import cloze
-from trifold.finetune.examples.squad import Question, read_squad
+from trifold.finetune.examples.squad import Question, read_questions
 from trifold.finetune.tasks.qa import Pointer, Window
-from trifold.finetune.tasks.task import Model, labelled
+from trifold.finetune.tasks.task import Model, label_logits
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Family, Generation, ModelConfig
 from trifold.pretrain.data.objectives import Segment
@@ -27,15 +27,17 @@ LABELS = ("O", "B-shared")
 class Matching:
     best = "f1"
 
-    def __init__(self, dials: config.Matching, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+    def __init__(
+        self, dials: config.MatchingConfig, tokenizer: Tokenizer, family: Family, row_length: int
+    ) -> None:
         self.train, self.dev = (
-            [q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev)
+            [q for place in places for q in read_questions(place)] for places in (dials.train, dials.dev)
         )
         self.train += cloze(self.train, dials.cloze)
         self.tokenizer, self.row_length = tokenizer, row_length
         self.pointer = Pointer(tokenizer, family, row_length, dials.stride)
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
+    def with_head(self, config: ModelConfig) -> ModelConfig:
         """Of an encoder-decoder the encoder alone."""
         family = "decoder" if config.family == "decoder" else "encoder"
         return config.model_copy(
@@ -53,7 +55,7 @@ class Matching:
         windows = self.pointer.windows(examples)
         segments = [Segment(window.tokens, self._targets(window)) for _, window in windows]
         found: list[list[np.ndarray]] = [[] for _ in examples]
-        read = labelled(model, segments, self.row_length, self.tokenizer.pad, tokens)
+        read = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
         for (i, _), segment, logits in zip(windows, segments, read, strict=True):
             found[i].append(logits.argmax(-1)[segment.targets != IGNORE])
         return [np.concatenate(parts) for parts in found]
@@ -80,7 +82,7 @@ class Matching:
     def signatures(self) -> dict[str, str]:
         return {"f1": "tokens of the context, micro-averaged"}
 
-    def trivial(self) -> tuple[str, list[np.ndarray]]:
+    def baseline(self) -> tuple[str, list[np.ndarray]]:
         return "every token", [np.ones_like(self._shared(question)) for question in self.dev]
 
     def record(self, example: Question, prediction: np.ndarray) -> dict[str, Any]:

@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from trifold.finetune import config
-from trifold.finetune.examples.conll import Sentence, iob2, read_tagged, starts
+from trifold.finetune.examples.conll import Sentence, iob2, read_tagged_sentences, starts
 from trifold.finetune.examples.pairs import Pair
 from trifold.finetune.tasks.scores import entities, entity_scores, entity_statistics
-from trifold.finetune.tasks.task import Model, Task, TextToText, labelled, placed
+from trifold.finetune.tasks.task import Model, Task, TextToText, align_to_tokens, label_logits
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Family, Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 
 
-def open_ner(dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
-    return (Written if dials.written else Ner)(dials, tokenizer, family, row_length)
+def open_ner(dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+    return (WrittenNer if dials.written else Ner)(dials, tokenizer, family, row_length)
 
 
 class _Entities:
@@ -38,20 +38,20 @@ class _Entities:
 
     best = "f1"
 
-    def __init__(self, dials: config.Ner) -> None:
+    def __init__(self, dials: config.NerConfig) -> None:
         self.train, self.dev = (
-            [sentence for place in places for sentence in read_tagged(place)]
+            [sentence for place in places for sentence in read_tagged_sentences(place)]
             for places in (dials.train, dials.dev)
         )
         kinds = sorted({tag[2:] for sentence in self.train for tag in sentence.tags if tag != "O"})
         if not kinds:
-            raise Refused(
+            raise UserError(
                 f"{', '.join(dials.train)}: no word has a tag other than O; the last column must be the tag."
             )
         self.kinds = kinds
         for sentence in self.dev:
             for kind in {tag[2:] for tag in sentence.tags if tag != "O"} - set(kinds):
-                raise Refused(
+                raise UserError(
                     f"{sentence.where}: the type {kind} was never seen in the training files, which have"
                     f" {', '.join(kinds)}."
                 )
@@ -65,7 +65,7 @@ class _Entities:
     def signatures(self) -> dict[str, str]:
         return {"f1": f"seqeval {version('seqeval')}, exact spans and types, micro-averaged"}
 
-    def trivial(self) -> tuple[str, list[tuple[str, ...]]]:
+    def baseline(self) -> tuple[str, list[tuple[str, ...]]]:
         seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for sentence in self.train:
             for word, tag in zip(sentence.words, sentence.tags, strict=True):
@@ -87,7 +87,9 @@ class _Entities:
 class Ner(_Entities):
     """A label for each word."""
 
-    def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+    def __init__(
+        self, dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int
+    ) -> None:
         super().__init__(dials)
         self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
         self.crf = dials.crf
@@ -96,10 +98,10 @@ class Ner(_Entities):
         ].tolist()  # none where the tokenizer drops spaces (WordPiece)
         self.labels = ("O", *(f"{prefix}-{kind}" for kind in self.kinds for prefix in "BI"))
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
+    def with_head(self, config: ModelConfig) -> ModelConfig:
         """Of an encoder-decoder the encoder alone: labels need nothing written."""
         if self.crf and config.cell == "attention":
-            raise Refused(
+            raise UserError(
                 "task.crf is for recurrent models: no stock class of the others has a CRF. Leave it out."
             )
         family = "decoder" if config.family == "decoder" else "encoder"
@@ -109,9 +111,11 @@ class Ner(_Entities):
     def segments(self, examples: Sequence[Sentence]) -> list[Segment]:
         made = []
         for sentence in examples:
-            tokens, places = placed(self.tokenizer, self.family, sentence.text, list(starts(sentence.words)))
+            tokens, places = align_to_tokens(
+                self.tokenizer, self.family, sentence.text, list(starts(sentence.words))
+            )
             if len(tokens) > self.row_length:
-                raise Refused(
+                raise UserError(
                     f"{sentence.where}: the sentence has {len(tokens)} tokens, and row_length is"
                     f" {self.row_length}: raise it."
                 )
@@ -128,10 +132,12 @@ class Ner(_Entities):
     def predict(
         self, model: Model, examples: Sequence[Sentence], how: Generation, tokens: int
     ) -> list[tuple[str, ...]]:
-        logits = labelled(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
+        logits = label_logits(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
         tags = []
         for sentence, scores in zip(examples, logits, strict=True):
-            _, places = placed(self.tokenizer, self.family, sentence.text, list(starts(sentence.words)))
+            _, places = align_to_tokens(
+                self.tokenizer, self.family, sentence.text, list(starts(sentence.words))
+            )
             best = [self.labels[i] for i in scores.argmax(-1)]
             tags.append(
                 tuple(
@@ -146,19 +152,21 @@ class Ner(_Entities):
         return tags
 
 
-class Written(_Entities, TextToText):  # type: ignore[misc]  # sentences in place of pairs
+class WrittenNer(_Entities, TextToText):  # type: ignore[misc]  # sentences in place of pairs
     """The entities as text, each with its type, "none" where there are none: `Ada (PER) | Oslo (LOC)`."""
 
     decoder_prompt = "{source}\nEntities:\n"
 
-    def __init__(self, dials: config.Ner, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+    def __init__(
+        self, dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int
+    ) -> None:
         TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, truncate=False)
         _Entities.__init__(self, dials)
 
     def segments(self, examples: Sequence[Sentence]) -> list[Segment]:  # type: ignore[override]
         return super().segments([_pair(sentence) for sentence in examples])
 
-    def predict(
+    def predict(  # type: ignore[override]
         self, model: Model, examples: Sequence[Sentence], how: Generation, tokens: int
     ) -> list[tuple[str, ...]]:
         said = super().predict(model, [_pair(sentence) for sentence in examples], how, tokens)

@@ -17,12 +17,12 @@ import numpy as np
 from trifold.finetune import config
 from trifold.finetune.examples.cloze import cloze
 from trifold.finetune.examples.pairs import Pair
-from trifold.finetune.examples.squad import Question, read_squad
+from trifold.finetune.examples.squad import Question, read_questions
 from trifold.finetune.tasks.scores import answer_scores, answer_statistics, words
-from trifold.finetune.tasks.task import Model, Task, TextToText, labelled
+from trifold.finetune.tasks.task import Model, Task, TextToText, label_logits
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Family, Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 
@@ -40,9 +40,9 @@ class Answer:
     score: float = 0.0
 
 
-def open_qa(dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+def open_qa(dials: config.QaConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
     writes = family == "encoder-decoder" or (family == "decoder" and dials.prompted)
-    return (Written if writes else Qa)(dials, tokenizer, family, row_length)
+    return (WrittenQa if writes else Qa)(dials, tokenizer, family, row_length)
 
 
 class _Questions:
@@ -65,8 +65,8 @@ class _Questions:
             "exact_match": "SQuAD 2.0's evaluation",
         }
 
-    def trivial(self) -> tuple[str, list[Any]]:
-        return "sentence most like the question", [_most_alike(question) for question in self.dev]
+    def baseline(self) -> tuple[str, list[Any]]:
+        return "sentence most like the question", [_most_similar(question) for question in self.dev]
 
     def record(self, example: Question, prediction: Any) -> dict[str, Any]:
         place = (
@@ -87,15 +87,15 @@ class Window:
 
 
 class Qa(_Questions):
-    def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+    def __init__(self, dials: config.QaConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
         self.train, self.dev = (
-            [q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev)
+            [q for place in places for q in read_questions(place)] for places in (dials.train, dials.dev)
         )
         may_refuse = any(not question.answers for question in self.train)
         self.train += cloze(self.train, dials.cloze)
         self.pointer = Pointer(tokenizer, family, row_length, dials.stride, dials.longest, may_refuse)
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
+    def with_head(self, config: ModelConfig) -> ModelConfig:
         return config.model_copy(update={"labels": (), "crf": False, "spans": True})
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
@@ -140,7 +140,7 @@ class Pointer:
             head = [self.tokenizer.bos, *asked.tolist(), self.tokenizer.eos]
             room = self.row_length - len(head) - 1
             if room <= self.stride:
-                raise Refused(
+                raise UserError(
                     f"{question.where}: the question has {len(asked)} tokens; row_length ({self.row_length})"
                     f" leaves {room} for a window of"
                     f" its context, and windows share task.stride ({self.stride}): raise row_length, or"
@@ -158,7 +158,7 @@ class Pointer:
         segments = [Segment(window.tokens, np.full(len(window.tokens), IGNORE)) for _, window in windows]
         best = [Answer("", score=-np.inf)] * len(examples)
         for (i, window), logits in zip(
-            windows, labelled(model, segments, self.row_length, self.tokenizer.pad, tokens), strict=True
+            windows, label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens), strict=True
         ):
             found = self._best(window, logits, examples[i].context)
             best[i] = max(best[i], found, key=lambda answer: answer.score)
@@ -194,17 +194,17 @@ class Pointer:
         return Answer(context[start:stop].rstrip(), start, float(both[first, last] - logits[nowhere].sum()))
 
 
-class Written(_Questions, TextToText):  # type: ignore[misc]  # questions in place of pairs
+class WrittenQa(_Questions, TextToText):  # type: ignore[misc]  # questions in place of pairs
     """The answer as text, "no answer" where there is none; of a context that is too long the end is cut
     off.
     """
 
     decoder_prompt = "{source}\nAnswer:\n"
 
-    def __init__(self, dials: config.Qa, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+    def __init__(self, dials: config.QaConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
         TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, truncate=True)
         self.train, self.dev = (
-            [q for place in places for q in read_squad(place)] for places in (dials.train, dials.dev)
+            [q for place in places for q in read_questions(place)] for places in (dials.train, dials.dev)
         )
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:  # type: ignore[override]
@@ -228,7 +228,7 @@ def _text(prediction: Any) -> str:
     return prediction.text if isinstance(prediction, Answer) else str(prediction)
 
 
-def _most_alike(question: Question) -> Answer:
+def _most_similar(question: Question) -> Answer:
     """The sentence that shares most words with the question."""
     asked = set(words(question.question))
     sentences = [match for match in _SENTENCE.finditer(question.context) if match[0].strip()]

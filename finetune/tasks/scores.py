@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 
-class Sacre:
+class SacreBleu:
     """A metric of sacrebleu, corpus level, with its default settings; `signature` says which."""
 
     def __init__(self, name: str) -> None:
@@ -99,11 +99,11 @@ def answer_statistics(predictions: Sequence[str], references: Sequence[Sequence[
     """
     rows = []
     for said, texts in zip(predictions, references, strict=True):
-        golds = [text for text in texts if normalised(text)] or [""]
+        golds = [text for text in texts if normalize_answer(text)] or [""]
         rows.append(
             [
                 1.0,
-                max(float(normalised(said) == normalised(gold)) for gold in golds),
+                max(float(normalize_answer(said) == normalize_answer(gold)) for gold in golds),
                 max(_overlap(said, gold) for gold in golds),
             ]
         )
@@ -114,7 +114,7 @@ def answer_scores(total: np.ndarray) -> dict[str, float]:
     return {"f1": float(100 * total[2] / total[0]), "exact_match": float(100 * total[1] / total[0])}
 
 
-def normalised(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
@@ -125,11 +125,11 @@ def words(text: str) -> list[str]:
     2020).
     """
     return re.sub(
-        "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])", r" \1 ", normalised(text)
+        "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])", r" \1 ", normalize_answer(text)
     ).split()
 
 
-def intervals(
+def bootstrap_intervals(
     statistics: np.ndarray, scores: Callable[[np.ndarray], dict[str, float]], resamples: int = 1000
 ) -> dict[str, tuple[float, float]]:
     """The middle 95 % of each score over examples drawn anew with replacement (Efron 1979)."""
@@ -159,4 +159,4 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise Refused(f"scores need {name.split('.')[0]}: pip install 'trifold[score]'.") from None
+        raise UserError(f"scores need {name.split('.')[0]}: pip install 'trifold[score]'.") from None

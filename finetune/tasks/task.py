@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from trifold.finetune.examples.pairs import Pair
-from trifold.finetune.rows import Rows, room_for
+from trifold.finetune.rows import TaskRows, row_capacity
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import Family, Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
@@ -51,8 +51,8 @@ class Task(Protocol):
     @property
     def dev(self) -> Sequence[Any]: ...
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
-        """The model with this task's head. Raises Refused for a family that cannot do the task."""
+    def with_head(self, config: ModelConfig) -> ModelConfig:
+        """The model with this task's head. Raises UserError for a family that cannot do the task."""
         ...
 
     def segments(self, examples: Sequence[Any]) -> list[Segment]:
@@ -77,7 +77,7 @@ class Task(Protocol):
         """
         ...
 
-    def trivial(self) -> tuple[str, list[Any]]:
+    def baseline(self) -> tuple[str, list[Any]]:
         """The name of a system that knows nothing of language, and its predictions for `dev`."""
         ...
 
@@ -99,9 +99,9 @@ class TextToText:
         self.tokenizer, self.family, self.row_length, self.truncate = tokenizer, family, row_length, truncate
         self.prompt = prompt or (self.decoder_prompt if family == "decoder" else "{source}")
 
-    def shaped(self, config: ModelConfig) -> ModelConfig:
+    def with_head(self, config: ModelConfig) -> ModelConfig:
         if config.family == "encoder":
-            raise Refused(
+            raise UserError(
                 "this task writes text, and an encoder cannot: give a decoder or an encoder-decoder as"
                 " model.from."
             )
@@ -118,7 +118,7 @@ class TextToText:
                 wanted[: len(prompt) - 1] = IGNORE
                 segment = Segment(whole[:-1], wanted)
             else:
-                wanted = np.array(marks.written(target.tolist()), np.int64)
+                wanted = np.array(marks.decoder_target(target.tolist()), np.int64)
                 segment = Segment(
                     np.array([marks.start, *wanted[:-1]], np.int64), wanted, source=np.array(prompt, np.int64)
                 )
@@ -128,7 +128,7 @@ class TextToText:
     def prompts(self, examples: Sequence[Pair]) -> list[list[int]]:
         """What the model reads before it writes."""
         ids = self.tokenizer.encode_batch([self.prompt.replace("{source}", pair.source) for pair in examples])
-        before, after = self.tokenizer.around(self.family)
+        before, after = self.tokenizer.special_prefix_suffix(self.family)
         longest = self.row_length - len(before) - len(after)
         return [[*before, *map(int, i[:longest] if self.truncate else i), *after] for i in ids]
 
@@ -143,7 +143,7 @@ class TextToText:
             )
 
         written: dict[int, list[int]] = {}
-        for batch, rows in answered(model, batched(order, [len(prompts[i]) for i in order], tokens), work):
+        for batch, rows in run_batches(model, batched(order, [len(prompts[i]) for i in order], tokens), work):
             written |= zip(batch, rows, strict=True)
         return [marks.text(written[i]).strip() for i in range(len(prompts))]
 
@@ -163,7 +163,7 @@ class TextToText:
         if size <= self.row_length:
             return segment
         if not self.truncate or (segment.source is None and prompt > self.row_length):
-            raise Refused(
+            raise UserError(
                 f"{pair.where}: source and target need {size} tokens, and row_length is {self.row_length}:"
                 " raise it, set task.truncate, or"
                 " remove the example."
@@ -171,7 +171,7 @@ class TextToText:
         return Segment(segment.tokens[: self.row_length], segment.targets[: self.row_length], segment.source)
 
 
-def answered(
+def run_batches(
     model: Model, batches: Sequence[list[T]], work: Callable[[list[T]], R]
 ) -> list[tuple[list[T], R]]:
     """`work` done on every batch, dealt out round by round; all ranks make as many calls and get all results,
@@ -198,11 +198,11 @@ def batched(items: Sequence[T], sizes: Sequence[int], tokens: int) -> list[list[
     return batches
 
 
-def labelled(
+def label_logits(
     model: Model, segments: Sequence[Segment], row_length: int, pad: int, tokens: int
 ) -> list[np.ndarray]:
     """The logits (T, outputs) of each segment under a task's head, read in packed rows."""
-    rows = Rows([segments], room_for([segments], row_length), pad, [1.0], seed=None)
+    rows = TaskRows([segments], row_capacity([segments], row_length), pad, [1.0], seed=None)
     at_once = max(1, tokens // row_length)
     batches = [list(range(i, min(i + at_once, rows.num_rows))) for i in range(0, rows.num_rows, at_once)]
 
@@ -215,11 +215,11 @@ def labelled(
             for number, member in enumerate(rows.members(i), 1)
         ]
 
-    found = {member: logits for _, parts in answered(model, batches, work) for member, logits in parts}
+    found = {member: logits for _, parts in run_batches(model, batches, work) for member, logits in parts}
     return [found[i] for i in range(len(segments))]
 
 
-def placed(
+def align_to_tokens(
     tokenizer: Tokenizer, family: Family, text: str, begins: Sequence[int]
 ) -> tuple[np.ndarray, list[int]]:
     """A text's tokens with their marks, and for each of these characters the place of the piece that it
@@ -227,7 +227,7 @@ def placed(
     """
     ids, spans = tokenizer.offsets(text)
     ends = np.array([end for _, end in spans], np.int64)
-    before, after = tokenizer.around(family)
+    before, after = tokenizer.special_prefix_suffix(family)
     tokens = np.array([*before, *ids, *after], np.int64)
     places = np.minimum(
         np.searchsorted(ends, np.array(begins, np.int64), side="right"), max(len(ids) - 1, 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from trifold.finetune import config
 from trifold.finetune.examples.pairs import Pair, read_pairs
-from trifold.finetune.tasks.scores import Sacre
+from trifold.finetune.tasks.scores import SacreBleu
 from trifold.finetune.tasks.task import TextToText
 from trifold.modeling.config import Family
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
@@ -19,14 +19,14 @@ class Translation(TextToText):
     decoder_prompt = "{source}\n=>\n"
 
     def __init__(
-        self, dials: config.Translation, tokenizer: Tokenizer, family: Family, row_length: int
+        self, dials: config.TranslationConfig, tokenizer: Tokenizer, family: Family, row_length: int
     ) -> None:
         super().__init__(tokenizer, family, row_length, dials.prompt, dials.truncate)
         self.train, self.dev = (
             read_pairs(places, dials.columns.source, dials.columns.target)
             for places in (dials.train, dials.dev)
         )
-        self.bleu, self.chrf = Sacre("BLEU"), Sacre("CHRF")
+        self.bleu, self.chrf = SacreBleu("BLEU"), SacreBleu("CHRF")
 
     def statistics(self, predictions: Sequence[str], examples: Sequence[Pair]) -> np.ndarray:
         references = [pair.targets for pair in examples]
@@ -43,5 +43,5 @@ class Translation(TextToText):
     def signatures(self) -> dict[str, str]:
         return {"bleu": self.bleu.signature, "chrf": self.chrf.signature}
 
-    def trivial(self) -> tuple[str, list[str]]:
+    def baseline(self) -> tuple[str, list[str]]:
         return "copy", [pair.source for pair in self.dev]

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:  # torch takes a second, and `trifold --help` should not
-    from trifold.pretrain.distributed import Place
+    from trifold.pretrain.distributed import RankInfo
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine, beside the peers.")
 
@@ -149,9 +149,9 @@ def shape(name: str, contender: int, out: Path, steps: int, turn: Path, tiny: bo
     )
 
 
-def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "Place":
+def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "RankInfo":
     import torch
 
-    from trifold.pretrain.distributed import Place
+    from trifold.pretrain.distributed import RankInfo
 
-    return Place(0, 1, 0, device or ("cuda" if torch.cuda.is_available() else "cpu"), None, threads)
+    return RankInfo(0, 1, 0, device or ("cuda" if torch.cuda.is_available() else "cpu"), None, threads)

@@ -22,12 +22,12 @@ from torch import nn
 from trifold.launch.bench.rows import Micro, Words, one_by_one, parts
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.modeling.transformer import build
-from trifold.pretrain.config.objectives import family, labels
-from trifold.pretrain.config.pretraining import Pretrain
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config.objectives import family_of, member_labels
+from trifold.pretrain.config.pretraining import PretrainConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.engine import Engine
 
@@ -62,17 +62,17 @@ def steps_of(micros: Sequence[Micro], per_step: int) -> list[list[Micro]]:
 
 def ours(
     name: str,
-    recipe: Pretrain,
+    recipe: PretrainConfig,
     config: ModelConfig,
     steps: Sequence[Sequence[Micro]],
-    place: Place,
+    place: RankInfo,
     flops: float,
 ) -> Contender:
     """The product's engine, at this recipe's settings."""
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
-        named, model = labels(recipe.objective), build(config, recipe.seed)
-        answers = memory_estimate.answered(recipe, config, [m.batch for m in steps[0]][:1], place)
+        named, model = member_labels(recipe.objective), build(config, recipe.seed)
+        answers = memory_estimate.resolve_auto(recipe, config, [m.batch for m in steps[0]][:1], place)
         racer.engine = engine = Engine(model, answers, place, len(named) if len(named) > 1 else 0)
 
         def step(i: int) -> None:
@@ -89,10 +89,10 @@ def ours(
 
 def bare(
     name: str,
-    recipe: Pretrain,
+    recipe: PretrainConfig,
     config: ModelConfig,
     steps: Sequence[Sequence[Micro]],
-    place: Place,
+    place: RankInfo,
     flops: float,
 ) -> Contender:
     """Our model in as plain a loop as bf16 weights with fp32 masters allow, without DeepSpeed: what the
@@ -133,9 +133,9 @@ def bare(
 def stock(
     name: str,
     model: Callable[[], nn.Module],
-    recipe: Pretrain,
+    recipe: PretrainConfig,
     steps: Sequence[Sequence[Micro]],
-    place: Place,
+    place: RankInfo,
     flops: float,
     *,
     compiled: bool = False,
@@ -147,7 +147,7 @@ def stock(
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
-    shifts = family(recipe.objective) == "decoder"
+    shifts = family_of(recipe.objective) == "decoder"
     batches = [
         [
             part
@@ -216,7 +216,7 @@ def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def race(
-    contenders: Sequence[Contender], place: Place, warmup: int, steps: int, turn: Path | None = None
+    contenders: Sequence[Contender], place: RankInfo, warmup: int, steps: int, turn: Path | None = None
 ) -> None:
     """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender
     raises is its own result.
@@ -255,7 +255,7 @@ def _alone(turn: Path | None) -> Iterator[None]:
         yield
 
 
-def timed_step(contender: Contender, place: Place, i: int) -> None:
+def timed_step(contender: Contender, place: RankInfo, i: int) -> None:
     """Step i, and how long it took."""
     assert contender.step is not None
     _wait(place)
@@ -267,7 +267,7 @@ def timed_step(contender: Contender, place: Place, i: int) -> None:
 
 
 @contextlib.contextmanager
-def bytes_held(place: Place) -> Iterator[list[int]]:
+def bytes_held(place: RankInfo) -> Iterator[list[int]]:
     """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts
     them.
     """
@@ -290,7 +290,7 @@ def bytes_held(place: Place) -> Iterator[list[int]]:
     found[:] = live[-1], max(live)
 
 
-def _wait(place: Place) -> None:
+def _wait(place: RankInfo) -> None:
     if place.device == "cuda":
         torch.cuda.synchronize()
 
@@ -325,6 +325,8 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise Refused("the peers are stock classes of transformers: pip install 'trifold[publish]'") from None
+        raise UserError(
+            "the peers are stock classes of transformers: pip install 'trifold[publish]'"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     return transformers

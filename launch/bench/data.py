@@ -15,48 +15,48 @@ from rich.console import Console
 
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.rows import synthetic
-from trifold.launch.recipe.schema import Recipe
-from trifold.modeling.errors import Refused
+from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.modeling.errors import UserError
 from trifold.pretrain.config.objectives import (
-    Causal,
-    Continuation,
-    Fim,
-    Infilling,
-    Masked,
-    Mixture,
-    Objective,
-    Prefix,
-    Spans,
+    AnyObjective,
+    CausalConfig,
+    ContinuationConfig,
+    FimConfig,
+    InfillingConfig,
+    MaskedConfig,
+    MixtureConfig,
+    PrefixConfig,
+    SpansConfig,
 )
 from trifold.pretrain.data.corpus import documents
 from trifold.pretrain.data.loader import Loader
-from trifold.pretrain.data.objectives import PARTS
+from trifold.pretrain.data.objectives import OBJECTIVES as OBJECTIVE_CLASSES
 from trifold.pretrain.data.prepare import batched
-from trifold.pretrain.data.stages import parts
+from trifold.pretrain.data.stages import resolve_stages
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.run import make_tokenizer
 
-OBJECTIVES: dict[str, Objective] = {
-    "causal": Causal(),
-    "prefix": Prefix(),
-    "fim": Fim(),
-    "masked": Masked(),
-    "masked, whole words": Masked(whole_words=True),
-    "spans": Spans(),
-    "continuation": Continuation(),
-    "infilling": Infilling(),
-    "UL2's mixture": Mixture(parts=(
-        Spans(mode="R"), Spans(mode="R", mean_length=8), Continuation(mode="S"),
-        Spans(mode="X", density=0.5), Spans(mode="X", density=0.5, mean_length=8),
-        Spans(mode="X", mean_length=64), Spans(mode="X", density=0.5, mean_length=64),
+OBJECTIVES: dict[str, AnyObjective] = {
+    "causal": CausalConfig(),
+    "prefix": PrefixConfig(),
+    "fim": FimConfig(),
+    "masked": MaskedConfig(),
+    "masked, whole words": MaskedConfig(whole_words=True),
+    "spans": SpansConfig(),
+    "continuation": ContinuationConfig(),
+    "infilling": InfillingConfig(),
+    "UL2's mixture": MixtureConfig(parts=(
+        SpansConfig(mode="R"), SpansConfig(mode="R", mean_length=8), ContinuationConfig(mode="S"),
+        SpansConfig(mode="X", density=0.5), SpansConfig(mode="X", density=0.5, mean_length=8),
+        SpansConfig(mode="X", mean_length=64), SpansConfig(mode="X", density=0.5, mean_length=64),
     )),  # configs/pretrain/books-ul2.yaml
 }  # fmt: skip
-assert {dials.kind for dials in OBJECTIVES.values()} == {*PARTS, "mixture"}
+assert {dials.kind for dials in OBJECTIVES.values()} == {*OBJECTIVE_CLASSES, "mixture"}
 VOCABULARY, STEPS, ROUNDS = 32_000, 20, 5
 
 
 def bench(
-    recipe: Recipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
+    recipe: PretrainRecipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
 ) -> None:
     """Measure and show."""
     rows = [
@@ -71,7 +71,7 @@ def bench(
     )
 
 
-def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
+def tokenizing(recipe: PretrainRecipe, megabytes: int) -> list[Row]:
     """Ours on words never seen and on words seen before, and SentencePiece by the same model."""
     tokenizer = make_tokenizer(recipe, lambda what, done: None)
     texts = _sample(recipe, megabytes * 1_000_000)
@@ -95,7 +95,7 @@ def tokenizing(recipe: Recipe, megabytes: int) -> list[Row]:
     return rows
 
 
-def making(recipe: Recipe, name: str, dials: Objective, documents_per_row: int) -> Row:
+def making(recipe: PretrainRecipe, name: str, dials: AnyObjective, documents_per_row: int) -> Row:
     """An epoch's steps, packing included: rows packed, drawn, hashed and stacked, as the loader's thread does
     it. The best of ROUNDS: what else the machine does slows even a thread's own time.
     """
@@ -106,7 +106,7 @@ def making(recipe: Recipe, name: str, dials: Objective, documents_per_row: int) 
             asked, VOCABULARY, documents_per_row, STEPS * recipe.step_rows
         )  # has packed nothing yet
         steps = source.num_rows // recipe.step_rows
-        loader = Loader([source], parts(asked), start=0, stop=steps, rank=0, world=1, prefetch=1)
+        loader = Loader([source], resolve_stages(asked), start=0, stop=steps, rank=0, world=1, prefetch=1)
         return _timed(lambda: sum(loader.share(step).tokens for step in range(steps)))
 
     seconds, tokens = min(once() for _ in range(ROUNDS))
@@ -123,7 +123,7 @@ def _timed(work: Callable[[], int]) -> tuple[float, int]:
     return time.process_time() - began, done
 
 
-def _sample(recipe: Recipe, size: int) -> Sequence[str]:
+def _sample(recipe: PretrainRecipe, size: int) -> Sequence[str]:
     """The first texts of the recipe's first source."""
     texts, held = [], 0
     for text in islice(documents(recipe.data.sources[0]), 1_000_000):
@@ -132,5 +132,5 @@ def _sample(recipe: Recipe, size: int) -> Sequence[str]:
         if held >= size:
             return texts
     if not texts:
-        raise Refused(f"the first source of {recipe.run} has no text to measure with")
+        raise UserError(f"the first source of {recipe.run} has no text to measure with")
     return texts

@@ -12,23 +12,25 @@ from rich.console import Console
 
 from trifold.launch.bench.contenders import SPECIAL, stock_class
 from trifold.launch.bench.report import Row, machine, show
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface import export
 from trifold.modeling.transformer import build
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.initial_model import begin
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.initial_model import load_initial_model
 
 BATCHES, BEAMS, PROMPT = (1, 32), (1, 4), 32
 
 
-def bench(recipe: Recipe, place: Place, console: Console, *, new: int, rounds: int, out: Path | None) -> None:
+def bench(
+    recipe: PretrainRecipe, place: RankInfo, console: Console, *, new: int, rounds: int, out: Path | None
+) -> None:
     """Measure and show. Texts have exactly `new` tokens: their end is forbidden until then."""
-    config = begin(recipe.model, Path(recipe.run))[0]
+    config = load_initial_model(recipe.model, Path(recipe.run))[0]
     if config.family == "encoder":
-        raise Refused(
+        raise UserError(
             f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder"
         )
     torch.set_num_threads(place.threads)
@@ -42,7 +44,7 @@ def bench(recipe: Recipe, place: Place, console: Console, *, new: int, rounds: i
     show(console, f"{recipe.run}: generation\n{machine(place.device, place.threads)}", rows, out)
 
 
-def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int, rounds: int) -> list[Row]:
+def measure(config: ModelConfig, place: RankInfo, batch: int, beams: int, new: int, rounds: int) -> list[Row]:
     """Both in turn, the same prompts and weights."""
     ours = build(config, 0)
     hf, state = export(config, ours.state_dict(), SPECIAL)
@@ -84,7 +86,7 @@ def measure(config: ModelConfig, place: Place, batch: int, beams: int, new: int,
     ]
 
 
-def _timed(work: Callable[[], None], place: Place) -> tuple[float, float]:
+def _timed(work: Callable[[], None], place: RankInfo) -> tuple[float, float]:
     began, cpu = time.perf_counter(), time.process_time()
     work()
     if place.device == "cuda":

@@ -27,9 +27,9 @@ from trifold.launch.bench.contenders import Contender
 from trifold.launch.bench.report import Row, show
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import CLONE, resolve
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.config import ModelConfig
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.monitor.metrics import peak_flops
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
@@ -237,7 +237,7 @@ class _Room:
 
 
 def measure(
-    name: str, i: int, out: Path, *, steps: int, tiny: bool, place: Place, turn: Path | None = None
+    name: str, i: int, out: Path, *, steps: int, tiny: bool, place: RankInfo, turn: Path | None = None
 ) -> None:
     """One contender of a shape, in this process; its row is written to `out`."""
     torch.set_float32_matmul_precision("high")
@@ -248,7 +248,7 @@ def measure(
     append_line(out, train.result(contender, contender, peak))
 
 
-def recipe_of(shape: Shape, tiny: bool) -> Recipe:
+def recipe_of(shape: Shape, tiny: bool) -> PretrainRecipe:
     """Ours, as a user would write it."""
     length, rows, model = (64, 2, TINY[shape.model]) if tiny else (shape.row_length, shape.rows, shape.model)
     return resolve(
@@ -270,7 +270,7 @@ def recipe_of(shape: Shape, tiny: bool) -> Recipe:
     )
 
 
-def contender_of(shape: Shape, i: int, recipe: Recipe, place: Place, tiny: bool) -> Contender:
+def contender_of(shape: Shape, i: int, recipe: PretrainRecipe, place: RankInfo, tiny: bool) -> Contender:
     """The contender of that number: ours, on plain rows too where the shape is packed, in a plain loop, then
     the peers.
     """

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from trifold.launch.bench.report import Row, show
 from trifold.modeling.block import MLP, Attention, RMSNorm
 from trifold.modeling.heads import Head
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 
 MODULES = {
     Attention: "attention",
@@ -47,7 +47,7 @@ STEPS = 3
 
 
 def profile(
-    step: Callable[[int], None], model: nn.Module, place: Place, file: Path, console: Console
+    step: Callable[[int], None], model: nn.Module, place: RankInfo, file: Path, console: Console
 ) -> list[Row]:
     """Run a few steps under the profiler, write the trace to `file`, show and return the parts."""
     cuda = place.device == "cuda"

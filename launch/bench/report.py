@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 Row = dict[
     str, Any
@@ -57,13 +57,13 @@ def said(value: Any) -> str:
 
 
 def chart(title: str, rows: Sequence[Row], file: Path) -> Path | None:
-    """A bar for each row that has the first number of any; None where nothing was measured. Raises Refused
+    """A bar for each row that has the first number of any; None where nothing was measured. Raises UserError
     where matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Refused("the chart needs matplotlib: pip install 'trifold[report]'") from None
+        raise UserError("the chart needs matplotlib: pip install 'trifold[report]'") from None
     what = next((name for row in rows for name, value in row.items() if isinstance(value, float)), None)
     bars = [
         (str(next(iter(row.values()))), row[what])

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.pretrain.config.pretraining import Pretrain
+from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.data.collate import stack
-from trifold.pretrain.data.objectives import Objective
+from trifold.pretrain.data.objectives import ObjectiveMixture
 from trifold.pretrain.data.rows import Rows
 
 
@@ -60,12 +60,12 @@ class Micro:
     tokens: int  # positions that are no padding, of both sides
 
 
-def synthetic(recipe: Pretrain, vocab_size: int, documents: int, rows: int) -> Rows:
+def synthetic(recipe: PretrainConfig, vocab_size: int, documents: int, rows: int) -> Rows:
     """At least `rows` rows of about `documents` documents each (lengths exponential, as real ones nearly
     are); 0: each row is one whole document.
     """
     words = Words(vocab_size)
-    goal = Objective(recipe.objective, words, recipe.data.row_length)
+    goal = ObjectiveMixture(recipe.objective, words, recipe.data.row_length)
     whole = goal.longest - goal.parts[0].marks.count
     lengths = np.full(rows, whole)
     if documents:
@@ -74,7 +74,7 @@ def synthetic(recipe: Pretrain, vocab_size: int, documents: int, rows: int) -> R
     return Rows(recipe, words, [Documents(lengths, words)], "train")
 
 
-def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:
+def micros(recipe: PretrainConfig, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:
     """`number` micro batches. Rows that are one whole document come without segments: then every family has
     its plain kernels.
     """
@@ -84,7 +84,7 @@ def micros(recipe: Pretrain, vocab_size: int, documents: int, number: int, devic
         rows = source.rows(range(i * recipe.micro_rows, (i + 1) * recipe.micro_rows))
         batch = stack(rows, pin=device == "cuda")
         batch = batch if documents else replace(batch, segments=None, source_segments=None)
-        made.append(Micro(batch, sum(row.count for row in rows), sum(row.size for row in rows)))
+        made.append(Micro(batch, sum(row.num_targets for row in rows), sum(row.num_tokens for row in rows)))
     return made
 
 

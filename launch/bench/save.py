@@ -14,12 +14,12 @@ from rich.console import Console
 from trifold.launch.bench.contenders import timed_step
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.train import field
-from trifold.launch.recipe.schema import Recipe
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.checkpoint import State, newest_verified, open_checkpoint
+from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified, open_checkpoint
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 
 SAVES = 5
@@ -36,7 +36,9 @@ class Costs(NamedTuple):
     copied: float  # a plain copy of as many bytes
 
 
-def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: Path | None) -> None:
+def bench(
+    recipe: PretrainRecipe, place: RankInfo, console: Console, *, folder: Path, out: Path | None
+) -> None:
     """Measure in a new folder below `folder`, which is removed, and show."""
     [racer] = field(recipe, place, 0, ())
     racer.model, racer.step = racer.make()
@@ -61,7 +63,7 @@ def bench(recipe: Recipe, place: Place, console: Console, *, folder: Path, out: 
     show(console, f"{recipe.run}: one rank's checkpoint\n{machine(place.device, place.threads)}", rows, out)
 
 
-def measure(engine: Engine, recipe: Recipe, folder: Path) -> Costs:
+def measure(engine: Engine, recipe: PretrainRecipe, folder: Path) -> Costs:
     """Real saves of an engine into a run of their own below `folder`, and the newest one read back."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-save-") as made:
@@ -77,13 +79,15 @@ def measure(engine: Engine, recipe: Recipe, folder: Path) -> Costs:
             began = time.perf_counter()
             slices = engine.slices()
             saver.save(
-                State(step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}),
+                CheckpointState(
+                    step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}
+                ),
                 slices,
             )
             waits.append(time.perf_counter() - began)
             saver.wait()
         if saver.failed is not None:
-            raise Refused(f"a save below {folder} failed: {saver.failed}")
+            raise UserError(f"a save below {folder} failed: {saver.failed}")
         verified, found = _timed(lambda: newest_verified(run, heard))
         read, _ = _timed(lambda: engine.load(open_checkpoint(found.folder).read, engine.optimizer_step))
     size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())

@@ -18,21 +18,21 @@ from trifold.launch.bench.contenders import Contender
 from trifold.launch.bench.profile import profile
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.rows import micros
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import train_flops_per_row
-from trifold.pretrain.data.objectives import Objective
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.precision import settled
-from trifold.pretrain.initial_model import begin
+from trifold.pretrain.data.objectives import ObjectiveMixture
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.precision import resolve_precision
+from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.monitor.metrics import peak_flops
 
 DIFFERENT = 4  # steps with rows of their own, read in turn
 
 
 def bench(
-    recipe: Recipe,
-    place: Place,
+    recipe: PretrainRecipe,
+    place: RankInfo,
     console: Console,
     *,
     documents: int,
@@ -44,7 +44,7 @@ def bench(
     trace: Path | None,
 ) -> None:
     """Measure and show. `trace`: a file for a profile of our own steps, made after them."""
-    recipe = settled(recipe, place.device)
+    recipe = resolve_precision(recipe, place.device)
     racing = field(recipe, place, documents, (False,) * peers + (True,) * (peers and not eager))
     contenders.race(racing, place, warmup, steps)
     shape = f"rows of {recipe.data.row_length}, " + (
@@ -62,11 +62,11 @@ def bench(
         profile(first.step, first.model, place, trace, console)
 
 
-def field(recipe: Recipe, place: Place, documents: int, peers: Sequence[bool]) -> list[Contender]:
+def field(recipe: PretrainRecipe, place: RankInfo, documents: int, peers: Sequence[bool]) -> list[Contender]:
     """Ours, and for each of `peers` (compiled or not) the stock class of the same shape; for packed rows it
     gets the documents padded.
     """
-    config = begin(recipe.model, Path(recipe.run))[0]
+    config = load_initial_model(recipe.model, Path(recipe.run))[0]
     per_step = max(1, recipe.step_rows // recipe.micro_rows)
     packed = contenders.steps_of(
         micros(recipe, config.vocab_size, documents, DIFFERENT * per_step, place.device), per_step
@@ -88,15 +88,15 @@ def field(recipe: Recipe, place: Place, documents: int, peers: Sequence[bool]) -
     return racing
 
 
-def flops_of_step(recipe: Recipe, config: ModelConfig) -> float:
+def flops_of_step(recipe: PretrainRecipe, config: ModelConfig) -> float:
     """By the one formula, for the rows as they stand, padding included."""
     words = contenders.Words(config.vocab_size)
-    room = Objective(recipe.objective, words, recipe.data.row_length).room
+    room = ObjectiveMixture(recipe.objective, words, recipe.data.row_length).capacity
     rows = recipe.micro_rows * max(1, recipe.step_rows // recipe.micro_rows)
     return rows * train_flops_per_row(config, room.tokens, room.source)
 
 
-def results(racing: Sequence[Contender], recipe: Recipe, place: Place) -> list[Row]:
+def results(racing: Sequence[Contender], recipe: PretrainRecipe, place: RankInfo) -> list[Row]:
     """A row each; the ratio is ours over theirs in tokens per second."""
     peak = peak_flops(place, torch.float32 if recipe.engine.precision == "fp32" else torch.bfloat16)
     return [result(contender, racing[0], peak) for contender in racing]

@@ -20,12 +20,12 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from trifold.launch.cluster.capacity import needs
-from trifold.launch.cluster.worker import Meeting, lost, work
+from trifold.launch.cluster.worker import RendezvousConfig, is_peer_failure, work
 from trifold.launch.recipe.schema import AnyRecipe
-from trifold.modeling.errors import Refused
-from trifold.pretrain.distributed import Place
+from trifold.modeling.errors import UserError
+from trifold.pretrain.distributed import RankInfo
 
-Train = Callable[[Any, Place], None]
+Train = Callable[[Any, RankInfo], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def attempt(
     shipped = ray.cloudpickle.dumps((recipe, train))
     trainer = _Trainer(
         partial(work, os.getcwd(), recipe.run, cluster.step_timeout, meet, shipped),
-        backend_config=Meeting(meet),
+        backend_config=RendezvousConfig(meet),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=needs(cluster)
         ),
@@ -102,13 +102,13 @@ def _first(failures: dict[int, Exception]) -> Failure:
 
     def order(item: tuple[int, BaseException]) -> tuple[bool, bool, bool, int]:
         rank, error = item
-        return not isinstance(error, Refused), not _died(error), lost(error), rank
+        return not isinstance(error, UserError), not _dead_rank(error), is_peer_failure(error), rank
 
     rank, error = min(failures.items(), key=order)
-    return Failure(rank, error, _died(error))
+    return Failure(rank, error, _dead_rank(error))
 
 
-def _died(error: BaseException) -> bool:
+def _dead_rank(error: BaseException) -> bool:
     return type(error).__name__.startswith("WorkerHealthCheck") or isinstance(
         error, ray.exceptions.RayActorError
     )

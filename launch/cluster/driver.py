@@ -1,7 +1,7 @@
 """A run on a cluster, or on this machine's own: attempts of a size that fits, one after another, until the
 run is done or cannot go on.
 
-In: a recipe and a plain `train(recipe, place)`. Out: a finished (or, when asked, stopped) run, or Refused
+In: a recipe and a plain `train(recipe, place)`. Out: a finished (or, when asked, stopped) run, or UserError
 with the verdict. Training continues by itself from the newest verified checkpoint on disk. events.jsonl tells
 what came when: failed, restarting, placed, stepping; waiting, resizing, regrouping, hanging.
 """
@@ -27,14 +27,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trifold.launch.cluster import capacity
 from trifold.launch.cluster.attempt import Failure, Train, attempt
-from trifold.launch.cluster.failure_report import End, Watchdog, last_lines, page
-from trifold.launch.cluster.scoring_actor import Beside
+from trifold.launch.cluster.failure_report import Cause, Watchdog, last_lines, render
+from trifold.launch.cluster.scoring_actor import BackgroundScorer
 from trifold.launch.recipe.schema import AnyRecipe
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.saving import FULL
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.saving import PERMANENT_ERRORS
 from trifold.pretrain.monitor import heartbeat
-from trifold.pretrain.monitor.heartbeat import Beat
-from trifold.pretrain.monitor.run_folder import ended, tell
+from trifold.pretrain.monitor.heartbeat import RankStatus
+from trifold.pretrain.monitor.run_folder import last_outcome, log_event
 from trifold.pretrain.storage.jsonl import read_lines
 
 EVERY = 2.0  # seconds between looks at all ranks and hosts
@@ -54,7 +54,7 @@ def join(address: str | None = None, cpus: float = 0) -> None:
     try:
         if address is not None:
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            _look(host, int(port))
+            _probe_head(host, int(port))
             ray.init(address=address, ignore_reinit_error=True, **quiet)
         elif not ray.is_initialized():
             ray._private.ray_constants.ENABLE_RAY_CLUSTER = (
@@ -71,12 +71,12 @@ def join(address: str | None = None, cpus: float = 0) -> None:
             if address
             else "Ray could not start on this machine"
         )
-        raise Refused(f"{where}: {_why(error)}.") from error
+        raise UserError(f"{where}: {_why(error)}.") from error
     if callable(heard):  # Ray has taken it, and would exit without a save
         signal.signal(signal.SIGTERM, heard)
 
 
-def _look(host: str, port: int) -> None:
+def _probe_head(host: str, port: int) -> None:
     """Whether a head is there that takes our token, of which Ray itself would make sure for 20 s to
     minutes.
     """
@@ -110,7 +110,7 @@ def run(
     train: Train,
     address: str | None = None,
     asked: Callable[[], bool] = lambda: False,
-    beside: Beside | None = None,
+    beside: BackgroundScorer | None = None,
 ) -> None:
     """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until done, through up to
     `max_restarts` failures in a row: a checkpoint between two of them begins the count anew.
@@ -125,63 +125,63 @@ def run(
     )
     folder, cluster, sharing, restarts = Path(recipe.run), recipe.cluster, recipe.engine.sequence_parallel, 0
     saves = _saves(folder)
-    workers = capacity.awaited(
-        cluster, sharing, cluster.wait_at_start, partial(tell, folder, "waiting"), asked
+    workers = capacity.wait_for_workers(
+        cluster, sharing, cluster.wait_at_start, partial(log_event, folder, "waiting"), asked
     )
     for number in itertools.count():
-        watch = _Watch(recipe, workers, beside)
+        watch = _Monitor(recipe, workers, beside)
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
             failure = attempt(
                 recipe, train, workers, number, None if address else f"file://{here}/meet", watch.look
             )
         watch.regroup.unlink(missing_ok=True)
-        if failure is None and (asked() or ended(folder) != "stopped"):
+        if failure is None and (asked() or last_outcome(folder) != "stopped"):
             return
         if beside is not None:
-            beside.leave()
+            beside.stop()
         if failure is None:
-            workers = capacity.awaited(
-                cluster, sharing, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked
+            workers = capacity.wait_for_workers(
+                cluster, sharing, cluster.wait_after_loss, partial(log_event, folder, "waiting"), asked
             )
-            tell(folder, "regrouping", workers=workers)
+            log_event(folder, "regrouping", workers=workers)
             continue
-        if isinstance(failure.error, Refused):
+        if isinstance(failure.error, UserError):
             raise failure.error
         if (now := _saves(folder)) > saves:
             restarts, saves = 0, now
-        end = watch.hung or End(failure.rank, _end(recipe, failure))
-        tell(folder, "failed", rank=end.rank, error=end.why, workers=workers)
-        verdict = page(recipe, workers, end, restarts, _tail)
+        end = watch.hung or Cause(failure.rank, _end(recipe, failure))
+        log_event(folder, "failed", rank=end.rank, error=end.why, workers=workers)
+        verdict = render(recipe, workers, end, restarts, _tail)
         with (folder / "failures.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {verdict}\n\n")
         if (
             asked()
             or restarts == cluster.max_restarts
-            or (isinstance(failure.error, OSError) and failure.error.errno in FULL)
+            or (isinstance(failure.error, OSError) and failure.error.errno in PERMANENT_ERRORS)
         ):
-            raise Refused(verdict) from failure.error
+            raise UserError(verdict) from failure.error
         restarts += 1
         try:
-            workers = capacity.awaited(
-                cluster, sharing, cluster.wait_after_loss, partial(tell, folder, "waiting"), asked
+            workers = capacity.wait_for_workers(
+                cluster, sharing, cluster.wait_after_loss, partial(log_event, folder, "waiting"), asked
             )
-        except Refused as refusal:
-            raise Refused(f"{refusal}\n{verdict}") from None
-        tell(folder, "restarting", attempt=restarts, workers=workers)
+        except UserError as refusal:
+            raise UserError(f"{refusal}\n{verdict}") from None
+        log_event(folder, "restarting", attempt=restarts, workers=workers)
 
 
-class _Watch:
+class _Monitor:
     """What the driver does while a group runs: say that it was placed, take in hosts, end it when it
     hangs.
     """
 
-    def __init__(self, recipe: AnyRecipe, workers: int, beside: Beside | None) -> None:
+    def __init__(self, recipe: AnyRecipe, workers: int, beside: BackgroundScorer | None) -> None:
         self.recipe, self.workers, self.folder, self.beside = recipe, workers, Path(recipe.run), beside
         self.regroup = self.folder / "regroup"  # asks the group to save and end (pretrain/train.py)
-        self.hung: End | None = None
+        self.hung: Cause | None = None
         self._placed, self._next = False, 0.0
         self._growth, self._watchdog = (
-            capacity.Growth(recipe.cluster, recipe.engine.sequence_parallel, workers),
+            capacity.ResizePolicy(recipe.cluster, recipe.engine.sequence_parallel, workers),
             Watchdog(recipe),
         )
 
@@ -189,27 +189,29 @@ class _Watch:
         beats = heartbeat.read(self.folder)
         if not self._placed and len(beats) == self.workers:
             self._placed = True
-            tell(self.folder, "placed", workers=self.workers)
+            log_event(self.folder, "placed", workers=self.workers)
         if (now := time.monotonic()) < self._next:
             return
         self._next = now + EVERY
         mine, lent = Counter(beat.node for beat in beats.values()), {}
         if self._placed and self.beside is not None:
-            self.beside.look()
-            lent = self.beside.lent()
+            self.beside.poll()
+            lent = self.beside.reclaimable()
         if (
             self._placed
             and not self.regroup.exists()
             and (fit := self._growth.wanted(mine, lent)) is not None
         ):
-            tell(self.folder, "resizing", workers=self.workers, fit=fit)
+            log_event(self.folder, "resizing", workers=self.workers, fit=fit)
             self.regroup.touch()
         if (beat := self._watchdog.hanging()) is not None:
-            self.hung = End(
+            self.hung = Cause(
                 beat.rank,
                 f"no rank came forward for {self.recipe.cluster.step_timeout:g} s, and this one is behind",
             )
-            tell(self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase)
+            log_event(
+                self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase
+            )
             with suppress(
                 ray.exceptions.RayError
             ):  # its host does not answer: Ray ends the attempt, or the next look does
@@ -228,7 +230,7 @@ def _end(recipe: AnyRecipe, failure: Failure) -> str:
     return "its process was killed (by hand, or by the kernel for want of memory) or crashed"
 
 
-def _tail(beat: Beat) -> list[str]:
+def _tail(beat: RankStatus) -> list[str]:
     """The last lines of a rank's log, from its host; none where that is gone."""
     with suppress(OSError):
         return last_lines(beat.log)
@@ -238,7 +240,7 @@ def _tail(beat: Beat) -> list[str]:
     return []
 
 
-def _on_host(beat: Beat, function: Callable[..., Any], *given: Any) -> Any:
+def _on_host(beat: RankStatus, function: Callable[..., Any], *given: Any) -> Any:
     """Call a function on the host of a rank. Raises RayError where nobody answers within seconds."""
     there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)

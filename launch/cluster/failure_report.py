@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trifold.launch.recipe.schema import AnyRecipe, again
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.lease import committed
+from trifold.launch.recipe.schema import AnyRecipe, resume_command
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.monitor import heartbeat
-from trifold.pretrain.monitor.heartbeat import Beat
+from trifold.pretrain.monitor.heartbeat import RankStatus
 from trifold.pretrain.storage import storage
 
 LINES = 12  # of a log or a stack
@@ -23,7 +23,7 @@ LATE = 3.0  # seconds by which the stacks of hanging ranks, each written by its 
 
 
 @dataclass(frozen=True)
-class End:
+class Cause:
     """How an attempt ended."""
 
     rank: int | None  # whose fault it was; None: nobody's, the workers could not be placed
@@ -42,7 +42,7 @@ class Watchdog:
         self.run, self.timeout = Path(recipe.run), recipe.cluster.step_timeout
         self._seen, self._since = -1, time.monotonic()
 
-    def hanging(self) -> Beat | None:
+    def hanging(self) -> RankStatus | None:
         """The rank that holds up the others, where nobody has come forward for too long."""
         beats = heartbeat.read(self.run)
         if (seen := sum(beat.beats + beat.written for beat in beats.values())) != self._seen:
@@ -51,11 +51,14 @@ class Watchdog:
             return None
         self._since = time.monotonic()  # ending it takes time
         return min(
-            beats.values(), key=lambda beat: (beat.beats, _waits(heartbeat.stack(self.run, beat)), beat.rank)
+            beats.values(),
+            key=lambda beat: (beat.beats, _waits(heartbeat.read_stack(self.run, beat)), beat.rank),
         )
 
 
-def page(recipe: AnyRecipe, workers: int, end: End, restarts: int, tail: Callable[[Beat], list[str]]) -> str:
+def render(
+    recipe: AnyRecipe, workers: int, end: Cause, restarts: int, tail: Callable[[RankStatus], list[str]]
+) -> str:
     """The verdict; `tail(beat)` fetches what a rank wrote last."""
     run, beats = Path(recipe.run), heartbeat.read(Path(recipe.run))
     used = f"{restarts} restarts of {recipe.cluster.max_restarts} were used: {end.why}."
@@ -70,7 +73,7 @@ def page(recipe: AnyRecipe, workers: int, end: End, restarts: int, tail: Callabl
             f"rank {end.rank} of {workers} failed on {beat.host} (process {beat.pid}), {used}",
             f"  It was {_place(beat)}.",
         ]
-        if stack := heartbeat.stack(run, beat):
+        if stack := heartbeat.read_stack(run, beat):
             lines += [
                 "  Its stack, innermost call first (all of them: workers/rank-*.stack):",
                 *(f"    {frame}" for frame in stack[:LINES]),
@@ -82,7 +85,7 @@ def page(recipe: AnyRecipe, workers: int, end: End, restarts: int, tail: Callabl
             for rank, other in sorted(beats.items())[:RANKS]
             if rank != end.rank
         ]
-    return "\n".join([*lines, _saved(recipe) + f" Continue with: {again(recipe)}"])
+    return "\n".join([*lines, _saved(recipe) + f" Continue with: {resume_command(recipe)}"])
 
 
 def last_lines(log: str) -> list[str]:
@@ -92,7 +95,7 @@ def last_lines(log: str) -> list[str]:
     ][-LINES:]
 
 
-def _place(beat: Beat) -> str:
+def _place(beat: RankStatus) -> str:
     rows = f", rows {beat.rows[0]} to {beat.rows[1]}" if beat.rows else ""
     micro = f", micro {beat.micro} of its own" if beat.micro is not None else ""
     return (
@@ -109,7 +112,7 @@ def _waits(stack: list[str]) -> bool:
 
 def _saved(recipe: AnyRecipe) -> str:
     try:
-        saved = committed(storage.home(Path(recipe.run), recipe.checkpoints.storage))
-    except Refused as refusal:
+        saved = valid_folders(storage.checkpoint_root(Path(recipe.run), recipe.checkpoints.storage))
+    except UserError as refusal:
         return f"What was saved cannot be read: {refusal}."
     return f"Saved: {saved[-1]}." if saved else "No checkpoint was saved yet."

@@ -19,41 +19,41 @@ from torch import Tensor
 
 import trifold.finetune.run
 from trifold.launch.recipe.reader import resolve
-from trifold.launch.recipe.schema import FinetuneRecipe, Recipe
+from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import Checkpoint, Damaged, open_checkpoint, verify
-from trifold.pretrain.checkpoint.lease import COMMIT, committed, home_of, newest_generation
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint, open_checkpoint, verify
+from trifold.pretrain.checkpoint.lease import COMMIT, checkpoint_root_of_run, newest_generation, valid_folders
 from trifold.pretrain.data import prepare as preparation
 from trifold.pretrain.data.corpus import corpus_fingerprint
 from trifold.pretrain.data.rows import Rows
 from trifold.pretrain.data.shards import Shards
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.evaluate import evaluate
-from trifold.pretrain.initial_model import begin
+from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.monitor.metrics import Recorder
-from trifold.pretrain.monitor.run_folder import hand_over, scored, tell, waiting
+from trifold.pretrain.monitor.run_folder import log_event, queue_scores, queued_scores, scored_checkpoints
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import model_of
-from trifold.pretrain.run import shards_of
+from trifold.pretrain.run import shards_folder
 from trifold.pretrain.storage import storage
 
 Tasks = dict[str, FinetuneRecipe]  # by name, as they begin from a checkpoint
 
 
-def asked(recipe: Recipe) -> Tasks:
-    """The tasks that `scoring` names. Raises Refused where a recipe cannot be read or a text is not there."""
+def resolve_tasks(recipe: PretrainRecipe) -> Tasks:
+    """The tasks that `scoring` names. Raises UserError where a recipe cannot be read or a text is not there."""
     for name, sources in recipe.scoring.held_out.items():
-        with _about(f"scoring.held_out.{name}"):
+        with _error_context(f"scoring.held_out.{name}"):
             for source in sources:
                 corpus_fingerprint(source)
     tasks: Tasks = {}
     for name, path in recipe.scoring.tasks.items():
-        with _about(f"scoring.tasks.{name}"):
+        with _error_context(f"scoring.tasks.{name}"):
             task = resolve(path, (), FinetuneRecipe)
         model = task.model.model_copy(update={"folder": recipe.run, "random": False, "config": None})
         here = task.checkpoints.model_copy(update={"storage": None})
@@ -61,24 +61,24 @@ def asked(recipe: Recipe) -> Tasks:
     return tasks
 
 
-def prepare(recipe: Recipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
-    """Tokenize the texts, and read every task's examples. Raises Refused where the model or its tokenizer
+def prepare(recipe: PretrainRecipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
+    """Tokenize the texts, and read every task's examples. Raises UserError where the model or its tokenizer
     cannot do one of them.
     """
     vocabulary = Tokenizer.open(Path(recipe.run) / "tokenizer")
     for name, sources in recipe.scoring.held_out.items():
-        with _about(f"scoring.held_out.{name}"):
+        with _error_context(f"scoring.held_out.{name}"):
             progress(f"tokenizing {name}", 0)
             for source, folder in zip(sources, _folders(recipe, name), strict=True):
                 preparation.prepare(source, vocabulary, folder, spread=preparation.over_processes(workers))
             _rows(recipe, name, workers)
     if not tasks:
         return
-    model, _ = begin(recipe.model, Path(recipe.run))
-    with _about("scoring.tasks"):
+    model, _ = load_initial_model(recipe.model, Path(recipe.run))
+    with _error_context("scoring.tasks"):
         express(model, published_folder.special_ids(vocabulary))
     for name, task in tasks.items():
-        with _about(f"scoring.tasks.{name}"):
+        with _error_context(f"scoring.tasks.{name}"):
             progress(f"reading examples of {name}", 0)
             trifold.finetune.run.check_examples(task, vocabulary, model)
 
@@ -86,25 +86,25 @@ def prepare(recipe: Recipe, tasks: Tasks, workers: int, progress: Callable[[str,
 class Scorer:
     """Scores checkpoints of a prepared run, one after another."""
 
-    def __init__(self, recipe: Recipe, tasks: Tasks, threads: int) -> None:
+    def __init__(self, recipe: PretrainRecipe, tasks: Tasks, threads: int) -> None:
         torch.set_num_threads(threads)
         self.recipe, self.tasks, self.run = recipe, tasks, Path(recipe.run)
-        self.place = Place(0, 1, 0, "cuda" if recipe.scoring.gpus else "cpu", None, threads)
+        self.place = RankInfo(0, 1, 0, "cuda" if recipe.scoring.gpus else "cpu", None, threads)
 
     def score(self, name: str) -> dict[str, Any]:
-        """A line for the metrics: step, checkpoint, and every score as NAME/SCORE. Refused where the
+        """A line for the metrics: step, checkpoint, and every score as NAME/SCORE. UserError where the
         checkpoint is damaged or gone.
         """
         began = time.monotonic()
         checkpoint, config, state = self._read(name)
         scores: dict[str, Any] = {}
-        model = _Alone(config, state, self.place.device)
+        model = SingleProcessModel(config, state, self.place.device)
         for text in self.recipe.scoring.held_out:
             rows = _rows(self.recipe, text)
             found = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.recipe.micro_rows)
             scores |= {f"{text}/{score}": value for score, value in found.items()}
         for task in self.tasks:
-            found = self._taught(self.tasks[task], config, state, checkpoint.state.fingerprint)
+            found = self._finetune_and_score(self.tasks[task], config, state, checkpoint.state.fingerprint)
             scores |= {f"{task}/{score}": value for score, value in found.items()}
         return {
             "step": checkpoint.state.step,
@@ -115,26 +115,26 @@ class Scorer:
 
     def _read(self, name: str) -> tuple[Checkpoint, ModelConfig, dict[str, Tensor]]:
         """A checkpoint, verified, and its model in memory: from here on it may be deleted."""
-        folder = storage.home(self.run, self.recipe.checkpoints.storage) / "checkpoints" / name
+        folder = storage.checkpoint_root(self.run, self.recipe.checkpoints.storage) / "checkpoints" / name
         try:
             verify(folder)
             checkpoint = open_checkpoint(folder)
             return checkpoint, *model_of(checkpoint)
-        except (Damaged, FileNotFoundError) as error:
+        except (CorruptCheckpoint, FileNotFoundError) as error:
             gone = not (folder / COMMIT).exists()
-            raise Refused(
+            raise UserError(
                 "it was deleted before it was read (checkpoints.keep_last)" if gone else str(error)
             ) from error
 
-    def _taught(
+    def _finetune_and_score(
         self, task: FinetuneRecipe, config: ModelConfig, state: dict[str, Tensor], fingerprint: str
     ) -> dict[str, float]:
         """The scores of a task's best step on all of its dev examples, that which chose it first."""
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
             folder, vocabulary = Path(here) / "model", Tokenizer.open(self.run / "tokenizer")
             folder.mkdir()
-            published_folder.write(folder, config, state, vocabulary)
-            published_folder.seal(folder, config, vocabulary, fingerprint, {})
+            published_folder.write_folder(folder, config, state, vocabulary)
+            published_folder.write_record(folder, config, vocabulary, fingerprint, {})
             model = task.model.model_copy(update={"folder": str(folder)})
             taught = task.model_copy(update={"run": f"{here}/run", "model": model})
             trifold.finetune.run.prepare(taught, lambda what, done: None)
@@ -143,36 +143,36 @@ class Scorer:
         return {found["best"]: found["scores"][found["best"]], **found["scores"]}
 
 
-def score_here(recipe: Recipe, tasks: Tasks) -> None:
+def score_here(recipe: PretrainRecipe, tasks: Tasks) -> None:
     """Score the last checkpoint in this process, which has trained it. What goes wrong is told, and ends
     nothing.
     """
-    run, name = Path(recipe.run), committed(home_of(Path(recipe.run)))[-1].name
-    if name not in scored(run):
+    run, name = Path(recipe.run), valid_folders(checkpoint_root_of_run(Path(recipe.run)))[-1].name
+    if name not in scored_checkpoints(run):
         try:
-            hand_over(run, Scorer(recipe, tasks, recipe.cluster.threads(1)).score(name))
+            queue_scores(run, Scorer(recipe, tasks, recipe.cluster.threads(1)).score(name))
         except Exception as error:  # whatever a task raises: the run is trained
-            tell(run, "scoring_failed", checkpoint=name, reason=why(error))
+            log_event(run, "scoring_failed", checkpoint=name, reason=why(error))
 
 
 def why(error: BaseException) -> str:
     """What went wrong, in a line."""
-    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}".splitlines()[0]
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def join(recipe: Recipe) -> None:
+def join(recipe: PretrainRecipe) -> None:
     """Take the scores that came after the last step into the metrics: the ranks have ended, and this process
     writes for them.
     """
     run = Path(recipe.run)
-    if waiting(run):
+    if queued_scores(run):
         with closing(
-            Recorder(run, Place(0, 1, 0, "cpu", None, 1), newest_generation(home_of(run)))
+            Recorder(run, RankInfo(0, 1, 0, "cpu", None, 1), newest_generation(checkpoint_root_of_run(run)))
         ) as recorder:
-            recorder.join_scores()
+            recorder.take_queued_scores()
 
 
-class _Alone:
+class SingleProcessModel:
     """A model that scores rows by itself, as the engine does with all ranks."""
 
     rank, world, counts = 0, 1, True
@@ -191,24 +191,25 @@ class _Alone:
         return values
 
 
-def _folders(recipe: Recipe, name: str) -> list[Path]:
+def _folders(recipe: PretrainRecipe, name: str) -> list[Path]:
     """Where the token shards of a text's sources are."""
     return [
-        shards_of(recipe) / f"scoring-{name}-{number}" for number in range(len(recipe.scoring.held_out[name]))
+        shards_folder(recipe) / f"scoring-{name}-{number}"
+        for number in range(len(recipe.scoring.held_out[name]))
     ]
 
 
-def _rows(recipe: Recipe, name: str, processes: int = 1) -> Rows:
+def _rows(recipe: PretrainRecipe, name: str, processes: int = 1) -> Rows:
     """A text's rows, under the recipe's objective: all of its documents, as of `data.heldout`."""
     vocabulary = Tokenizer.open(Path(recipe.run) / "tokenizer")
     shards = [Shards(folder / "train") for folder in _folders(recipe, name)]
-    return Rows(recipe, vocabulary, shards, "heldout", shards_of(recipe), processes)
+    return Rows(recipe, vocabulary, shards, "heldout", shards_folder(recipe), processes)
 
 
 @contextmanager
-def _about(key: str) -> Iterator[None]:
+def _error_context(key: str) -> Iterator[None]:
     """Say of which key a refusal is."""
     try:
         yield
-    except Refused as refusal:
-        raise Refused(f"{key}: {refusal}") from refusal
+    except UserError as refusal:
+        raise UserError(f"{key}: {refusal}") from refusal

@@ -18,27 +18,27 @@ from typing import Any
 
 import ray
 
-from trifold.launch.cluster.capacity import Lent
+from trifold.launch.cluster.capacity import Reclaimable
 from trifold.launch.cluster.scorer import Scorer, Tasks, why
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.launch.watch.progress import appended
-from trifold.pretrain.checkpoint.lease import committed, home_of
-from trifold.pretrain.monitor.run_folder import hand_over, scored, tell
+from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run, valid_folders
+from trifold.pretrain.monitor.run_folder import log_event, queue_scores, scored_checkpoints
 
 ROOM = 30.0  # seconds until it is told that the scorer finds no room
 TRIES = 3  # of one checkpoint, where the scorer's process dies
 
 
-class Beside:
+class BackgroundScorer:
     """The scorer of a run, beside its workers. `look` is called while they train, `leave` before a group
     begins, `last` after training.
     """
 
-    def __init__(self, recipe: Recipe, tasks: Tasks) -> None:
+    def __init__(self, recipe: PretrainRecipe, tasks: Tasks) -> None:
         self.recipe, self.tasks, self.folder = recipe, tasks, Path(recipe.run)
-        found = [folder.name for folder in committed(home_of(self.folder))]
+        found = [folder.name for folder in valid_folders(checkpoint_root_of_run(self.folder))]
         self._newest = next(
-            (name for name in found[-1:] if name not in scored(self.folder)), None
+            (name for name in found[-1:] if name not in scored_checkpoints(self.folder)), None
         )  # to be scored
         self._events = appended(self.folder / "events.jsonl")
         next(self._events)
@@ -48,7 +48,7 @@ class Beside:
         self._node, self._began = "", 0.0
         self._name, self._pending = "", None
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Hand on what is scored, and begin with the newest checkpoint, if there is one."""
         saved = [event["checkpoint"] for event in next(self._events) if event["event"] == "save_committed"]
         self._newest = next(reversed(saved), self._newest)
@@ -64,13 +64,13 @@ class Beside:
         elif self._where is not None and time.monotonic() - self._began > ROOM:
             self._began = math.inf  # said once
             dials = self.recipe.scoring
-            tell(
+            log_event(
                 self.folder,
                 "scoring_waits",
                 wants=f"{dials.cpus:g} CPU(s)" + (f" and {dials.gpus:g} GPU(s)" if dials.gpus else ""),
             )
 
-    def lent(self) -> Lent:
+    def reclaimable(self) -> Reclaimable:
         """What the actor uses of a host, which a worker may have."""
         return (
             {self._node: {"CPU": self.recipe.scoring.cpus, "GPU": self.recipe.scoring.gpus}}
@@ -78,7 +78,7 @@ class Beside:
             else {}
         )
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """End the actor, whatever it does: its room may be what the group needs that is to begin."""
         if self._actor is not None:
             ray.kill(self._actor)
@@ -87,27 +87,27 @@ class Beside:
         self._actor = self._where = self._pending = None
         self._node = ""
 
-    def last(self, asked: Callable[[], bool]) -> None:
+    def finish(self, asked: Callable[[], bool]) -> None:
         """Wait for the scores of the last checkpoint, for `scoring.wait` seconds at most or until
         `asked()`.
         """
         deadline = time.monotonic() + self.recipe.scoring.wait
-        self.look()
+        self.poll()
         if self._newest is not None:  # it is busy with an older one
-            self.leave()
-            self.look()
+            self.stop()
+            self.poll()
         if self._pending is not None:
-            tell(self.folder, "scoring_last", checkpoint=self._name, seconds=self.recipe.scoring.wait)
+            log_event(self.folder, "scoring_last", checkpoint=self._name, seconds=self.recipe.scoring.wait)
         while self._pending is not None and not asked() and time.monotonic() < deadline:
             time.sleep(0.2)
-            self.look()
+            self.poll()
         if self._pending is not None:
             self._failed(
                 f"not done within {self.recipe.scoring.wait:g} s (scoring.wait)"
                 if not asked()
                 else "the run was asked to end"
             )
-        self.leave()
+        self.stop()
 
     def _scorer(self) -> Any:
         if self._actor is None:
@@ -121,7 +121,7 @@ class Beside:
     def _take(self) -> None:
         """Hand on what the actor returned, or tell what went wrong."""
         try:
-            hand_over(self.folder, ray.get(self._pending))
+            queue_scores(self.folder, ray.get(self._pending))
         except (
             ray.exceptions.RayActorError
         ):  # killed, or its host is gone: another takes its place, and its work
@@ -129,19 +129,19 @@ class Beside:
             self._tries[self._name] += 1
             if self._tries[self._name] == TRIES:
                 self._pending = None
-            return self.leave()
+            return self.stop()
         except Exception as error:  # whatever a task raises: training is worth more
             self._failed(why(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error))
         self._pending = None
 
     def _failed(self, reason: str) -> None:
-        tell(self.folder, "scoring_failed", checkpoint=self._name, reason=reason)
+        log_event(self.folder, "scoring_failed", checkpoint=self._name, reason=reason)
 
 
 class _OnItsOwn(Scorer):
     """The scorer as a process that gives way to whatever else its host computes."""
 
-    def __init__(self, recipe: Recipe, tasks: Tasks, here: str) -> None:
+    def __init__(self, recipe: PretrainRecipe, tasks: Tasks, here: str) -> None:
         os.nice(19)
         if os.path.isdir(here):  # else the recipe's paths are absolute
             os.chdir(here)

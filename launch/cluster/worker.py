@@ -18,21 +18,23 @@ import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from trifold.launch.recipe.schema import AnyRecipe
-    from trifold.pretrain.distributed import Place
+    from trifold.pretrain.distributed import RankInfo
 
-LOST = 10.0  # seconds for which a rank that lost a peer keeps it to itself, so that Ray says first who died
+PEER_FAILURE_DELAY = (
+    10.0  # seconds for which a rank that lost a peer keeps it to itself, so that Ray says first who died
+)
 _listener: socket.socket | None = None
 _point: tuple[str, int] | None = None
 
 
 @dataclass
-class Meeting(BackendConfig):
+class RendezvousConfig(BackendConfig):
     """Where ranks meet: through a file of this machine, or without one at a free port of the address by which
     the cluster knows rank 0's host. torch's own meeting point listens on every network that the machine is
     in.
@@ -67,32 +69,32 @@ def work(here: str, run: str, patience: float, file: str | None, shipped: bytes)
     if os.path.isdir(here):  # else the recipe's paths are absolute
         os.chdir(here)
     rank, log = ray.train.get_context().get_world_rank(), os.path.realpath("/proc/self/fd/2")
-    heartbeat.begin(
+    heartbeat.start(
         Path(run), rank, socket.gethostname(), ray.get_runtime_context().get_node_id(), log, patience
     )
     try:
         recipe, train = ray.cloudpickle.loads(shipped)
         train(recipe, _place(recipe, file))
     except Exception as error:
-        if not isinstance(error, Refused):
+        if not isinstance(error, UserError):
             traceback.print_exc()  # the verdict shows the last lines of its log
-        if lost(error):
-            time.sleep(LOST)
+        if is_peer_failure(error):
+            time.sleep(PEER_FAILURE_DELAY)
         raise
 
 
-def lost(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether a peer's end is what ended this rank."""
     return "onnection" in str(error)  # gloo and NCCL name the peer's lost connection
 
 
-def _place(recipe: "AnyRecipe", file: str | None) -> "Place":
-    from trifold.pretrain.distributed import Place
+def _place(recipe: "AnyRecipe", file: str | None) -> "RankInfo":
+    from trifold.pretrain.distributed import RankInfo
 
     context, gpus = ray.train.get_context(), recipe.cluster.gpus_per_worker > 0
     if file is None:
         _join(context.get_world_rank(), context.get_world_size(), "nccl" if gpus else "gloo")
-    return Place(
+    return RankInfo(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         local_rank=context.get_local_rank(),

@@ -16,17 +16,17 @@ from rich.table import Table
 
 from trifold.finetune import run
 from trifold.finetune.evaluation import predict
-from trifold.finetune.evaluation.evaluate import Opened, report
+from trifold.finetune.evaluation.evaluate import LoadedModel, report
 from trifold.finetune.run import TASKS
-from trifold.launch.commands.pretrain import reach, stopping
-from trifold.launch.recipe.changes import settle
-from trifold.launch.recipe.reader import dials
-from trifold.launch.recipe.schema import FinetuneRecipe, again
-from trifold.launch.watch.progress import Watch
-from trifold.launch.watch.trackers import told
-from trifold.modeling.errors import Refused
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.monitor.run_folder import ended
+from trifold.launch.commands.pretrain import connect, stopping
+from trifold.launch.recipe.changes import reconcile_run_folder
+from trifold.launch.recipe.reader import apply_overrides
+from trifold.launch.recipe.schema import FinetuneRecipe, resume_command
+from trifold.launch.watch.progress import ProgressWatcher
+from trifold.launch.watch.trackers import tracking
+from trifold.modeling.errors import UserError
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.published_folder import read_json
 
@@ -36,21 +36,21 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
     saved.
     """
     folder = Path(recipe.run)
-    reach(recipe, address)
-    for change in settle(recipe):
+    connect(recipe, address)
+    for change in reconcile_run_folder(recipe):
         console.print(
             f"{change.key}: {change.old!r} so far, {change.new!r} from here",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    with Watch(folder, recipe.steps, console) as watch, told(recipe, console):
+    with ProgressWatcher(folder, recipe.steps, console) as watch, tracking(recipe, console):
         run.prepare(recipe, watch.prepared)
         with stopping(folder) as stop:
             if recipe.cluster.workers == 0:
                 run.train(
                     recipe,
-                    Place(
+                    RankInfo(
                         0,
                         1,
                         0,
@@ -63,8 +63,10 @@ def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = Non
                 from trifold.launch.cluster import driver  # imports Ray: 2 s
 
                 driver.run(recipe, run.train, address, stop.asked)
-    if ended(folder) == "stopped":
-        console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
+    if last_outcome(folder) == "stopped":
+        console.print(
+            f"Continue with: {resume_command(recipe)}", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
     show(read_json(folder / "scores.json"), console)
 
@@ -74,10 +76,10 @@ def evaluate(folder: Path, recipe: FinetuneRecipe, out: Path | None, console: Co
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()  # where it cannot be written, that is said before the work
-    opened = Opened(folder)
+    opened = LoadedModel(folder)
     task = TASKS[recipe.task.kind](recipe.task, opened.tokenizer, opened.config.family, recipe.row_length)
-    if task.shaped(opened.config) != opened.config:
-        raise Refused(
+    if task.with_head(opened.config) != opened.config:
+        raise UserError(
             f"{folder} was not trained for {recipe.task.kind} with these labels: fine-tune it first (trifold"
             " finetune)."
         )
@@ -109,5 +111,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def generate(folder: Path, texts: Iterator[str], how: list[str], as_json: bool) -> Iterator[str]:
     """A line for each text: what the model of a published folder makes of it, as text or as JSON."""
-    for said in predict.answers(Opened(folder), texts, dials(published_folder.generation(folder), how)):
-        yield json.dumps(said, ensure_ascii=False) if as_json else predict.plain(said)
+    for said in predict.predict(
+        LoadedModel(folder), texts, apply_overrides(published_folder.read_generation(folder), how)
+    ):
+        yield json.dumps(said, ensure_ascii=False) if as_json else predict.as_text(said)

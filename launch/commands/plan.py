@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from trifold.launch.bench import contenders, rows, save
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
 from trifold.pretrain.data.collate import stack
-from trifold.pretrain.data.stages import parts
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.data.stages import resolve_stages
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.fp8 import check_device
-from trifold.pretrain.engine.precision import settled
-from trifold.pretrain.initial_model import begin
+from trifold.pretrain.engine.precision import resolve_precision
+from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.storage.jsonl import read_lines
 
 # Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
@@ -40,7 +40,7 @@ COPY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Where:
+class Machine:
     """The machines, and what is known of them."""
 
     ranks: int
@@ -53,9 +53,9 @@ class Where:
     restart_seconds: float = 60.0  # from a failure to the first step after it, reading the checkpoint aside
 
 
-def plan(recipe: Recipe, where: Where, console: Console) -> dict[str, Any]:
+def plan(recipe: PretrainRecipe, where: Machine, console: Console) -> dict[str, Any]:
     """Work it out, write RUN/plan.json, show it."""
-    found = predict(settled(recipe, where.device), where)
+    found = predict(resolve_precision(recipe, where.device), where)
     file = Path(recipe.run) / "plan.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -85,17 +85,19 @@ class Rates(NamedTuple):
     process: int | None  # None: not known, as no process was seen
 
 
-def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
+def predict(recipe: PretrainRecipe, where: Machine) -> dict[str, Any]:
     """What is known before a run, by name; the names say the unit."""
     if recipe.engine.fp8:
         check_device(where.device)
-    model = begin(recipe.model, Path(recipe.run))[0]
-    part = parts(recipe)[-1]
-    micros = (_batch(recipe, model, part.micro_rows, part.row_length) for part in parts(recipe))
-    recompute = memory_estimate.recomputes(recipe, model, micros, where.ranks, where.device, where.memory)
+    model = load_initial_model(recipe.model, Path(recipe.run))[0]
+    part = resolve_stages(recipe)[-1]
+    micros = (_batch(recipe, model, part.micro_rows, part.row_length) for part in resolve_stages(recipe))
+    recompute = memory_estimate.needs_recompute(
+        recipe, model, micros, where.ranks, where.device, where.memory
+    )
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": recompute})})
     micro = _batch(recipe, model, part.micro_rows)
-    memory = memory_estimate.memory(recipe, model, micro, where.ranks, where.device)
+    memory = memory_estimate.estimate_memory(recipe, model, micro, where.ranks, where.device)
     saved = memory_estimate.checkpoint_bytes(recipe, model)
     tokens = part.micro_rows * (
         micro.tokens.shape[1] + (0 if micro.source is None else micro.source.shape[1])
@@ -104,8 +106,8 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     rates = (
         _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, share, saved)
     )
-    rounds = -(-part.micros // recipe.engine.groups(where.ranks))
-    exchanged = memory_estimate.exchanged(recipe, model, micro, where.device)
+    rounds = -(-part.micros // recipe.engine.data_parallel_size(where.ranks))
+    exchanged = memory_estimate.sequence_parallel_bytes(recipe, model, micro, where.device)
     step = rounds * rates.micro + rates.optimizer
     process = rates.process or 0
     peak, fits = memory.total + process, where.memory - process
@@ -119,7 +121,7 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
             recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, fits
         ),
         "micros_of_a_rank": rounds,
-        "sent_bytes_of_a_rank_and_step": memory_estimate.traffic(recipe, model, where.ranks, rounds)
+        "sent_bytes_of_a_rank_and_step": memory_estimate.gradient_bytes(recipe, model, where.ranks, rounds)
         + rounds * exchanged,
         "step_seconds": step,
         "positions_per_second": part.micros * tokens / step,
@@ -129,7 +131,7 @@ def predict(recipe: Recipe, where: Where) -> dict[str, Any]:
     }
 
 
-def beside(recipe: Recipe) -> Table | None:
+def compare_to_measured(recipe: PretrainRecipe) -> Table | None:
     """What RUN/plan.json said beside what the run's metrics and events found; None where nothing was planned.
     It is written there too.
     """
@@ -188,14 +190,14 @@ def shown(name: str, value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
 
 
-def _whole_run(recipe: Recipe, where: Where, step: float, rates: Rates) -> dict[str, float]:
+def _whole_run(recipe: PretrainRecipe, where: Machine, step: float, rates: Rates) -> dict[str, float]:
     """Time, price and what failures cost. A save is written beside the steps, so saves cannot follow each
     other faster than that.
     """
     between = where.hours_per_failure * 3600 / where.ranks
     restart = where.restart_seconds + rates.save_read
     interval = max(memory_estimate.best_interval(rates.save_waits, between), rates.save_written)
-    lost = memory_estimate.lost_share(recipe.checkpoints.every * step, rates.save_waits, restart, between)
+    lost = memory_estimate.lost_fraction(recipe.checkpoints.every * step, rates.save_waits, restart, between)
     hours = recipe.steps * step / 3600 * (1 + lost)
     return {
         "run_hours": hours,
@@ -204,11 +206,11 @@ def _whole_run(recipe: Recipe, where: Where, step: float, rates: Rates) -> dict[
         "restart_seconds": restart,
         "lost_share": lost,
         "best_checkpoints_every_steps": max(1, round(interval / step)),
-        "lost_share_at_best": memory_estimate.lost_share(interval, rates.save_waits, restart, between),
+        "lost_share_at_best": memory_estimate.lost_fraction(interval, rates.save_waits, restart, between),
     }
 
 
-def _given(where: Where, tokens: float, saved: int) -> Rates:
+def _given(where: Machine, tokens: float, saved: int) -> Rates:
     """From the rates of a device that is not here."""
     assert where.tokens_per_second is not None
     written = saved / where.ranks / where.write_bytes_per_second
@@ -218,16 +220,16 @@ def _given(where: Where, tokens: float, saved: int) -> Rates:
     return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, process)
 
 
-def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
+def _measured(recipe: PretrainRecipe, model: ModelConfig, where: Machine) -> Rates:
     """A few steps of one and of two micros on this machine, and a few saves beside the run folder, by one
     rank.
     """
     if where.device == "cuda" and not torch.cuda.is_available():
-        raise Refused(
+        raise UserError(
             "there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a"
             " run's folder"
         )
-    place = Place(
+    place = RankInfo(
         0,
         1,
         0,
@@ -244,7 +246,7 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
         for i in range(WARMUP + 2 * STEADY):
             contenders.timed_step(racer, place, i)
     except RuntimeError as error:
-        raise Refused(
+        raise UserError(
             f"the steps that were to be measured failed: {error}. Give --tokens-per-second instead."
         ) from error
     one_micro, two_micros = (
@@ -252,7 +254,7 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     )  # steps have one and two micros in turn
     micro = max(0.0, two_micros - one_micro)
     assert racer.engine is not None
-    counted = memory_estimate.memory(one, model, batches[0].batch, 1, where.device).total
+    counted = memory_estimate.estimate_memory(one, model, batches[0].batch, 1, where.device).total
     process = max(0, racer.engine.meter.peak() - counted) if where.device == "cpu" else 0
     costs = save.measure(racer.engine, recipe, Path(recipe.run))
     slice_ = micro / recipe.engine.sequence_parallel
@@ -266,7 +268,7 @@ def _measured(recipe: Recipe, model: ModelConfig, where: Where) -> Rates:
     )
 
 
-def _batch(recipe: Recipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:
+def _batch(recipe: PretrainRecipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:
     """Rows of the recipe's shape, or of another length."""
     if row_length is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"row_length": row_length})})
@@ -281,5 +283,5 @@ def rate_of(folder: Path) -> float:
         record["tokens_per_s"] for record in read_lines(folder / "metrics.jsonl") if "tokens_per_s" in record
     ]
     if not started or not steps:
-        raise Refused(f"{folder} holds no steps of a run to take a rate from")
+        raise UserError(f"{folder} holds no steps of a run to take a rate from")
     return median(steps) / started[-1]["world"]

@@ -16,26 +16,26 @@ from rich.console import Console
 from rich.table import Table
 
 from trifold.launch.cluster import scorer
-from trifold.launch.commands.plan import beside
-from trifold.launch.recipe.changes import settle
-from trifold.launch.recipe.schema import AnyRecipe, Recipe, again
-from trifold.launch.watch.progress import Watch
-from trifold.launch.watch.trackers import told
+from trifold.launch.commands.plan import compare_to_measured
+from trifold.launch.recipe.changes import reconcile_run_folder
+from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe, resume_command
+from trifold.launch.watch.progress import ProgressWatcher
+from trifold.launch.watch.trackers import tracking
 from trifold.pretrain import run
-from trifold.pretrain.config.objectives import Mixture, labels
+from trifold.pretrain.config.objectives import MixtureConfig, member_labels
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.monitor.run_folder import ended
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.storage.jsonl import read_lines
 
 
-def make_tokenizer(recipe: Recipe, console: Console) -> Tokenizer:
+def make_tokenizer(recipe: PretrainRecipe, console: Console) -> Tokenizer:
     """Train (or take over) the recipe's tokenizer into its run folder."""
-    with _settled(recipe, console) as watch:
+    with _prepare_run_folder(recipe, console) as watch:
         return run.make_tokenizer(recipe, watch.prepared)
 
 
-def prepare(recipe: Recipe, console: Console, address: str | None = None) -> None:
+def prepare(recipe: PretrainRecipe, console: Console, address: str | None = None) -> None:
     """Make tokenizer, token shards and packed rows in the run folder; tokenizing on this machine, or on all
     of the cluster at `address`.
     """
@@ -44,33 +44,35 @@ def prepare(recipe: Recipe, console: Console, address: str | None = None) -> Non
         from trifold.launch.cluster.tokenize_tasks import over_cluster
 
         spread = over_cluster(address)
-    with _settled(recipe, console) as watch:
+    with _prepare_run_folder(recipe, console) as watch:
         run.prepare(recipe, os.cpu_count() or 1, watch.prepared, spread)
 
 
-def pretrain(recipe: Recipe, console: Console, address: str | None = None) -> None:
+def pretrain(recipe: PretrainRecipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits
     with 128 + the signal.
     """
-    folder, tasks = Path(recipe.run), scorer.asked(recipe)
-    reach(recipe, address)
-    with _settled(recipe, console) as watch, told(recipe, console):
+    folder, tasks = Path(recipe.run), scorer.resolve_tasks(recipe)
+    connect(recipe, address)
+    with _prepare_run_folder(recipe, console) as watch, tracking(recipe, console):
         run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
         scorer.prepare(recipe, tasks, os.cpu_count() or 1, watch.prepared)
         with stopping(folder) as stop:
             _train(recipe, tasks, address, stop)
-    if ended(folder) == "stopped":
-        console.print(f"Continue with: {again(recipe)}", markup=False, highlight=False, soft_wrap=True)
+    if last_outcome(folder) == "stopped":
+        console.print(
+            f"Continue with: {resume_command(recipe)}", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(
             128 + (stop.number or signal.SIGTERM)
         )  # in this process the training loop hears SIGTERM itself
     console.print(scores(recipe))
-    if (table := beside(recipe)) is not None:
+    if (table := compare_to_measured(recipe)) is not None:
         console.print(table)
 
 
-def reach(recipe: AnyRecipe, address: str | None) -> None:
-    """Join the cluster that is asked for, before anything is made for it. Raises Refused where nobody
+def connect(recipe: AnyRecipe, address: str | None) -> None:
+    """Join the cluster that is asked for, before anything is made for it. Raises UserError where nobody
     answers.
     """
     if address is not None and recipe.cluster.workers > 0:
@@ -79,32 +81,32 @@ def reach(recipe: AnyRecipe, address: str | None) -> None:
         driver.join(address)
 
 
-def _train(recipe: Recipe, tasks: scorer.Tasks, address: str | None, stop: "Stop") -> None:
+def _train(recipe: PretrainRecipe, tasks: scorer.Tasks, address: str | None, stop: "StopSignal") -> None:
     """Train, with a scorer beside it where one is asked for; without Ray this process scores the last
     checkpoint afterwards.
     """
     folder, wanted = Path(recipe.run), bool(recipe.scoring.names)
     if recipe.cluster.workers == 0:
-        run.train(recipe, _here(recipe))
-        if wanted and ended(folder) == "finished":
+        run.train(recipe, single_rank(recipe))
+        if wanted and last_outcome(folder) == "finished":
             scorer.score_here(recipe, tasks)
     else:
         from trifold.launch.cluster import driver, scoring_actor  # import Ray: 2 s
 
-        beside = scoring_actor.Beside(recipe, tasks) if wanted else None
+        beside = scoring_actor.BackgroundScorer(recipe, tasks) if wanted else None
         driver.run(recipe, run.train, address, stop.asked, beside)
-        if beside is not None and ended(folder) == "finished":
-            beside.last(stop.asked)
+        if beside is not None and last_outcome(folder) == "finished":
+            beside.finish(stop.asked)
     scorer.join(recipe)
 
 
-def scores(recipe: Recipe) -> Table:
+def scores(recipe: PretrainRecipe) -> Table:
     """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model
     there is; of a mixture the loss of each part too.
     """
     found = [record for record in read_lines(Path(recipe.run) / "metrics.jsonl") if "heldout_loss" in record]
     table = Table(title=f"{recipe.run}: {recipe.objective.kind} on held-out text")
-    parts = labels(recipe.objective) if isinstance(recipe.objective, Mixture) else []
+    parts = member_labels(recipe.objective) if isinstance(recipe.objective, MixtureConfig) else []
     for name in ("step", "nats per target", "a unigram", "right", "bits per byte", *parts):
         table.add_column(name, justify="right")
     wanted = (
@@ -122,7 +124,7 @@ def scores(recipe: Recipe) -> Table:
     return table
 
 
-class Stop:
+class StopSignal:
     """Whether somebody asked this run to stop, and by which signal. Ranks see the file `stop` in the run
     folder, on any host.
     """
@@ -142,9 +144,9 @@ class Stop:
 
 
 @contextmanager
-def stopping(folder: Path) -> Iterator[Stop]:
+def stopping(folder: Path) -> Iterator[StopSignal]:
     """While inside, SIGTERM and Ctrl-C ask the run to finish its step, save and return."""
-    stop = Stop(folder)
+    stop = StopSignal(folder)
     for request in (stop.file, folder / "regroup"):  # what a killed process left
         request.unlink(missing_ok=True)
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -156,20 +158,20 @@ def stopping(folder: Path) -> Iterator[Stop]:
         stop.file.unlink(missing_ok=True)
 
 
-def _settled(recipe: Recipe, console: Console) -> Watch:
+def _prepare_run_folder(recipe: PretrainRecipe, console: Console) -> ProgressWatcher:
     """The recipe agreed with its run folder, and that folder watched."""
-    for change in settle(recipe):
+    for change in reconcile_run_folder(recipe):
         console.print(
             f"{change.key}: {change.old!r} so far, {change.new!r} from here",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    return Watch(Path(recipe.run), recipe.steps, console)
+    return ProgressWatcher(Path(recipe.run), recipe.steps, console)
 
 
-def _here(recipe: Recipe) -> Place:
+def single_rank(recipe: PretrainRecipe) -> RankInfo:
     """This process as the only rank."""
-    return Place(
+    return RankInfo(
         0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, recipe.cluster.threads(1)
     )

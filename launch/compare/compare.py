@@ -16,7 +16,7 @@ from rich.console import Console
 
 from trifold.finetune.run import open_rows as task_rows
 from trifold.finetune.run import open_tasks
-from trifold.finetune.tasks.scores import Sacre, intervals
+from trifold.finetune.tasks.scores import SacreBleu, bootstrap_intervals
 from trifold.launch.commands.finetune import finetune
 from trifold.launch.commands.pretrain import pretrain
 from trifold.launch.compare import report
@@ -24,14 +24,14 @@ from trifold.launch.compare.measured import Bin, Point, Run, curve
 from trifold.launch.compare.probes import ends, maps, opened, reach, speed
 from trifold.launch.recipe.changes import differences
 from trifold.launch.recipe.reader import flatten, resolve
-from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, Recipe
+from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
-from trifold.pretrain.data.rows import Numbered
+from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.initial_model import begin
-from trifold.pretrain.monitor.run_folder import ended
+from trifold.pretrain.initial_model import load_initial_model
+from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.publish.published_folder import read_json
 from trifold.pretrain.run import open_rows as text_rows
 from trifold.pretrain.storage.jsonl import read_lines
@@ -63,7 +63,7 @@ BINS = 6  # of sentence length: each a sixth of the sentences
 def compare(
     recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Console
 ) -> Path:
-    """Train what is not trained yet, measure, and write the report. Raises Refused where the recipes are not
+    """Train what is not trained yet, measure, and write the report. Raises UserError where the recipes are not
     comparable.
     """
     report.ready(out)  # this, and what follows, is refused before anything is trained
@@ -89,19 +89,19 @@ def comparable(recipes: Sequence[AnyRecipe]) -> None:
     what is learned from.
     """
     if not recipes:
-        raise Refused("there is no recipe to compare: name some, such as configs/compare/world-*.yaml.")
+        raise UserError("there is no recipe to compare: name some, such as configs/compare/world-*.yaml.")
     for a, b in combinations(recipes, 2):
         if Path(a.run).resolve() == Path(b.run).resolve():
-            raise Refused(f"two recipes have the run folder {a.run}: give each its own `run`.")
+            raise UserError(f"two recipes have the run folder {a.run}: give each its own `run`.")
         if _group(a) != _group(b):
             continue
         if Path(a.run).name == Path(b.run).name:
-            raise Refused(
+            raise UserError(
                 f"{a.run} and {b.run} end in the same name, which the report knows them by: rename one."
             )
         small, large = sorted(((num_parameters(_shape(r)), r.run) for r in (a, b)), key=lambda pair: pair[0])
         if large[0] > LARGEST * small[0]:
-            raise Refused(
+            raise UserError(
                 f"{large[1]} has {large[0]:,} parameters and {small[1]} {small[0]:,},"
                 f" {large[0] / small[0] - 1:.0%} more:"
                 f" models are compared at the same size, up to {LARGEST - 1:.0%}. Change model.dim of one."
@@ -111,7 +111,7 @@ def comparable(recipes: Sequence[AnyRecipe]) -> None:
         for key in left | right:
             if not key.startswith(OWN) and left.get(key) != right.get(key):
                 said = f"{left.get(key)!r} in {a.run} and {right.get(key)!r} in {b.run}"
-                raise Refused(f"{key} is {said}: models that are compared learn from the same.")
+                raise UserError(f"{key} is {said}: models that are compared learn from the same.")
 
 
 def _group(recipe: AnyRecipe) -> str:
@@ -119,7 +119,7 @@ def _group(recipe: AnyRecipe) -> str:
 
 
 def _shape(recipe: AnyRecipe) -> ModelConfig:
-    return begin(recipe.model, Path(recipe.run))[0]
+    return load_initial_model(recipe.model, Path(recipe.run))[0]
 
 
 def _finished(recipe: AnyRecipe) -> bool:
@@ -132,7 +132,7 @@ def _finished(recipe: AnyRecipe) -> bool:
         for change in differences(resolve(file, kind=type(recipe)), recipe, recipe.steps)  # type: ignore[type-var]
     ):
         return False
-    end = ended(Path(recipe.run))
+    end = last_outcome(Path(recipe.run))
     steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
     if isinstance(recipe, FinetuneRecipe):
         return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
@@ -151,7 +151,7 @@ def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
             )
             for key in left.keys() & right.keys() & {"fingerprint", "heldout_fingerprint"}:
                 if left[key] != right[key]:
-                    raise Refused(
+                    raise UserError(
                         f"{a.run} has rows of {key} {left[key]}, and {b.run} of {right[key]}: the files that"
                         " both name (or, in another"
                         " version of Trifold, the way rows are made) have changed in between. Give one"
@@ -161,7 +161,7 @@ def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
 
 def _rows(recipe: AnyRecipe) -> tuple[Any, Any]:
     """The rows that a run learns from at its end, and those held out."""
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, PretrainRecipe):
         rows, heldout = text_rows(recipe)
         return rows[-1], heldout
     tokenizer = Tokenizer.open(Path(recipe.run) / "tokenizer")
@@ -191,10 +191,10 @@ def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
     )
 
 
-def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer) -> tuple[Numbered, str]:
+def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer) -> tuple[RowSource, str]:
     """Held-out rows, and a text of theirs to look at."""
     heldout = _rows(recipe)[1]
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, PretrainRecipe):
         row = heldout.row(0)
         return heldout, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
     lines = read_lines(Path(recipe.run) / "predictions.jsonl")
@@ -225,13 +225,15 @@ def _scores(folder: Path, points: list[Point], by_length: list[Bin]) -> dict[str
 def _by_length(folder: Path) -> list[Bin]:
     """BLEU of the dev sentences, cut by the number of words of their sources into bins of equal size."""
     lines = sorted(read_lines(folder / "predictions.jsonl"), key=lambda line: len(line["source"].split()))
-    bleu, bins = Sacre("BLEU"), []
+    bleu, bins = SacreBleu("BLEU"), []
     for part in np.array_split(np.arange(len(lines)), BINS):
         chosen = [lines[i] for i in part]
         counts = bleu.statistics(
             [line["prediction"] for line in chosen], [line["references"] for line in chosen]
         )
-        low, high = intervals(counts, lambda total: {"bleu": bleu.score(total)}, resamples=200)["bleu"]
+        low, high = bootstrap_intervals(counts, lambda total: {"bleu": bleu.score(total)}, resamples=200)[
+            "bleu"
+        ]
         words = float(np.mean([len(line["source"].split()) for line in chosen]))
         bins.append(Bin(words, bleu.score(counts.sum(axis=0)), low, high))
     return bins

@@ -18,15 +18,15 @@ from trifold.finetune.evaluation.model_selection import best_step
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.block import Attention
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.recurrent.stack import Alignment
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.checkpoint.lease import home_of
+from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run
 from trifold.pretrain.data.collate import stack
-from trifold.pretrain.data.rows import Numbered
+from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.publish.publish import model_of, source_of
+from trifold.pretrain.publish.publish import initial_model_of, model_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 POSITIONS = 2048  # of each batch whose speed is measured
@@ -44,13 +44,15 @@ class Map(NamedTuple):
 
 def opened(run: Path) -> Transformer:
     """The model that was scored: of the best checkpoint, or of pretraining's newest one."""
-    config, state = model_of(source_of(run, lambda event, **facts: None, best_step(home_of(run))))
+    config, state = model_of(
+        initial_model_of(run, lambda event, **facts: None, best_step(checkpoint_root_of_run(run)))
+    )
     model = Transformer(config).eval()
     model.load_state_dict(state)
     return model
 
 
-def reach(model: Transformer, rows: Numbered, documents: int = 64) -> list[float]:
+def reach(model: Transformer, rows: RowSource, documents: int = 64) -> list[float]:
     """How much a document's last prediction leans on its inputs: the norm of the loss's gradient there, d
     tokens back, over that at d = 0.
 
@@ -127,10 +129,10 @@ def maps(model: Transformer, tokenizer: Tokenizer, text: str, word: str | None =
 
 
 def ends(text: str, word: str) -> int:
-    """Where a word of the text ends, in characters. Raises Refused where the text does not have it."""
+    """Where a word of the text ends, in characters. Raises UserError where the text does not have it."""
     if found := re.search(rf"\b{re.escape(word)}\b", text):
         return found.end()
-    raise Refused(f"--word {word!r} is no word of the sentence {text!r}: give --sentence one that has it.")
+    raise UserError(f"--word {word!r} is no word of the sentence {text!r}: give --sentence one that has it.")
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ def _pieces(tokenizer: Tokenizer, tokens_1T: Tensor) -> list[str]:
     return [text if text.isprintable() and text else "_" for text in texts]
 
 
-def _documents(rows: Numbered) -> Iterator[Batch]:
+def _documents(rows: RowSource) -> Iterator[Batch]:
     """The documents of packed rows that end in a target, each alone."""
     for number in range(rows.num_rows):
         row = stack([rows.row(number)])

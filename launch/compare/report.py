@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 if TYPE_CHECKING:
     from trifold.launch.compare.measured import Run
@@ -30,7 +30,7 @@ _STYLE = "body{font:16px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0
 
 
 def ready(out: Path) -> None:
-    """Raises Refused or OSError where a report could not be drawn, or not be written to the folder `out`."""
+    """Raises UserError or OSError where a report could not be drawn, or not be written to the folder `out`."""
     _matplotlib()
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch()
@@ -256,7 +256,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise Refused("drawing needs matplotlib: pip install 'trifold[report]'.") from None
+        raise UserError("drawing needs matplotlib: pip install 'trifold[report]'.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -236,7 +236,7 @@ def documents(world: World, seed: int, count: int, heldout: bool) -> Iterator[st
         before = [None, *(fact.subject for fact in facts)]
         english = rng.random() < 0.8
         yield " ".join(
-            _told(fact, fact.subject == last, heldout, reserved[fact], english, rng)
+            _tell_fact(fact, fact.subject == last, heldout, reserved[fact], english, rng)
             for fact, last in zip(facts, before, strict=False)
         )
 
@@ -274,7 +274,7 @@ def _reserved(fact: Fact, seed: int) -> int:
     return int(np.random.default_rng([seed, *key]).integers(len(SENTENCES[fact.relation])))
 
 
-def _told(
+def _tell_fact(
     fact: Fact, again: bool, heldout: bool, reserved: int, english: bool, rng: np.random.Generator
 ) -> str:
     """A fact as one sentence: its reserved one when held out, else any other; of a subject just spoken of,

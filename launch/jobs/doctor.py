@@ -18,7 +18,7 @@ from trifold.launch.cluster import driver
 from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.findings import Examined, diagnose, groups, network, some
 from trifold.launch.jobs.node_facts import SIZES, Node
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 import ray  # isort: skip (after cluster, which sets what it reads when it is imported)
 import requests
@@ -28,7 +28,7 @@ ray.cloudpickle.register_pickle_by_value(node_facts)  # the nodes may have anoth
 
 
 def doctor(address: str | None, storage: Path, console: Console) -> None:
-    """Examine the cluster at `address` (HOST:PORT), or this machine; Refused when something must be
+    """Examine the cluster at `address` (HOST:PORT), or this machine; UserError when something must be
     mended.
     """
     driver.join(address)
@@ -38,13 +38,13 @@ def doctor(address: str | None, storage: Path, console: Console) -> None:
     findings = diagnose(found)
     for finding in findings:
         console.print(
-            f"{'mend' if finding.mend else 'know'}: {finding.sentence}",
+            f"{'mend' if finding.fix else 'know'}: {finding.sentence}",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    if count := sum(finding.mend for finding in findings):
-        raise Refused(f"{count} of these must be mended before a run is safe here.")
+    if count := sum(finding.fix for finding in findings):
+        raise UserError(f"{count} of these must be mended before a run is safe here.")
     console.print("Nothing to mend.")
 
 
@@ -66,7 +66,7 @@ def examine(storage: Path) -> Examined:
     keep = [i for i, answer in enumerate(told) if not isinstance(answer, _Silent)]
     nodes, actors, alive = [told[i] for i in keep], [actors[i] for i in keep], [alive[i] for i in keep]
     if not nodes:
-        raise Refused(f"none of the cluster's {len(silent)} nodes answers: {silent[0][1]}.")
+        raise UserError(f"none of the cluster's {len(silent)} nodes answers: {silent[0][1]}.")
 
     found = Examined(
         nodes,
@@ -78,7 +78,7 @@ def examine(storage: Path) -> Examined:
         _token(),
         silent,
     )
-    if not any(finding.mend for finding in network(found)):
+    if not any(finding.fix for finding in network(found)):
         _all_reduce(found, actors, alive)
     _storage(found, actors)  # last: who hangs on a dead mount answers nothing after it
     for actor in actors:

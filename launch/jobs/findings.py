@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    mend: bool  # else only worth knowing
+    fix: bool  # else only worth knowing
     sentence: str
 
 
@@ -59,7 +59,7 @@ def diagnose(found: Examined) -> list[Finding]:
                 " RAY_AUTH_MODE=token and restart.",
             )
         )
-    return sorted(findings, key=lambda finding: not finding.mend)
+    return sorted(findings, key=lambda finding: not finding.fix)
 
 
 def before_submit(here: dict[str, str], there: Quick, folder: str, code: bool) -> list[str]:

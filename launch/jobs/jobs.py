@@ -28,8 +28,8 @@ from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.findings import before_submit
 from trifold.launch.recipe.reader import CLONE, resolve_any, write
 from trifold.launch.recipe.schema import AnyRecipe
-from trifold.launch.watch.progress import standing
-from trifold.modeling.errors import Refused
+from trifold.launch.watch.progress import run_status
+from trifold.modeling.errors import UserError
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read by Ray when it is imported
 import ray
@@ -46,7 +46,7 @@ ENDED = {
 
 
 class Jobs:
-    """The job server at `address`. Raises Refused where nobody answers, the token is wrong, or another Ray
+    """The job server at `address`. Raises UserError where nobody answers, the token is wrong, or another Ray
     release runs there.
     """
 
@@ -58,18 +58,18 @@ class Jobs:
             requests.head(address, timeout=5)  # Ray itself would wait for minutes
             self._client = JobSubmissionClient(address)
         except (requests.RequestException, ConnectionError) as error:
-            raise Refused(
+            raise UserError(
                 f"no Ray cluster takes jobs at {address}: {_cause(error)}. Give its head's job server, such"
                 " as http://10.0.0.1:8265."
             ) from error
         except ray.exceptions.AuthenticationError as error:
-            raise Refused(
+            raise UserError(
                 f"{address} does not accept this token: put the cluster's into ~/.ray/auth_token, or name"
                 " its file in RAY_AUTH_TOKEN_PATH."
             ) from error
         there = self._client._server_ray_version  # private: what the constructor has just asked for
         if there != ray.__version__:
-            raise Refused(
+            raise UserError(
                 f"{address} runs Ray {there}, and here is {ray.__version__}: install the same release on"
                 " both sides."
             )
@@ -81,7 +81,7 @@ class Jobs:
         run = Path(recipe.run).resolve()
         earlier = [job for job in self._jobs() if job.metadata["name"] == run.name]
         if other := [job for job in earlier if job.metadata["run"] != str(run)]:
-            raise Refused(
+            raise UserError(
                 f"{self.address} has a run {run.name} already, in {other[-1].metadata['run']}: give this one"
                 " another `run` folder."
             )
@@ -109,7 +109,7 @@ class Jobs:
         """Show a run's log as it grows, its progress as one line on a terminal, until its job ends or Ctrl-C
         detaches from it.
 
-        Raises Refused when the job did not end well.
+        Raises UserError when the job did not end well.
         """
         job = self._find(name)
         try:
@@ -121,7 +121,7 @@ class Jobs:
             )
         status = self._client.get_job_status(job.submission_id)
         if status != JobStatus.SUCCEEDED:
-            raise Refused(
+            raise UserError(
                 f"{name} {ENDED.get(status, status)}. Continue with: {self._command('resume', name)}"
             )
 
@@ -134,7 +134,7 @@ class Jobs:
         newest = {job.metadata["name"]: job for job in ([self._find(name)] if name else self._jobs())}
         console.print(f"runs at {self.address}" + ("" if newest else ": none yet"), **_PLAIN)
         for run, job in newest.items():
-            facts = standing(Path(job.metadata["run"]), thorough=name is not None)
+            facts = run_status(Path(job.metadata["run"]), thorough=name is not None)
             console.print(f"{run}: {ENDED.get(job.status, job.status.value.lower())}", **_PLAIN)
             console.print(
                 Padding(
@@ -147,14 +147,14 @@ class Jobs:
         """Ask a run to save and end, and wait until it has; after `wait` seconds end its job without."""
         job = self._find(name)
         if job.status.is_terminal():
-            raise Refused(f"{name} does not run any more: it {ENDED[job.status]}.")
+            raise UserError(f"{name} does not run any more: it {ENDED[job.status]}.")
         ask = self._folder(job) / "stop"
         console.print(f"{name} saves and stops", **_PLAIN)
         deadline = time.monotonic() + wait
         while not self._client.get_job_status(job.submission_id).is_terminal():
             if time.monotonic() > deadline:
                 self._client.stop_job(job.submission_id)
-                raise Refused(
+                raise UserError(
                     f"{name} did not save within {wait:g} s, and its job was ended. What it saved before"
                     " stays:"
                     f" {self._command('status', name)}"
@@ -170,7 +170,7 @@ class Jobs:
         return self.submit(resolve_any(self._folder(job) / "config.yaml"), code)
 
     def doctor(self, storage: Path, code: bool, console: Console) -> None:
-        """Examine the cluster from its head, and show what that says; Refused where something must be
+        """Examine the cluster from its head, and show what that says; UserError where something must be
         mended.
         """
         self._fit(storage.resolve(), code)
@@ -179,10 +179,10 @@ class Jobs:
             status, said = self._short(_trifold(asked, console.width), folder)
         console.print(said.rstrip(), **_PLAIN)
         if status != JobStatus.SUCCEEDED:
-            raise Refused(f"this cluster is not in order (trifold doctor --address {self.address}).")
+            raise UserError(f"this cluster is not in order (trifold doctor --address {self.address}).")
 
     def _fit(self, run: Path, code: bool) -> None:
-        """Refused where a job could not train into `run`: the head's versions, and whether it sees this
+        """UserError where a job could not train into `run`: the head's versions, and whether it sees this
         folder. 2 s.
         """
         probe = node_facts.nearest(run) / f".trifold-probe-{uuid4().hex}"
@@ -197,11 +197,11 @@ class Jobs:
             (line.removeprefix("facts ") for line in said.splitlines() if line.startswith("facts ")), None
         )
         if found is None:
-            raise Refused(
+            raise UserError(
                 f"the head of {self.address} could not run Python: {said.strip().splitlines()[-1]}."
             )
         if wrong := before_submit(node_facts.versions(), json.loads(found), str(probe.parent), code):
-            raise Refused("\n".join(f"{sentence}." for sentence in wrong))
+            raise UserError("\n".join(f"{sentence}." for sentence in wrong))
 
     def _short(self, entrypoint: str, folder: Path) -> tuple[JobStatus, str]:
         """Run a job that soon ends, with this folder; its status and what it said."""
@@ -222,12 +222,12 @@ class Jobs:
         if mine := [job for job in jobs if job.metadata["name"] == name]:
             return mine[-1]
         known = ", ".join(dict.fromkeys(job.metadata["name"] for job in jobs)) or "none yet"
-        raise Refused(f"{self.address} has no run {name}. The runs there: {known}.")
+        raise UserError(f"{self.address} has no run {name}. The runs there: {known}.")
 
     def _folder(self, job: JobDetails) -> Path:
         folder = Path(job.metadata["run"])
         if not folder.is_dir():
-            raise Refused(
+            raise UserError(
                 f"the run folder {folder} is not to be seen from here: ask from where the cluster's storage"
                 " is mounted."
             )
@@ -238,7 +238,7 @@ class Jobs:
         return shlex.join(["trifold", *words, "--address", self.address])
 
     def _already(self, run: Path, status: Any) -> NoReturn:
-        raise Refused(
+        raise UserError(
             f"{run} is being trained already ({status.value.lower()}): follow it with"
             f" {self._command('logs', run.name, '-f')}, or end it"
             f" with {self._command('stop', run.name)}"

@@ -11,13 +11,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trifold.launch.recipe.errors import checked
+from trifold.launch.recipe.errors import validate
 from trifold.launch.recipe.reader import flatten, resolve, write
-from trifold.launch.recipe.schema import AnyRecipe, Recipe
-from trifold.modeling.errors import Refused
+from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import read_marker
-from trifold.pretrain.checkpoint.lease import committed, newest_generation
-from trifold.pretrain.data.stages import Part, parts, where
+from trifold.pretrain.checkpoint.lease import newest_generation, valid_folders
+from trifold.pretrain.data.stages import ResolvedStage, locate_step, resolve_stages
 from trifold.pretrain.engine.optimizer import lr_factor
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.jsonl import read_lines
@@ -42,13 +42,13 @@ def _same_rows_so_far(old: AnyRecipe, new: AnyRecipe, step: int) -> bool:
     """Stages that are yet to come may change. Dropout is keyed by micros, and without it a micro's size is
     only a matter of rounding.
     """
-    if not (isinstance(old, Recipe) and isinstance(new, Recipe)):
+    if not (isinstance(old, PretrainRecipe) and isinstance(new, PretrainRecipe)):
         return old.step_rows == new.step_rows and old.model.dropout == new.model.dropout == 0
-    before, after = parts(old), parts(new)
+    before, after = resolve_stages(old), resolve_stages(new)
     keyed = max(old.model.dropout, new.model.dropout) > 0
 
-    def read(plan: list[Part], i: int) -> tuple[int, ...]:
-        part, row, micro = where(plan, i)
+    def read(plan: list[ResolvedStage], i: int) -> tuple[int, ...]:
+        part, row, micro = locate_step(plan, i)
         return part.row_length, part.step_rows, row, *((part.micro_rows, micro) if keyed else ())
 
     return all(read(before, i) == read(after, i) for i in range(step))
@@ -110,33 +110,33 @@ def differences(old: AnyRecipe, new: AnyRecipe, step: int) -> list[Change]:
     return [Change(key, before.get(key), after.get(key), _safe(key, old, new, step)) for key in changed]
 
 
-def settle(recipe: AnyRecipe) -> list[Change]:
+def reconcile_run_folder(recipe: AnyRecipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or
     refuse each unsafe key.
     """
     file = Path(recipe.run) / "config.yaml"
     changes: list[Change] = []
-    home = storage.home(file.parent, recipe.checkpoints.storage)
+    home = storage.checkpoint_root(file.parent, recipe.checkpoints.storage)
     made = (file.parent / "tokenizer").exists()  # first; before it, nothing here depends on the recipe
     steps = max((record["step"] for record in read_lines(file.parent / "metrics.jsonl")), default=0)
     if not (made and steps) and (
-        found := committed(home)
+        found := valid_folders(home)
     ):  # a folder that is new here, of a run that was trained elsewhere
         state = read_marker(found[-1])["state"]
         changes = differences(
-            checked(type(recipe), state["config"], {}, str(found[-1])), recipe, state["step"]
+            validate(type(recipe), state["config"], {}, str(found[-1])), recipe, state["step"]
         )
     elif made:
         changes = differences(resolve(file, kind=type(recipe)), recipe, steps)  # type: ignore[type-var]
         if steps and recipe.checkpoints.storage is not None and newest_generation(home) == 0:
-            raise Refused(
+            raise UserError(
                 f"{recipe.run} has trained {steps} steps, and {home} holds nothing of it:"
                 " checkpoints.storage knows a run by the"
                 " name of its folder. Give the folder back its name."
             )
     if unsafe := [change for change in changes if not change.safe]:
         said = "\n".join(f"  {c.key}: {c.old!r} there, {c.new!r} here" for c in unsafe)
-        raise Refused(
+        raise UserError(
             f"{home} is a run of another recipe, and these keys change what was trained so far:\n{said}\n"
             "Give them back their values to continue it, or name another folder with run=...,"
             " which model.from=... begins with the weights of a published one."

@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 T = TypeVar("T", bound=BaseModel)
 _UNIONS = (Union, types.UnionType)
 
 
-def checked(kind: type[T], values: dict[str, Any], origins: dict[str, str], file: Path | str) -> T:
-    """Values as a `kind`, or Refused with a sentence for each mistake, which names the file or override that
+def validate(kind: type[T], values: dict[str, Any], origins: dict[str, str], file: Path | str) -> T:
+    """Values as a `kind`, or UserError with a sentence for each mistake, which names the file or override that
     said it (`origins`).
     """
     try:
@@ -30,7 +30,7 @@ def checked(kind: type[T], values: dict[str, Any], origins: dict[str, str], file
             json.dumps(values)
         )  # JSON: lists become tuples, and nothing else changes its type
     except ValidationError as error:
-        raise Refused("\n".join(dict.fromkeys(_sentences(kind, error, origins, file)))) from None
+        raise UserError("\n".join(dict.fromkeys(_sentences(kind, error, origins, file)))) from None
 
 
 def _sentences(
@@ -69,7 +69,7 @@ def _sentences(
                 if wanted.startswith("one of")
                 else []
             )
-            yield f"{where}`{key}` is {shown(given)}; it must be {wanted}." + (
+            yield f"{where}`{key}` is {show_value(given)}; it must be {wanted}." + (
                 f" Did you mean {near[0]}?" if near else ""
             )
 
@@ -191,7 +191,7 @@ def _wanted(annotation: Any, bounds: list[Any]) -> str:
     return ", ".join([word, *([" and ".join(said)] if said else [])])
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     if value is None:
         return "null"
     names = {

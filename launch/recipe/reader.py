@@ -1,8 +1,8 @@
 """A recipe from YAML: strict, derived from others by `extends:`, changed by dotted overrides, refused key by
 key.
 
-In: a file of configs/ and overrides such as `optimizer.lr=1e-3`. Out: a Recipe, every value typed and
-bounded, or Refused with one sentence for each mistake. Paths in values are relative to where the command
+In: a file of configs/ and overrides such as `optimizer.lr=1e-3`. Out: a PretrainRecipe, every value typed and
+bounded, or UserError with one sentence for each mistake. Paths in values are relative to where the command
 runs, `extends:` is relative to the file that says it.
 """
 
@@ -13,46 +13,50 @@ from typing import Any
 
 import yaml
 
-from trifold.launch.recipe.errors import checked, shown
-from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, R, Recipe, S
+from trifold.launch.recipe.errors import show_value, validate
+from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe, R, S
 from trifold.modeling.config import Settings
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 CLONE = Path(__file__).resolve().parents[2]  # recipes are found from here too, wherever the command runs
 
 
-def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+def resolve(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: type[R] = PretrainRecipe,  # type: ignore[assignment]
+) -> R:
     """The recipe of a file (found from here, else from the clone), with overrides applied and `${NAME}`
     filled in, checked.
     """
-    file = _found(Path(path))
+    file = _find_recipe(Path(path))
     values, origins = _read(file, ())
     if (
         file.name == "config.yaml" and (file.parent / "events.jsonl").exists()
     ):  # a run's own recipe: that run, wherever it was moved to
         values["run"] = str(file.parent)
     _override(values, origins, overrides)
-    said = FinetuneRecipe if "task" in values else Recipe if "objective" in values else kind
+    said = FinetuneRecipe if "task" in values else PretrainRecipe if "objective" in values else kind
     if said is not kind:
-        raise Refused(
+        raise UserError(
             f"{file} is a recipe of `trifold {said.command}`, and one of `trifold {kind.command}` is wanted"
             " here."
         )
-    return checked(kind, _filled(values, (), origins, file), origins, file)
+    return validate(kind, _expand_environment(values, (), origins, file), origins, file)
 
 
 def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyRecipe:
     """The recipe of a file, of whichever kind it is: one with a `task` fine-tunes."""
-    values, _ = _read(_found(Path(path)), ())
+    values, _ = _read(_find_recipe(Path(path)), ())
     return resolve(path, overrides, FinetuneRecipe) if "task" in values else resolve(path, overrides)
 
 
-def dials(standing: S, overrides: list[str]) -> S:
+def apply_overrides(standing: S, overrides: list[str]) -> S:
     """A group of settings with overrides."""
     values: dict[str, Any] = standing.model_dump(mode="json")
     origins: dict[str, str] = {}
     _override(values, origins, overrides)
-    return checked(type(standing), values, origins, "the command line")
+    return validate(type(standing), values, origins, "the command line")
 
 
 def write(recipe: Settings, path: Path) -> None:
@@ -86,7 +90,9 @@ def _override(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise Refused(f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3.")
+            raise UserError(
+                f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3."
+            )
         _set(values, key, _parse(text, f"the override {override}"))
         origins[key] = f"the override {override}"
 
@@ -132,16 +138,16 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Yaml)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise Refused(f"{where}{line}: {error.problem or error.context}.") from None
+        raise UserError(f"{where}{line}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refused(f"{where}: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{where}: {str(error).splitlines()[0]}.") from None
 
 
-def _found(path: Path) -> Path:
+def _find_recipe(path: Path) -> Path:
     for candidate in (path, CLONE / path):
         if candidate.is_file():
             return candidate
-    raise Refused(
+    raise UserError(
         f"there is no recipe {path}, looked for from"
         f" {' and from '.join(dict.fromkeys(map(str, (Path.cwd(), CLONE))))}."
     )
@@ -151,35 +157,33 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     """Values of a file over those it extends, and for each dotted key where it was said last."""
     here = file.resolve()
     if here in chain:
-        raise Refused(
+        raise UserError(
             f"{file} extends itself: {' -> '.join(p.name for p in (*chain[chain.index(here) :], here))}."
         )
     try:
         values = _parse(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{file} cannot be read as UTF-8 text: {error}.") from None
+        raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from None
     if not isinstance(values, dict):
-        raise Refused(f"{file} holds {shown(values)}; a recipe is a mapping of keys to values.")
+        raise UserError(f"{file} holds {show_value(values)}; a recipe is a mapping of keys to values.")
     bases = values.pop("extends", [])
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not (file.parent / base).is_file():
-            raise Refused(
-                f"{file}: extends names {shown(base)}, and there is no such file beside it in {here.parent}."
+            raise UserError(
+                f"{file}: extends names {show_value(base)}, and there is no such file beside it in {here.parent}."
             )
         below, below_origins = _read(file.parent / base, (*chain, here))
-        merged, origins = _merged(merged, below), origins | below_origins
-    return _merged(merged, values), origins | dict.fromkeys(flatten(values), str(file))
+        merged, origins = _merge(merged, below), origins | below_origins
+    return _merge(merged, values), origins | dict.fromkeys(flatten(values), str(file))
 
 
-def _merged(below: Any, above: Any) -> Any:
+def _merge(below: Any, above: Any) -> Any:
     """Mappings merge key by key; anything else, lists too, is replaced."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return below | {
-        key: _merged(below[key], value) if key in below else value for key, value in above.items()
-    }
+    return below | {key: _merge(below[key], value) if key in below else value for key, value in above.items()}
 
 
 def _set(values: Any, key: str, value: Any) -> None:
@@ -189,8 +193,8 @@ def _set(values: Any, key: str, value: Any) -> None:
             values[_index(values, part, key)] if isinstance(values, list) else values.setdefault(part, {})
         )
         if not isinstance(values, dict | list):
-            raise Refused(
-                f"the override {key} goes through `{part}`, which holds {shown(values)} and not keys of its"
+            raise UserError(
+                f"the override {key} goes through `{part}`, which holds {show_value(values)} and not keys of its"
                 " own."
             )
     values[_index(values, last, key) if isinstance(values, list) else last] = value
@@ -198,25 +202,27 @@ def _set(values: Any, key: str, value: Any) -> None:
 
 def _index(values: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(values):
-        raise Refused(
+        raise UserError(
             f"the override {key}: `{part}` is not a place in a list of {len(values)}, which are numbered"
             " from 0."
         )
     return int(part)
 
 
-def _filled(value: Any, key: tuple[str, ...], origins: dict[str, str], file: Path) -> Any:
+def _expand_environment(value: Any, key: tuple[str, ...], origins: dict[str, str], file: Path) -> Any:
     """Values with `${NAME}` replaced from the environment."""
     if isinstance(value, dict):
-        return {name: _filled(inner, (*key, name), origins, file) for name, inner in value.items()}
+        return {
+            name: _expand_environment(inner, (*key, name), origins, file) for name, inner in value.items()
+        }
     if isinstance(value, list):
-        return [_filled(inner, (*key, str(i)), origins, file) for i, inner in enumerate(value)]
+        return [_expand_environment(inner, (*key, str(i)), origins, file) for i, inner in enumerate(value)]
     if not isinstance(value, str):
         return value
     for name in re.findall(r"\$\{(\w+)\}", value):
         if name not in os.environ:
             dotted = ".".join(key)
-            raise Refused(
+            raise UserError(
                 f"{origins.get(dotted, file)}: `{dotted}` is {value!r}, and the environment variable {name}"
                 " is not set."
                 f" Set it, or give the value on the command line: {dotted}=..."

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from trifold.finetune.config import Finetune
+from trifold.finetune.config import FinetuneConfig
 from trifold.modeling.config import Settings
-from trifold.pretrain.config.pretraining import Pretrain, Source
+from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
 
 
-class Cluster(Settings):
+class ClusterConfig(Settings):
     """Where a run trains. Nothing here changes what is trained."""
 
     workers: int = Field(default=1, ge=0)  # 0: in this process, without Ray
@@ -36,23 +36,23 @@ class Cluster(Settings):
         return self.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks)
 
     @property
-    def least(self) -> int:
+    def min_required(self) -> int:
         """The workers that the run needs to go on."""
         return self.min_workers or self.workers
 
     @model_validator(mode="after")
-    def _range(self) -> "Cluster":
-        if self.least > self.workers > 0:
+    def _range(self) -> "ClusterConfig":
+        if self.min_required > self.workers > 0:
             raise ValueError(f"min_workers ({self.min_workers}) exceeds workers ({self.workers})")
         return self
 
 
-class Scoring(Settings):
+class ScoringConfig(Settings):
     """What is scored beside training: always the newest checkpoint, in a process of its own that no rank
     waits for.
     """
 
-    held_out: dict[str, tuple[Source, ...]] = Field(
+    held_out: dict[str, tuple[SourceConfig, ...]] = Field(
         default={}
     )  # texts by name, under the recipe's own objective
     tasks: dict[str, str] = Field(
@@ -69,7 +69,7 @@ class Scoring(Settings):
         return (*self.held_out, *self.tasks)
 
     @model_validator(mode="after")
-    def _named(self) -> "Scoring":
+    def _named(self) -> "ScoringConfig":
         if wrong := [
             name for name in self.names if not re.fullmatch(r"[\w-]+", name) or self.names.count(name) > 1
         ]:
@@ -81,42 +81,42 @@ class Scoring(Settings):
 
 
 def _whole_groups(recipe: Any) -> Any:
-    """Raises Refused for workers that cannot share rows as the engine's settings say."""
-    for workers in (recipe.cluster.workers or 1, recipe.cluster.least or 1):
-        recipe.engine.groups(workers)
+    """Raises UserError for workers that cannot share rows as the engine's settings say."""
+    for workers in (recipe.cluster.workers or 1, recipe.cluster.min_required or 1):
+        recipe.engine.data_parallel_size(workers)
     return recipe
 
 
-class Recipe(Pretrain):
+class PretrainRecipe(PretrainConfig):
     """What is trained, and where."""
 
     command: ClassVar[str] = "pretrain"
-    cluster: Cluster = Cluster()
-    scoring: Scoring = Scoring()
+    cluster: ClusterConfig = ClusterConfig()
+    scoring: ScoringConfig = ScoringConfig()
     trackers: tuple[
         Literal["mlflow", "wandb"], ...
     ] = ()  # told what the run records, beside its TensorBoard files
     _groups = model_validator(mode="after")(_whole_groups)
 
 
-class FinetuneRecipe(Finetune):
+class FinetuneRecipe(FinetuneConfig):
     """What learns a task, and where."""
 
     command: ClassVar[str] = "finetune"
-    cluster: Cluster = Cluster()
+    cluster: ClusterConfig = ClusterConfig()
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
     _groups = model_validator(mode="after")(_whole_groups)
 
 
-AnyRecipe = Recipe | FinetuneRecipe
+AnyRecipe = PretrainRecipe | FinetuneRecipe
 
 
-R = TypeVar("R", Recipe, FinetuneRecipe)
+R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
 
 
 S = TypeVar("S", bound=Settings)
 
 
-def again(recipe: AnyRecipe) -> str:
+def resume_command(recipe: AnyRecipe) -> str:
     """The command that continues a run."""
     return shlex.join(["trifold", recipe.command, f"{recipe.run}/config.yaml"])

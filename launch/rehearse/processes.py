@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from trifold.launch.recipe.schema import AnyRecipe
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 
-Train = Callable[[Any, Place], None]  # of a recipe and a place among the ranks
+Train = Callable[[Any, RankInfo], None]  # of a recipe and a place among the ranks
 
 _context = multiprocessing.get_context("forkserver")
 PRELOAD = [
@@ -41,7 +41,9 @@ class Ranks:
         if not cuda:  # its accelerator named, DeepSpeed touches no device when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"
         _context.set_forkserver_preload(PRELOAD if cuda else [*PRELOAD, "deepspeed"])
-        places = [Place(rank, world, rank, "cuda" if cuda else "cpu", meet, threads) for rank in range(world)]
+        places = [
+            RankInfo(rank, world, rank, "cuda" if cuda else "cpu", meet, threads) for rank in range(world)
+        ]
         self.processes = [
             _context.Process(target=_rank, args=(recipe, train, place, log), daemon=True) for place in places
         ]
@@ -76,7 +78,7 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _rank(recipe: AnyRecipe, train: Train, place: Place, log: Path) -> None:
+def _rank(recipe: AnyRecipe, train: Train, place: RankInfo, log: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trifold.finetune import run as finetuning
-from trifold.launch.recipe.changes import settle
+from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.reader import resolve_any
-from trifold.launch.recipe.schema import AnyRecipe, Recipe
+from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe
 from trifold.launch.rehearse.processes import Ranks, Train
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain import run as pretraining
 from trifold.pretrain.checkpoint.lease import newest_generation
 from trifold.pretrain.storage.jsonl import read_lines
@@ -61,7 +61,7 @@ class Difference(NamedTuple):
 
 
 def verify_resume(config: str, changes: list[str], kills: int, seed: int, console: Console) -> None:
-    """Rehearse a recipe's continuation. Raises Refused where a killed run is not the straight one."""
+    """Rehearse a recipe's continuation. Raises UserError where a killed run is not the straight one."""
     recipe = resolve_any(config, changes)
     home = Path(recipe.run) / "verify-resume"
     shutil.rmtree(home, ignore_errors=True)
@@ -96,7 +96,7 @@ def verify_resume(config: str, changes: list[str], kills: int, seed: int, consol
         if not _equal(home / name, home / "straight", most, console)
     ]
     if wrong:
-        raise Refused(
+        raise UserError(
             f"{recipe.run} does not continue exactly: see what was said of {' and '.join(wrong)}; the runs"
             f" are in {home}."
         )
@@ -148,7 +148,7 @@ def _short(recipe: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str
     """The changes that make a recipe short: few steps, saves and evaluations every few, the data and the
     tokenizer shared.
     """
-    early = len(recipe.stages) if isinstance(recipe, Recipe) else 0
+    early = len(recipe.stages) if isinstance(recipe, PretrainRecipe) else 0
     steps = WINDOW * (kills - kills // 2 + 1) + EVERY * early
     yield from (
         f"run={_text(home / name)}",
@@ -161,7 +161,7 @@ def _short(recipe: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str
     yield from (f"stages.{number}.steps={EVERY}" for number in range(early))
     yield f"schedule.warmup_steps={min(recipe.schedule.warmup_steps, steps // 4)}"
     yield f"schedule.decay_steps={min(recipe.schedule.decay_steps, steps // 4)}"
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, PretrainRecipe):
         yield f"data.cache={_text(recipe.data.cache or Path(recipe.run) / 'shards')}"
     else:
         yield from ("patience=0", f"evaluate_examples={min(recipe.evaluate_examples, 20)}")
@@ -175,16 +175,16 @@ def _text(path: str | Path) -> str:
 
 
 def _prepare(recipe: AnyRecipe, console: Console) -> None:
-    settle(recipe)
+    reconcile_run_folder(recipe)
     with console.status(f"preparing {recipe.run}"):
-        if isinstance(recipe, Recipe):
+        if isinstance(recipe, PretrainRecipe):
             pretraining.prepare(recipe, 1, lambda what, done: None)
         else:
             finetuning.prepare(recipe, lambda what, done: None)
 
 
 def _trained(recipe: AnyRecipe, leg: Leg, straight: Path) -> str:
-    """One attempt, to its end or its kill; where that fell. Raises Refused where it ended otherwise."""
+    """One attempt, to its end or its kill; where that fell. Raises UserError where it ended otherwise."""
     run = Path(recipe.run)
     generation, log = newest_generation(run) + 1, run / "ranks.log"
     with Ranks(recipe, TRAIN[recipe.command], leg.workers, log) as ranks:
@@ -203,7 +203,7 @@ def _trained(recipe: AnyRecipe, leg: Leg, straight: Path) -> str:
         codes = ranks.wait()
     if any(codes):
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise Refused(
+        raise UserError(
             f"{recipe.run}: ranks that nobody killed ended with {codes}; {log} ends with: {''.join(last)}"
         )
     return "its end" if leg.moment is None else "nothing: it had ended"

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
-from trifold.pretrain.checkpoint.lease import committed, home_of
+from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run, valid_folders
 from trifold.pretrain.storage.jsonl import read_lines
 
 EVENTS = {
@@ -52,18 +52,22 @@ EVENTS = {
 BAD = ("failed", "hanging", "save_failed", "bad_step", "checkpoint_rejected", "scoring_failed")
 
 
-def standing(run: Path, thorough: bool) -> dict[str, str]:
+def run_status(run: Path, thorough: bool) -> dict[str, str]:
     """How a run stands by its folder. `thorough`: its last checkpoint is read in full and verified."""
     events, metrics = read_lines(run / "events.jsonl"), read_lines(run / "metrics.jsonl")
     last = next((record for record in reversed(metrics) if "loss" in record), None)
     try:
-        found = newest_verified(home_of(run), lambda event, **facts: None) if thorough else None
+        found = (
+            newest_verified(checkpoint_root_of_run(run), lambda event, **facts: None) if thorough else None
+        )
         checkpoint = (
             found.folder.name
             if found
-            else next((f.name for f in reversed(committed(home_of(run))) if not thorough), "none")
+            else next(
+                (f.name for f in reversed(valid_folders(checkpoint_root_of_run(run))) if not thorough), "none"
+            )
         )
-    except Refused:
+    except UserError:
         checkpoint = "none that verifies"
     return {
         "step": str(last["step"]) if last else "",
@@ -87,7 +91,7 @@ def headline(record: dict[str, Any]) -> str:
     return f"step {record['step']}: {', '.join(first.values())}"
 
 
-class Watch:
+class ProgressWatcher:
     """Shows a run while inside: `with Watch(folder, steps, console) as watch: ...`; `watch.prepared` hears
     how far `prepare` is.
     """
@@ -107,7 +111,7 @@ class Watch:
         self._task = self._bar.add_task("", total=steps, line="preparing")
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ProgressWatcher":
         self._bar.start()
         self._thread.start()
         return self

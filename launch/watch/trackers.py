@@ -22,8 +22,8 @@ from rich.console import Console
 from trifold.launch.recipe.reader import flatten
 from trifold.launch.recipe.schema import AnyRecipe
 from trifold.launch.watch.progress import since
-from trifold.modeling.errors import Refused
-from trifold.pretrain.monitor.run_folder import ended
+from trifold.modeling.errors import UserError
+from trifold.pretrain.monitor.run_folder import last_outcome
 
 PROJECT = "trifold"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says another
 _Record = dict[str, Any]
@@ -94,7 +94,7 @@ class Wandb:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
-            raise Refused(
+            raise UserError(
                 f"trackers: W&B cannot be used ({error}). Set WANDB_API_KEY, or WANDB_MODE=offline."
             ) from None
         self.run.define_metric(
@@ -113,8 +113,8 @@ TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflo
 
 
 @contextmanager
-def told(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[None]:
-    """While inside, the recipe's trackers are told what the run records, every few seconds. Refused where one
+def tracking(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[None]:
+    """While inside, the recipe's trackers are told what the run records, every few seconds. UserError where one
     cannot be used.
     """
     followed = [_Followed(name, recipe, console) for name in recipe.trackers]
@@ -133,7 +133,7 @@ def told(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[No
         done.set()
         thread.join()
         for one in followed:
-            one.tell(ended(Path(recipe.run)))
+            one.tell(last_outcome(Path(recipe.run)))
 
 
 def _said(error: Exception) -> str:
@@ -152,17 +152,17 @@ class _Followed:
             known = self._known().get(name, {"id": None, "place": 0})
             self.place: int = known["place"]
             self.tracker = TRACKERS[name](recipe, known["id"])
-        except Refused:
+        except UserError:
             raise
         except ImportError:
-            raise Refused(
+            raise UserError(
                 f"trackers: {name} is not installed where the run is started: pip install -c constraints.txt"
                 f" -e '.[{name}]'"
             ) from None
         except (
             Exception
         ) as error:  # whatever a tracker's client raises where its server is away or does not know the run
-            raise Refused(
+            raise UserError(
                 f"trackers: {name} cannot be used ({_said(error)}). Mend its address, start without it"
                 f" (trackers=[]), or remove {self.file}"
                 " to begin another tracked run."

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
 
 
-class Reader:
+class DecodingState:
     """A batch under generation: takes each row's newest tokens, gives the log-probabilities of the next."""
 
     def __init__(
@@ -40,11 +40,11 @@ class Reader:
         self.caches: list[Any] = self.decoder.caches(end, 0 if self.memory is None else self.memory.shape[1])
 
     @property
-    def made(self) -> int:
+    def start(self) -> int:
         """New tokens so far."""
         return self.tokens.shape[1] - self.begin
 
-    def next(self, eos: int) -> Tensor:
+    def next_log_probs(self, eos: int) -> Tensor:
         """Log-probabilities (B, V) fp32 of the next token; -inf where `how` forbids it."""
         used, length = self.caches[0][0].used, self.tokens.shape[1]
         segments = self.segments[:, :length] if self.padded else None
@@ -52,12 +52,12 @@ class Reader:
             self.model.embedded(self.tokens[:, used:]), segments, self.memory, self.sources, self.caches
         )
         scores = self.model.head(h[:, -1:], self.model.embed)[:, 0].float().log_softmax(-1)
-        if self.made < self.how.min_new:
+        if self.start < self.how.min_new:
             scores[:, eos] = float("-inf")
         if self.how.no_repeat:
-            scores = _without_repeats(scores, self.tokens, self.segments, self.how.no_repeat)
-        last = self.how.end and self.made == self.how.max_new - 1
-        forced = eos if last else self.how.first if self.made == 0 else None
+            scores = _forbid_repeats(scores, self.tokens, self.segments, self.how.no_repeat)
+        last = self.how.end and self.start == self.how.max_new - 1
+        forced = eos if last else self.how.first if self.start == 0 else None
         if (
             forced is not None
         ):  # at no cost in the score, as transformers' forced_bos_token_id and forced_eos_token_id
@@ -86,7 +86,7 @@ class Reader:
             own.reorder(rows_B, self.begin)
 
 
-def _without_repeats(scores_BV: Tensor, tokens_BT: Tensor, segments_BT: Tensor, n: int) -> Tensor:
+def _forbid_repeats(scores_BV: Tensor, tokens_BT: Tensor, segments_BT: Tensor, n: int) -> Tensor:
     """Forbid each token that would complete an n-gram which its row holds already (Paulus et al. 2018)."""
     for row, (tokens, segments) in enumerate(zip(tokens_BT.tolist(), segments_BT.tolist(), strict=True)):
         known = [token for token, segment in zip(tokens, segments, strict=False) if segment]
@@ -112,7 +112,7 @@ def _padded(model: Transformer, rows: list[list[int]], pad: int, left: bool) -> 
 
 def _fits(model: Transformer, length: int) -> None:
     if model.config.position == "learned" and length > model.config.max_positions:
-        raise Refused(
+        raise UserError(
             f"Generation needs {length} positions, and this model has learned {model.config.max_positions}:"
             " shorten the prompt or ask for fewer new tokens."
         )

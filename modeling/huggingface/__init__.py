@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.bart import BART
 from trifold.modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
 from trifold.modeling.huggingface.fields import lost, token_roles, unexpressed
@@ -60,7 +60,7 @@ def export(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(stock config, stock state dict) of a model. `special` gives the ids of pad, bos and eos.
 
-    Raises Refused naming the dial when no published architecture expresses the config.
+    Raises UserError naming the dial when no published architecture expresses the config.
     """
     architecture, hf = express(config, special)
     stock = to_stock(architecture.table, config, state)
@@ -82,7 +82,7 @@ def restore(
 def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> Found:
     """A stock folder's config.json and tensors. A head that a bare class lacks begins fresh (seed 0).
 
-    Raises Refused naming the setting that Trifold does not have, or the tensor that is missing, unexpected or
+    Raises UserError naming the setting that Trifold does not have, or the tensor that is missing, unexpected or
     of another shape.
     """
     architecture, config = understand(hf_config)
@@ -121,7 +121,7 @@ def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> 
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that publishes a model, and its stock config. Raises Refused naming the dial that none
+    """The architecture that publishes a model, and its stock config. Raises UserError naming the dial that none
     has.
     """
     refusals = []
@@ -129,7 +129,7 @@ def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architectu
         try:
             hf = architecture.write(config, special)
             said = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
-        except Refused as reason:
+        except UserError as reason:
             refusals.append(
                 (50, f"{architecture.stock_class}: {reason}")
             )  # further away than one that lacks a few dials
@@ -143,11 +143,11 @@ def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architectu
                 f"{architecture.stock_class} has no {', '.join(dials)}",
             )
         )
-    raise Refused(f"no published architecture expresses this model; the nearest, {min(refusals)[1]}")
+    raise UserError(f"no published architecture expresses this model; the nearest, {min(refusals)[1]}")
 
 
 def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
-    """The architecture of a stock config and the model it means. Raises Refused naming a setting that Trifold
+    """The architecture of a stock config and the model it means. Raises UserError naming a setting that Trifold
     does not have.
     """
     named = hf_config.get("architectures") or [None]
@@ -157,17 +157,17 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
         for name in (architecture.stock_class, *architecture.also)
     }
     if named[0] not in known:
-        raise Refused(f"config.json names the architecture {named[0]}; Trifold reads {', '.join(known)}")
+        raise UserError(f"config.json names the architecture {named[0]}; Trifold reads {', '.join(known)}")
     architecture = known[named[0]]
     try:
         hf = architecture.complete(dict(hf_config))
         config = ModelConfig(**architecture.read(hf))
     except KeyError as missing:
-        raise Refused(f"config.json of {named[0]} lacks {missing.args[0]}") from None
+        raise UserError(f"config.json of {named[0]} lacks {missing.args[0]}") from None
     except ValidationError as error:
-        raise Refused(
+        raise UserError(
             f"config.json of {named[0]} means no model that Trifold has: {error.errors()[0]['msg']}"
         ) from None
     for clause in unexpressed(hf, architecture.write(config, token_roles(hf))):
-        raise Refused(f"config.json of {named[0]} {clause}")
+        raise UserError(f"config.json of {named[0]} {clause}")
     return architecture, config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trifold.modeling.config import Lora, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.modeling.huggingface.tables import Line, lines
 
@@ -22,7 +22,7 @@ _PREFIX = "base_model.model."
 def adapters(
     config: ModelConfig, state: Mapping[str, Tensor], lora: Lora, special: Mapping[str, int], base: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(adapter_config, tensors) over the published folder `base`. Raises Refused where a stock weight lies
+    """(adapter_config, tensors) over the published folder `base`. Raises UserError where a stock weight lies
     transposed.
     """
     architecture, _ = express(config, special)
@@ -34,7 +34,7 @@ def adapters(
         module, _, leaf = line.stock.rpartition(".")
         if any(source.removesuffix(".weight") + ".a" in state for source in line.sources):
             if line.op:
-                raise Refused(
+                raise UserError(
                     f"{line.stock} lies otherwise than our weight ({line.op}), which PEFT's format cannot"
                     " say: publish it merged."
                 )

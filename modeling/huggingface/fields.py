@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -85,11 +85,13 @@ _HEADS_OF_OTHERS = ("summary_", "pooler_")  # settings of heads that none of our
 
 
 def activation(hf: Mapping[str, Any], field: str) -> str:
-    """Our name of a stock activation. Raises Refused naming the field."""
+    """Our name of a stock activation. Raises UserError naming the field."""
     for ours, stock in ACTIVATIONS.items():
         if same(hf[field], stock):
             return ours
-    raise Refused(f"config.json sets {field} = {hf[field]!r}; Trifold has {', '.join(ACTIVATIONS.values())}")
+    raise UserError(
+        f"config.json sets {field} = {hf[field]!r}; Trifold has {', '.join(ACTIVATIONS.values())}"
+    )
 
 
 def token_roles(hf: Mapping[str, Any]) -> dict[str, int]:
@@ -128,7 +130,7 @@ def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
 def whole_heads(config: ModelConfig) -> None:
     """Stock configs insist on this, even where head_dim is given."""
     if config.dim % config.num_heads:
-        raise Refused(f"dim ({config.dim}) is not a multiple of num_heads ({config.num_heads})")
+        raise UserError(f"dim ({config.dim}) is not a multiple of num_heads ({config.num_heads})")
 
 
 def flat(hf: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.fields import (
     ACTIVATIONS,
     activation,
@@ -94,7 +94,7 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
     types = hf.get("layer_types") or _layer_types(layers, hf.get("global_attn_every_n_layers", 3))
     fitting = [every for every in range(1, layers + 1) if _layer_types(layers, every) == types]
     if not fitting:
-        raise Refused(
+        raise UserError(
             f"config.json sets layer_types = {types}; Trifold has only every n-th layer global, beginning"
             " with the first"
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.fields import token_ids
 from trifold.modeling.huggingface.tables import Architecture
 
@@ -42,7 +42,7 @@ TABLE = "\n".join(f"{name}? = {name}" for name in _NAMES)
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
     if config.cell == "attention":
-        raise Refused("its layers are recurrent")
+        raise UserError("its layers are recurrent")
     dials = config.model_dump(mode="json", include=set(DIALS))
     return {
         "architectures": ["TrifoldRecurrent"],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import bert
 from trifold.modeling.huggingface.fields import label_fields, labels
 from trifold.modeling.huggingface.tables import Architecture
@@ -37,7 +37,7 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
 
 def read(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["hidden_act"] != "gelu":
-        raise Refused(
+        raise UserError(
             f"config.json sets hidden_act = {hf['hidden_act']!r}; RoBERTa's head uses gelu all the same,"
             " which Trifold does not have"
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 OPS: dict[
     str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -145,7 +145,7 @@ def from_stock(
     """A stock state dict under our names, in fp32, and the names of what was dropped. `shapes` are those of
     our tensors.
 
-    `headless`: tensors of the head may be missing, and are then left out. Raises Refused naming missing and
+    `headless`: tensors of the head may be missing, and are then left out. Raises UserError naming missing and
     unexpected tensors, a tensor of another shape or with NaN in it, and copies that differ.
     """
     written = [
@@ -163,18 +163,18 @@ def from_stock(
     for line in [*written, *(line for line in besides if line.sources)]:
         value, want = stock[line.stock].float(), _stock_shape(line, shapes)
         if value.shape != want:
-            raise Refused(
+            raise UserError(
                 f"{line.stock} has the shape {tuple(value.shape)}; this config.json means {tuple(want)}"
             )
         if value.isnan().any():
-            raise Refused(
+            raise UserError(
                 f"{line.stock} holds NaN, which no model computes with: copy the folder again, or publish a"
                 " sound checkpoint"
             )
         parts = OPS[line.op][1](value).split([shapes[source][0] for source in line.sources])
         for source, part in zip(line.sources, parts, strict=True):
             if not torch.equal(state.setdefault(source, part.contiguous()), part):
-                raise Refused(
+                raise UserError(
                     f"{line.stock} is a second copy of {source} here, but differs from the first one"
                 )
     return state, [line.stock for line in besides if not line.sources]
@@ -212,7 +212,7 @@ def _refuse_difference(what: str, have: set[str], want: set[str]) -> None:
             for kind, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
-        raise Refused(f"{what} do not fit: {'; '.join(said)}")
+        raise UserError(f"{what} do not fit: {'; '.join(said)}")
 
 
 def _few(names: list[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.recurrent.documents import Documents, cut
+from trifold.modeling.recurrent.documents import Documents, split_documents
 
 
 class CRF(nn.Module):
@@ -56,14 +56,14 @@ def _chains(targets_BT: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Doc
     segment_P = torch.ones_like(row_P) if segments_BT is None else segments_BT.flatten()
     number_P = (1 + row_P * (1 + int(segment_P.max())) + segment_P) * valid_P
     order_P = (~valid_P).int().argsort(stable=True)
-    return order_P, cut(number_P[order_P][None])
+    return order_P, split_documents(number_P[order_P][None])
 
 
 def _losses(scores_PC: Tensor, between: Tensor, chains: Documents, targets_P: Tensor) -> Tensor:
     """-log p(y_t | y_<t) = rest_{t-1}(y_{t-1}) - between(y_{t-1}, y_t) - score_t(y_t) - rest_t(y_t), where
     rest sums over what follows.
     """
-    steps, rests = _rests(scores_PC, between, chains, torch.logsumexp)
+    steps, rests = _log_partitions(scores_PC, between, chains, torch.logsumexp)
     labels = targets_P.clamp(min=0)[chains.place_P].split(chains.sizes_T.tolist())
     losses, C = [], scores_PC.shape[1]
     for t, (scores_NC, rest_NC, label_N) in enumerate(zip(steps, rests, labels, strict=True)):
@@ -78,7 +78,7 @@ def _losses(scores_PC: Tensor, between: Tensor, chains: Documents, targets_P: Te
 
 def _best(scores_PC: Tensor, between: Tensor, chains: Documents) -> Tensor:
     """Viterbi's messages from both sides, added where they meet."""
-    steps, rests = _rests(scores_PC, between, chains, torch.amax)
+    steps, rests = _log_partitions(scores_PC, between, chains, torch.amax)
     C, through = scores_PC.shape[1], []
     before_NC = between[C, :C].expand_as(steps[0])
     for scores_NC, rest_NC in zip(steps, rests, strict=True):
@@ -88,7 +88,7 @@ def _best(scores_PC: Tensor, between: Tensor, chains: Documents) -> Tensor:
     return torch.cat(through)
 
 
-def _rests(
+def _log_partitions(
     scores_PC: Tensor, between: Tensor, chains: Documents, over: Callable[[Tensor, int], Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The scores of each step, and for each label there what can follow it in its chain, put together by

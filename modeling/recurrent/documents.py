@@ -45,7 +45,7 @@ class Documents:
         return ends[self.row_N[ends].argsort()]
 
 
-def cut(segments_BT: Tensor) -> Documents:
+def split_documents(segments_BT: Tensor) -> Documents:
     """Each run of one segment is a document; each place of padding (segment 0) is one by itself, so that it
     makes no step longer.
     """

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.recurrent.documents import Documents, cut
+from trifold.modeling.recurrent.documents import Documents, split_documents
 
 CELLS: dict[str, type[nn.RNN | nn.LSTM | nn.GRU]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -30,30 +30,32 @@ Cells = tuple[Tensor, ...]  # h, and of an LSTM c: each (L, N, D)
 
 
 @dataclass(frozen=True)
-class Sources:
+class AlignmentSources:
     """The source of each document, as an alignment reads it."""
 
     states_NSD: Tensor
     keys_NSD: Tensor
     there_NS: Tensor  # bool
 
-    def of(self, documents: Tensor | slice) -> "Sources":
-        return Sources(self.states_NSD[documents], self.keys_NSD[documents], self.there_NS[documents])
+    def of(self, documents: Tensor | slice) -> "AlignmentSources":
+        return AlignmentSources(
+            self.states_NSD[documents], self.keys_NSD[documents], self.there_NS[documents]
+        )
 
 
 @dataclass(frozen=True)
-class State:
+class CellState:
     """Where each document stands between two steps."""
 
     cells: Cells
     fed_ND: Tensor | None = None  # input feeding: the step's last output
-    sources: Sources | None = None
+    sources: AlignmentSources | None = None
 
-    def of(self, documents: Tensor | slice) -> "State":
+    def of(self, documents: Tensor | slice) -> "CellState":
         """Of these documents, in this order."""
         cells = tuple(state[:, documents].contiguous() for state in self.cells)
         fed = None if self.fed_ND is None else self.fed_ND[documents]
-        return State(cells, fed, None if self.sources is None else self.sources.of(documents))
+        return CellState(cells, fed, None if self.sources is None else self.sources.of(documents))
 
 
 @dataclass
@@ -61,7 +63,7 @@ class StateCache:
     """What generation keeps instead of keys and values: one state a row, however long the text is."""
 
     used: int = 0
-    state: State | None = None
+    state: CellState | None = None
 
     def repeat(self, times: int) -> None:
         """Go on with as many copies of each row, side by side."""
@@ -113,9 +115,11 @@ class RecurrentStack(nn.Module):
         """
         cache = caches[0][0] if caches else StateCache()
         segments = _one_document(x_BTD) if segments_BT is None else segments_BT[:, cache.used :]
-        documents, state = cut(segments), cache.state
+        documents, state = split_documents(segments), cache.state
         if state is None and memory_BSD is not None:
-            source = cut(_one_document(memory_BSD) if memory_segments_BS is None else memory_segments_BS)
+            source = split_documents(
+                _one_document(memory_BSD) if memory_segments_BS is None else memory_segments_BS
+            )
             state = self._begin(documents, source, memory_BSD)
         x_PD = documents.take(F.dropout(x_BTD, self.dropout, self.training))
         if self.align is None:
@@ -127,15 +131,15 @@ class RecurrentStack(nn.Module):
             cache.used, cache.state = cache.used + x_BTD.shape[1], state.of(documents.at_row_ends())
         return F.dropout(documents.put(y_PD), self.dropout, self.training)
 
-    def _run(self, x_PD: Tensor, sizes_T: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _run(self, x_PD: Tensor, sizes_T: Tensor, state: CellState | None) -> tuple[Tensor, CellState]:
         lstm = isinstance(self.cells, nn.LSTM)
         before = None if state is None else state.cells if lstm else state.cells[0]
         with _kernels(x_PD):
             packed, after = self.cells(PackedSequence(x_PD, sizes_T), before)
         cells = after if lstm else (after,)
-        return packed.data, State(cells) if state is None else replace(state, cells=cells)
+        return packed.data, CellState(cells) if state is None else replace(state, cells=cells)
 
-    def _begin(self, documents: Documents, source: Documents, memory_BSD: Tensor) -> State:
+    def _begin(self, documents: Documents, source: Documents, memory_BSD: Tensor) -> CellState:
         """The first state of each document, made of the last states of its source, read forward and read
         backward.
         """
@@ -153,13 +157,15 @@ class RecurrentStack(nn.Module):
             .contiguous()
         )
         if self.align is None:
-            return State(tuple(cells))
+            return CellState(tuple(cells))
         places, there = source.table()
         states_NSD = memory_BSD.flatten(0, 1)[places[mine_N]]
-        sources = Sources(states_NSD, self.align.score.key(states_NSD), there[mine_N] & found_N[:, None])
-        return State(tuple(cells), torch.zeros_like(cells[0, -1]), sources)
+        sources = AlignmentSources(
+            states_NSD, self.align.score.key(states_NSD), there[mine_N] & found_N[:, None]
+        )
+        return CellState(tuple(cells), torch.zeros_like(cells[0, -1]), sources)
 
-    def _step_by_step(self, x_PD: Tensor, documents: Documents, state: State) -> tuple[Tensor, State]:
+    def _step_by_step(self, x_PD: Tensor, documents: Documents, state: CellState) -> tuple[Tensor, CellState]:
         """Additive and hard: the state before a step says where to look, and what is seen goes into the step.
         Multiplicative: the state after it says so, and the step's output goes into the next one. Both: out =
         tanh(W [seen, h]).
@@ -195,7 +201,7 @@ class Alignment(nn.Module):
         self.score = SCORES[config.alignment](config.dim)
         self.hard = config.alignment == "hard"
 
-    def forward(self, h_ND: Tensor, sources: Sources) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, h_ND: Tensor, sources: AlignmentSources) -> tuple[Tensor, Tensor | None, Tensor]:
         """What is seen (N, D), the log-probability of what was drawn (N,), and the weights (N, S).
 
         Hard attention draws from torch's global generator, which the training loop keys by (seed, micro) as
@@ -259,7 +265,7 @@ def score_function(
     times the losses from its step on, less what as many targets cost on average in the other documents of the
     batch: a baseline that no draw of its own moves.
     """
-    documents = cut(torch.ones_like(targets_BT) if segments_BT is None else segments_BT)
+    documents = split_documents(torch.ones_like(targets_BT) if segments_BT is None else segments_BT)
     places, there = documents.table()
 
     def to_go(x_BT: Tensor) -> Tensor:

@@ -24,17 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.lease import COMMIT, counts, folders, numbers
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.lease import COMMIT, all_folders, is_valid, parse_folder_name
 from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.safetensors_file import Tensors
+from trifold.pretrain.storage.safetensors_file import SafetensorsFile
 from trifold.pretrain.storage.storage import Location
 
 OnEvent = Callable[..., None]  # on_event(kind, **facts), also called from the saving thread
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """What a run is beyond its tensors. All of it is JSON."""
 
     step: int  # optimizer steps done
@@ -45,10 +45,10 @@ class State:
     config: dict[str, Any]  # the resolved recipe
     heldout_loss: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    judged: float | None = None  # what the best checkpoint has the lowest of; None: the held-out loss
+    selection_loss: float | None = None  # what the best checkpoint has the lowest of; None: the held-out loss
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A file of a checkpoint is not what was committed: which one, and how."""
 
     def __init__(self, file: str, reason: str) -> None:
@@ -61,11 +61,11 @@ class Checkpoint:
 
     def __init__(self, folder: Location, record: dict[str, Any], manifests: list[dict[str, Any]]) -> None:
         self.folder, self.record = folder, record
-        self.state = State(
+        self.state = CheckpointState(
             **record["state"] | {"skips": [(first, last) for first, last in record["state"]["skips"]]}
         )
-        self._slices = merged(manifests)
-        self._files: dict[str, Tensors] = {}
+        self._slices = merge_manifests(manifests)
+        self._files: dict[str, SafetensorsFile] = {}
 
     @property
     def names(self) -> list[str]:
@@ -104,9 +104,9 @@ class Checkpoint:
             parts.append(self._open(piece["file"]).read(f"{name}/{key}", low, high))
         return torch.cat(parts)
 
-    def _open(self, file: str) -> Tensors:
+    def _open(self, file: str) -> SafetensorsFile:
         if file not in self._files:
-            self._files[file] = Tensors(self.folder / file)
+            self._files[file] = SafetensorsFile(self.folder / file)
         return self._files[file]
 
 
@@ -116,24 +116,26 @@ def newest_verified(run: Location, on_event: OnEvent) -> Checkpoint | None:
     Each newer one that was passed over is reported: on_event("checkpoint_rejected", checkpoint, file,
     reason). One rank verifies; the others `open_checkpoint` the folder that it names.
 
-    Raises Refused where checkpoints were committed and none verifies: starting anew is then a person's
+    Raises UserError where checkpoints were committed and none verifies: starting anew is then a person's
     decision.
     """
     rejected = []
-    for folder in reversed(folders(run)):
+    for folder in reversed(all_folders(run)):
         try:
             if not (folder / COMMIT).exists():
-                raise Damaged(COMMIT, "missing: the save was cut off before its commit")
-            if not counts(folder):
-                raise Damaged(COMMIT, "written after a later generation had begun: it does not count")
+                raise CorruptCheckpoint(COMMIT, "missing: the save was cut off before its commit")
+            if not is_valid(folder):
+                raise CorruptCheckpoint(
+                    COMMIT, "written after a later generation had begun: it does not count"
+                )
             verify(folder)
             return open_checkpoint(folder)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             on_event("checkpoint_rejected", checkpoint=folder.name, file=error.file, reason=error.reason)
-            if (folder / COMMIT).exists() and counts(folder):
+            if (folder / COMMIT).exists() and is_valid(folder):
                 rejected.append(f"{folder.name}/{error}")
     if rejected:
-        raise Refused(
+        raise UserError(
             f"{run}: none of its {len(rejected)} checkpoints verifies ({'; '.join(rejected)}); give another"
             " run folder to start anew"
         )
@@ -147,10 +149,10 @@ def verify(folder: Location) -> None:
         _check_size(folder / file, expected["bytes"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (file, expected), found in zip(
-            files.items(), pool.map(_measured, (folder / file for file in files)), strict=True
+            files.items(), pool.map(_measure, (folder / file for file in files)), strict=True
         ):
             if found.sha256 != expected["sha256"]:
-                raise Damaged(
+                raise CorruptCheckpoint(
                     file,
                     f"its sha256 is {found.sha256}, {expected['sha256']} was committed: bits have changed",
                 )
@@ -167,7 +169,7 @@ def open_checkpoint(folder: Location) -> Checkpoint:
         if file.endswith(".json"):
             content = (folder / file).read_bytes()
             if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise Damaged(file, "its sha256 is not the committed one: bits have changed")
+                raise CorruptCheckpoint(file, "its sha256 is not the committed one: bits have changed")
             manifests.append(json.loads(content))
     return Checkpoint(folder, record, manifests)
 
@@ -188,22 +190,22 @@ def read_marker(folder: Location) -> dict[str, Any]:
             and render_marker({key: record[key] for key in record if key != "sha256"}) == content
         )
     except FileNotFoundError:
-        raise Damaged(COMMIT, "missing") from None
+        raise CorruptCheckpoint(COMMIT, "missing") from None
     except ValueError:  # not UTF-8, or not JSON
         sound = False
     if not sound:
-        raise Damaged(
+        raise CorruptCheckpoint(
             COMMIT,
             f"its {len(content)} bytes do not agree with the sha256 inside: cut short, or bits have changed",
         )
-    if (record["generation"], record["state"]["step"]) != numbers(folder.name):
-        raise Damaged(
+    if (record["generation"], record["state"]["step"]) != parse_folder_name(folder.name):
+        raise CorruptCheckpoint(
             COMMIT, f"it speaks of step {record['state']['step']}, generation {record['generation']}"
         )
     return dict(record)
 
 
-def merged(manifests: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def merge_manifests(manifests: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Each parameter's slices, of all ranks, in order; ValueError unless they cover it exactly once and agree
     on shape and keys.
     """
@@ -233,17 +235,17 @@ def merged(manifests: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return slices
 
 
-def _measured(path: Location) -> storage.Written:
+def _measure(path: Location) -> storage.FileDigest:
     try:
         return storage.measure(path)
     except OSError as error:  # deleted meanwhile by a group that was cut off, or the disk fails
-        raise Damaged(path.name, f"it cannot be read: {error.strerror}") from error
+        raise CorruptCheckpoint(path.name, f"it cannot be read: {error.strerror}") from error
 
 
 def _check_size(path: Location, expected: int) -> None:
     try:
         found = storage.size(path)
     except FileNotFoundError:
-        raise Damaged(path.name, "missing") from None
+        raise CorruptCheckpoint(path.name, "missing") from None
     if found != expected:
-        raise Damaged(path.name, f"it has {found} bytes, {expected} were committed")
+        raise CorruptCheckpoint(path.name, f"it has {found} bytes, {expected} were committed")

@@ -23,14 +23,14 @@ from pathlib import Path
 
 import yaml
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.storage import Location
 
 COMMIT = "commit.json"  # the marker
 
 
-class Superseded(Refused):
+class Superseded(UserError):
     """A later generation of this run has begun: this process may not commit any more, and should end."""
 
 
@@ -54,11 +54,11 @@ class Lease:
             )
 
 
-def home_of(run: Path) -> Location:
+def checkpoint_root_of_run(run: Path) -> Location:
     """Where the run of a folder keeps lease/ and checkpoints/, as its config.yaml says (storage.home)."""
     file = run / "config.yaml"
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return storage.home(run, config.get("checkpoints", {}).get("storage"))
+    return storage.checkpoint_root(run, config.get("checkpoints", {}).get("storage"))
 
 
 def take_generation(run: Location) -> Lease:
@@ -74,9 +74,11 @@ def take_generation(run: Location) -> Lease:
     ):
         generation += 1
     for earlier in range(1, generation):  # one that died between claiming and closing left it to us
-        if not _closed(run, earlier).exists():
-            names = [path.name for path in _marked(run) if numbers(path.name)[0] == earlier]
-            storage.create(_closed(run, earlier), json.dumps(names).encode())
+        if not _closing_file(run, earlier).exists():
+            names = [
+                path.name for path in _folders_with_marker(run) if parse_folder_name(path.name)[0] == earlier
+            ]
+            storage.create(_closing_file(run, earlier), json.dumps(names).encode())
     return Lease(run, generation)
 
 
@@ -87,31 +89,31 @@ def newest_generation(run: Location) -> int:
     )
 
 
-def committed(run: Location) -> list[Location]:
+def valid_folders(run: Location) -> list[Location]:
     """The checkpoint folders that count, oldest first: by generation, then by step (a later generation may
     have gone back).
     """
-    return [path for path in _marked(run) if counts(path)]
+    return [path for path in _folders_with_marker(run) if is_valid(path)]
 
 
-def counts(folder: Location) -> bool:
+def is_valid(folder: Location) -> bool:
     """Whether a marked checkpoint folder counts: false when its generation was closed without it."""
-    closed = _closed(folder.parent.parent, numbers(folder.name)[0])
+    closed = _closing_file(folder.parent.parent, parse_folder_name(folder.name)[0])
     return not closed.exists() or folder.name in json.loads(closed.read_text())
 
 
-def folders(run: Location) -> list[Location]:
+def all_folders(run: Location) -> list[Location]:
     """All checkpoint folders, whole or not, oldest first."""
     found = (path for path in storage.entries(run / "checkpoints") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: numbers(path.name))
+    return sorted(found, key=lambda path: parse_folder_name(path.name))
 
 
-def folder_of(run: Location, step: int, generation: int) -> Location:
+def checkpoint_folder(run: Location, step: int, generation: int) -> Location:
     """Where a generation writes the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}-g{generation:04d}"
 
 
-def numbers(name: str) -> tuple[int, int]:
+def parse_folder_name(name: str) -> tuple[int, int]:
     """(generation, step) of a checkpoint folder's name."""
     match = _NAME.fullmatch(name)
     assert match, name
@@ -121,9 +123,9 @@ def numbers(name: str) -> tuple[int, int]:
 _NAME = re.compile(r"step-(\d{8,})-g(\d{4,})")
 
 
-def _marked(run: Location) -> list[Location]:
-    return [path for path in folders(run) if (path / COMMIT).exists()]
+def _folders_with_marker(run: Location) -> list[Location]:
+    return [path for path in all_folders(run) if (path / COMMIT).exists()]
 
 
-def _closed(run: Location, generation: int) -> Location:
+def _closing_file(run: Location, generation: int) -> Location:
     return run / "lease" / f"{generation:06d}.closed"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 
-from trifold.pretrain.checkpoint.checkpoint import Damaged, OnEvent, read_marker, verify
-from trifold.pretrain.checkpoint.lease import COMMIT, Lease, committed, folders, numbers
-from trifold.pretrain.config.training import Checkpoints
+from trifold.pretrain.checkpoint.checkpoint import CorruptCheckpoint, OnEvent, read_marker, verify
+from trifold.pretrain.checkpoint.lease import COMMIT, Lease, all_folders, parse_folder_name, valid_folders
+from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.storage import Location
 
 
-def kept(found: list[tuple[Location, int, float | None]], keep: Checkpoints) -> set[Location]:
+def folders_to_keep(found: list[tuple[Location, int, float | None]], keep: CheckpointConfig) -> set[Location]:
     """The folders that stay, of (folder, step, held-out loss) oldest first: the last ones, each multiple, the
     best one.
     """
@@ -29,19 +29,22 @@ def kept(found: list[tuple[Location, int, float | None]], keep: Checkpoints) -> 
     return stay
 
 
-def retain(lease: Lease, keep: Checkpoints, on_event: OnEvent) -> None:
+def retain(lease: Lease, keep: CheckpointConfig, on_event: OnEvent) -> None:
     """Delete what need not stay, once the newest checkpoint has been read back and verifies; else delete
     nothing and say so.
     """
-    found = [(folder, numbers(folder.name)[1], _judged(folder)) for folder in committed(lease.run)]
-    stay = kept(found, keep)
+    found = [
+        (folder, parse_folder_name(folder.name)[1], _selection_loss(folder))
+        for folder in valid_folders(lease.run)
+    ]
+    stay = folders_to_keep(found, keep)
     doomed = [folder for folder, _, _ in found if folder not in stay]
     if not doomed:
         return
     newest = found[-1][0]
     try:
         verify(newest)
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         on_event("checkpoint_rejected", checkpoint=newest.name, file=error.file, reason=error.reason)
         return
     # after this, a new generation closes ours with `newest` in it: it has a checkpoint whatever we delete
@@ -56,17 +59,17 @@ def sweep(lease: Lease, step: int, on_event: OnEvent) -> None:
     `step`.
     """
     lease.check()
-    counting = set(committed(lease.run))
-    for folder in folders(lease.run):
-        if folder not in counting and numbers(folder.name) < (lease.generation, step):
+    counting = set(valid_folders(lease.run))
+    for folder in all_folders(lease.run):
+        if folder not in counting and parse_folder_name(folder.name) < (lease.generation, step):
             storage.remove_folder(folder, COMMIT)
             on_event("checkpoint_swept", checkpoint=folder.name)
 
 
-def _judged(folder: Location) -> float | None:
+def _selection_loss(folder: Location) -> float | None:
     try:
         state = read_marker(folder)["state"]
-    except Damaged:  # not the best of anything; reading it for a resume says what is wrong
+    except CorruptCheckpoint:  # not the best of anything; reading it for a resume says what is wrong
         return None
     loss = state["heldout_loss"] if state.get("judged") is None else state["judged"]
     return None if loss is None else float(loss)

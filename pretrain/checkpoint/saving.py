@@ -29,18 +29,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.checkpoint import OnEvent, State, merged, render_marker
-from trifold.pretrain.checkpoint.lease import COMMIT, Lease, Superseded, folder_of
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState, OnEvent, merge_manifests, render_marker
+from trifold.pretrain.checkpoint.lease import COMMIT, Lease, Superseded, checkpoint_folder
 from trifold.pretrain.checkpoint.retention import retain, sweep
 from trifold.pretrain.checkpoint.slice import Slice
-from trifold.pretrain.config.training import Checkpoints
+from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.safetensors_file import pieces
+from trifold.pretrain.storage.safetensors_file import file_buffers
 from trifold.pretrain.storage.storage import Location
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that takes nothing more
+PERMANENT_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # a disk that takes nothing more
 
 
 class Checkpointer:
@@ -60,7 +66,7 @@ class Checkpointer:
         lease: Lease,
         rank: int,
         world: int,
-        keep: Checkpoints,
+        keep: CheckpointConfig,
         on_event: OnEvent,
         timeout: float = 900.0,
     ) -> None:
@@ -73,13 +79,13 @@ class Checkpointer:
             timeout,
         )
         self.failed: str | None = None
-        self.lasting = False
-        self._origin = origin() if rank == 0 else {}
+        self.permanent_failure = False
+        self._origin = provenance() if rank == 0 else {}
         self._thread: threading.Thread | None = None
         self._superseded: Superseded | None = None
         self._steps: set[int] = set()
 
-    def save(self, state: State, slices: dict[str, Slice]) -> None:
+    def save(self, state: CheckpointState, slices: dict[str, Slice]) -> None:
         """Begin to save; every rank calls it for the same steps. A step is saved once: a second call for it
         does nothing.
 
@@ -109,10 +115,10 @@ class Checkpointer:
         if self._superseded is not None:
             raise self._superseded
 
-    def _save(self, state: State, slices: dict[str, Slice], began: float, waited: float) -> None:
-        folder = folder_of(self.lease.run, state.step, self.lease.generation)
+    def _save(self, state: CheckpointState, slices: dict[str, Slice], began: float, waited: float) -> None:
+        folder = checkpoint_folder(self.lease.run, state.step, self.lease.generation)
         size = sum(tensor.nbytes for piece in slices.values() for tensor in piece.tensors.values())
-        self.failed, self.lasting = None, False
+        self.failed, self.permanent_failure = None, False
         try:
             self.on_event("save_started", step=state.step, bytes=size, waited=waited)
             if self.rank == 0:
@@ -137,9 +143,12 @@ class Checkpointer:
                 )
         except Exception as error:  # the run goes on to its next save, whatever it was
             self._steps.discard(state.step)  # after a rollback it comes again
-            self.failed, self.lasting = (reason := self._reason(error, folder, size)), _lasts(error)
+            self.failed, self.permanent_failure = (
+                (reason := self._reason(error, folder, size)),
+                _is_permanent(error),
+            )
             with suppress(
-                OSError, Refused
+                OSError, UserError
             ):  # what refuses writes refuses this too, or rank 0 was faster to remove the folder
                 self._clear_away(folder, reason)  # before the event: it may need the room
             self.on_event("save_failed", step=state.step, rank=self.rank, reason=reason)
@@ -160,17 +169,17 @@ class Checkpointer:
             self._superseded = error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(str(self.lease.run)).free + sum(
-                storage.size(path) for path in self._own(folder)
+                storage.size(path) for path in self._is_own_folder(folder)
             )
             return f"the disk of {self.lease.run} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
-        if _lasts(error):
+        if _is_permanent(error):
             said = (
                 f"{self.lease.run} refuses writes ({error.strerror})"
                 if isinstance(error, OSError)
                 else str(error)
             )
             return f"{said}; the checkpoint before stays"
-        if isinstance(error, OSError | Refused | RuntimeError):
+        if isinstance(error, OSError | UserError | RuntimeError):
             return str(error)
         return "".join(traceback.format_exception(error))
 
@@ -183,11 +192,11 @@ class Checkpointer:
         if self.rank == 0 and not (folder / COMMIT).exists():
             storage.remove_folder(folder, COMMIT)
         elif self.rank != 0 and not (folder / _file(self.rank, "json")).exists():
-            for path in self._own(folder):
+            for path in self._is_own_folder(folder):
                 path.unlink(missing_ok=True)
             (folder / _file(self.rank, "failed")).write_text(reason)
 
-    def _own(self, folder: Location) -> list[Location]:
+    def _is_own_folder(self, folder: Location) -> list[Location]:
         return [path for path in storage.entries(folder) if f"rank-{self.rank:05d}" in path.name]
 
 
@@ -202,7 +211,7 @@ def write_rank(folder: Location, lease: Lease, rank: int, world: int, slices: di
     tensors = {
         f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()
     }
-    written = storage.write(folder / file, _Told(pieces(tensors)))
+    written = storage.write(folder / file, _ReportingBuffers(file_buffers(tensors)))
     manifest = {
         "generation": lease.generation,
         "world": world,
@@ -222,7 +231,7 @@ def write_rank(folder: Location, lease: Lease, rank: int, world: int, slices: di
     storage.replace(folder / _file(rank, "json"), json.dumps(manifest).encode())
 
 
-class _Told(list[memoryview]):
+class _ReportingBuffers(list[memoryview]):
     """Pieces of a file, each of which is heard of when the next one is taken: a slow storage is no hanging
     rank (launch/cluster/failure_report.py).
     """
@@ -230,11 +239,11 @@ class _Told(list[memoryview]):
     def __iter__(self) -> Iterator[memoryview]:
         for piece in super().__iter__():
             yield piece
-            heartbeat.wrote()
+            heartbeat.count_written()
 
 
 def commit(
-    folder: Location, lease: Lease, world: int, state: State, origin: dict[str, Any], timeout: float
+    folder: Location, lease: Lease, world: int, state: CheckpointState, origin: dict[str, Any], timeout: float
 ) -> int:
     """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns
     the tensor files' bytes.
@@ -244,7 +253,9 @@ def commit(
     manifests, files, total = [], {}, 0
     deadline = time.monotonic() + timeout
     for rank in range(world):
-        content = _await(folder / _file(rank, "json"), folder / _file(rank, "failed"), deadline, timeout)
+        content = _wait_for_manifest(
+            folder / _file(rank, "json"), folder / _file(rank, "failed"), deadline, timeout
+        )
         manifest = json.loads(content)
         assert (manifest["generation"], manifest["world"]) == (lease.generation, world), (
             f"{folder}: rank {rank} is of another attempt"
@@ -253,7 +264,7 @@ def commit(
         files[manifest["file"]] = {"bytes": manifest["bytes"], "sha256": manifest["sha256"]}
         files[_file(rank, "json")] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         total += manifest["bytes"]
-    merged(manifests)
+    merge_manifests(manifests)
     record = {
         "generation": lease.generation,
         "world": world,
@@ -269,7 +280,7 @@ def commit(
     return total
 
 
-def origin() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """Where a checkpoint comes from: host, versions of the packages that shape its numbers, and the code's
     git commit, if any.
     """
@@ -289,11 +300,11 @@ def origin() -> dict[str, Any]:
     return {"host": socket.gethostname(), "versions": versions, "code": code}
 
 
-def _lasts(error: Exception) -> bool:
-    return getattr(error, "lasting", False) or getattr(error, "errno", None) in FULL
+def _is_permanent(error: Exception) -> bool:
+    return getattr(error, "lasting", False) or getattr(error, "errno", None) in PERMANENT_ERRORS
 
 
-def _await(manifest: Location, failed: Location, deadline: float, timeout: float) -> bytes:
+def _wait_for_manifest(manifest: Location, failed: Location, deadline: float, timeout: float) -> bytes:
     pause = 0.02
     while not manifest.exists():
         if failed.exists():

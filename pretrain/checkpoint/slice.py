@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Read = Callable[
+ReadSlice = Callable[
     [str, int, int], dict[str, Tensor]
 ]  # (parameter, start, stop) -> that range of {"fp32", moments...}, each flat
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from trifold.modeling.config import Family, Settings
 
 
-class Part(Settings):
+class ObjectiveConfig(Settings):
     """What every objective has."""
 
     weight: float = Field(default=1.0, gt=0)  # its share of the pieces in a mixture; alone it means nothing
@@ -20,13 +20,13 @@ class Part(Settings):
         return getattr(self, "mode", None) or kind
 
 
-class Causal(Part):
+class CausalConfig(ObjectiveConfig):
     """Predict each next token."""
 
     kind: Literal["causal"] = "causal"
 
 
-class Prefix(Part):
+class PrefixConfig(ObjectiveConfig):
     """Predict each next token after a point drawn anywhere in the piece; what stands before it is context
     (Raffel et al. 2020).
     """
@@ -34,7 +34,7 @@ class Prefix(Part):
     kind: Literal["prefix"] = "prefix"
 
 
-class Fim(Part):
+class FimConfig(ObjectiveConfig):
     """Fill in the middle (Bavarian et al. 2022) in every piece: the paper's rate is this part's weight beside
     a causal part.
     """
@@ -45,7 +45,7 @@ class Fim(Part):
     )  # the share in the order suffix, prefix, middle; the rest prefix, suffix, middle
 
 
-class Masked(Part):
+class MaskedConfig(ObjectiveConfig):
     """Predict hidden tokens: of `rate` of the tokens, `mask` become the mask, `random` a random token, the
     rest stay (BERT).
     """
@@ -57,13 +57,13 @@ class Masked(Part):
     whole_words: bool = False
 
     @model_validator(mode="after")
-    def _shares(self) -> "Masked":
+    def _shares(self) -> "MaskedConfig":
         if self.mask + self.random > 1:
             raise ValueError(f"mask ({self.mask}) and random ({self.random}) together exceed 1")
         return self
 
 
-class Spans(Part):
+class SpansConfig(ObjectiveConfig):
     """Predict hidden spans, each named by a sentinel (T5): `density` of the tokens in spans of `mean_length`
     on average.
     """
@@ -76,7 +76,7 @@ class Spans(Part):
     )
 
 
-class Continuation(Part):
+class ContinuationConfig(ObjectiveConfig):
     """Predict the end of a piece, `density` of it, from its beginning: UL2's S-denoiser, a prefix LM for an
     encoder-decoder.
     """
@@ -86,7 +86,7 @@ class Continuation(Part):
     mode: Literal["R", "S", "X"] | None = None
 
 
-class Infilling(Part):
+class InfillingConfig(ObjectiveConfig):
     """Write the whole text again, of which spans were replaced by one mask each and the sentences put in
     another order (BART).
     """
@@ -97,8 +97,15 @@ class Infilling(Part):
     permute_sentences: bool = True
 
 
-Single = Annotated[
-    Causal | Prefix | Fim | Masked | Spans | Continuation | Infilling, Field(discriminator="kind")
+SingleObjective = Annotated[
+    CausalConfig
+    | PrefixConfig
+    | FimConfig
+    | MaskedConfig
+    | SpansConfig
+    | ContinuationConfig
+    | InfillingConfig,
+    Field(discriminator="kind"),
 ]
 FAMILIES: dict[str, Family] = {
     "causal": "decoder",
@@ -111,16 +118,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class Mixture(Settings):
+class MixtureConfig(Settings):
     """Several objectives for one family of models: each piece of text goes to one of them, as often as their
     weights say.
     """
 
     kind: Literal["mixture"] = "mixture"
-    parts: tuple[Single, ...] = Field(min_length=2)
+    parts: tuple[SingleObjective, ...] = Field(min_length=2)
 
     @model_validator(mode="after")
-    def _one_family(self) -> "Mixture":
+    def _one_family(self) -> "MixtureConfig":
         families = {part.kind: FAMILIES[part.kind] for part in self.parts}
         if len(set(families.values())) > 1:
             said = ", ".join(f"{kind} a model of family {family}" for kind, family in families.items())
@@ -128,24 +135,32 @@ class Mixture(Settings):
         return self
 
 
-Objective = Annotated[
-    Causal | Prefix | Fim | Masked | Spans | Continuation | Infilling | Mixture, Field(discriminator="kind")
+AnyObjective = Annotated[
+    CausalConfig
+    | PrefixConfig
+    | FimConfig
+    | MaskedConfig
+    | SpansConfig
+    | ContinuationConfig
+    | InfillingConfig
+    | MixtureConfig,
+    Field(discriminator="kind"),
 ]
 
 
-def parts(dials: Objective) -> tuple[Single, ...]:
+def mixture_members(dials: AnyObjective) -> tuple[SingleObjective, ...]:
     """The objectives that a mixture has, or the one there is."""
-    return dials.parts if isinstance(dials, Mixture) else (dials,)
+    return dials.parts if isinstance(dials, MixtureConfig) else (dials,)
 
 
-def family(dials: Objective) -> Family:
+def family_of(dials: AnyObjective) -> Family:
     """The family of models that an objective trains."""
-    return FAMILIES[parts(dials)[0].kind]
+    return FAMILIES[mixture_members(dials)[0].kind]
 
 
-def labels(dials: Objective) -> list[str]:
+def member_labels(dials: AnyObjective) -> list[str]:
     """A name for each part: its mode, else its kind, numbered where several have the same."""
-    names = [part.label for part in parts(dials)]
+    names = [part.label for part in mixture_members(dials)]
     often, seen = Counter(names), Counter[str]()
     numbered = []
     for name in names:

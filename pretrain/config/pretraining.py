@@ -10,16 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from trifold.modeling.config import ModelConfig, Settings
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.config import objectives
-from trifold.pretrain.config.objectives import Causal as Causal  # recipes made in code find them here
-from trifold.pretrain.config.objectives import Masked as Masked
-from trifold.pretrain.config.objectives import Objective
-from trifold.pretrain.config.objectives import Spans as Spans
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.objectives import AnyObjective
+from trifold.pretrain.config.objectives import (
+    CausalConfig as CausalConfig,  # recipes made in code find them here
+)
+from trifold.pretrain.config.objectives import MaskedConfig as MaskedConfig
+from trifold.pretrain.config.objectives import SpansConfig as SpansConfig
+from trifold.pretrain.config.training import TrainingConfig
 
 
-class Source(Settings):
+class SourceConfig(Settings):
     """One corpus. Exactly one of `path` (file, folder, glob, URL: .txt, .jsonl, .parquet, SQuAD's .json; also
     .gz) and `hub` (an id).
     """
@@ -33,24 +35,24 @@ class Source(Settings):
     weight: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
-    def _one_place(self) -> "Source":
+    def _one_place(self) -> "SourceConfig":
         if (self.path is None) == (self.hub is None):
             raise ValueError("a source has either `path` or `hub`, and not both")
         return self
 
 
-class Data(Settings):
+class DataConfig(Settings):
     """What is read, and how it is cut into rows."""
 
-    sources: tuple[Source, ...] = Field(min_length=1)
-    heldout: tuple[Source, ...] = ()  # corpora of their own ...
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    heldout: tuple[SourceConfig, ...] = ()  # corpora of their own ...
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
     row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans and continuations)
     cache: str | None = None  # where token shards live; None: inside the run folder
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
     @model_validator(mode="after")
-    def _one_heldout(self) -> "Data":
+    def _one_heldout(self) -> "DataConfig":
         if bool(self.heldout) == (self.heldout_fraction > 0):
             raise ValueError(
                 "give either `data.heldout` (corpora) or `data.heldout_fraction` (above 0), and not both"
@@ -58,12 +60,12 @@ class Data(Settings):
         return self
 
 
-TAKEN = re.compile(
+RESERVED_TOKENS = re.compile(
     r"<(pad|s|/s|unk|mask|extra_id_\d\d?|0x[0-9A-F]{2})>"
 )  # what a tokenizer of ours holds in any case (tokenizer.py)
 
 
-class Tokenizer(Settings):
+class TokenizerConfig(Settings):
     """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
 
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
@@ -74,14 +76,14 @@ class Tokenizer(Settings):
     ] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
 
     @model_validator(mode="after")
-    def _codes(self) -> "Tokenizer":
+    def _codes(self) -> "TokenizerConfig":
         for code in self.languages:
             if code.split() != [code] or re.search("[▁\0\ud800-\udfff]", code):  # words.py cuts text there
                 raise ValueError(
                     f"languages: the code {code!r} must have a character, and no space, ▁, line end, zero or"
                     " lone surrogate"
                 )
-            if TAKEN.fullmatch(code) or self.languages.count(code) > 1:
+            if RESERVED_TOKENS.fullmatch(code) or self.languages.count(code) > 1:
                 raise ValueError(
                     f"languages: {code!r} is a token of every tokenizer, or twice in this list: take another"
                     " code, as en_XX"
@@ -89,7 +91,7 @@ class Tokenizer(Settings):
         return self
 
 
-class Stage(Settings):
+class StageConfig(Settings):
     """An earlier part of a run: its first steps, or those after the stage before. What is not given is the
     recipe's own.
     """
@@ -100,7 +102,7 @@ class Stage(Settings):
     micro_rows: int | None = Field(default=None, gt=0)
 
 
-class Start(Settings):
+class InitialModelConfig(Settings):
     """Where the model comes from: a published folder, or a configuration with new weights."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -114,7 +116,7 @@ class Start(Settings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _one_place(self) -> "Start":
+    def _one_place(self) -> "InitialModelConfig":
         if (self.folder is None) == (self.config is None):
             raise ValueError(
                 "give either model.from (a published folder) or model.config (new weights), and not both"
@@ -123,55 +125,63 @@ class Start(Settings):
 
 
 def _said(model: Any) -> str:
-    return "start" if isinstance(model, Start) or (isinstance(model, dict) and "from" in model) else "new"
+    return (
+        "start"
+        if isinstance(model, InitialModelConfig) or (isinstance(model, dict) and "from" in model)
+        else "new"
+    )
 
 
-Model = Annotated[Annotated[ModelConfig, Tag("new")] | Annotated[Start, Tag("start")], Discriminator(_said)]
+Model = Annotated[
+    Annotated[ModelConfig, Tag("new")] | Annotated[InitialModelConfig, Tag("start")], Discriminator(_said)
+]
 
 
-class Pretrain(Training):
+class PretrainConfig(TrainingConfig):
     """A run that learns from text."""
 
     model: Model  # its dials, for new weights, or `from`: a published folder to go on from
-    tokenizer: Tokenizer = Tokenizer()
-    data: Data
-    objective: Objective
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    objective: AnyObjective
     stages: tuple[
-        Stage, ...
+        StageConfig, ...
     ] = ()  # short rows first, small steps first; after the last one the recipe's own values hold
     evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
     def fits(self, model: ModelConfig) -> None:
-        """Raises Refused where this model is of another family than the objective trains, shorter than the
+        """Raises UserError where this model is of another family than the objective trains, shorter than the
         rows, or cannot be shared.
         """
-        if model.family != (family := objectives.family(self.objective)):
-            raise Refused(
+        if model.family != (family := objectives.family_of(self.objective)):
+            raise UserError(
                 f"the {self.objective.kind} objective trains a model of family {family}, not {model.family}"
             )
         if self.data.row_length > model.max_positions:
-            raise Refused(
+            raise UserError(
                 f"data.row_length ({self.data.row_length}) exceeds model.max_positions"
                 f" ({model.max_positions})"
             )
-        self.engine.fits(model)
-        self.engine.shares("data.row_length", self.data.row_length)
+        self.engine.check_model(model)
+        self.engine.check_sharable("data.row_length", self.data.row_length)
         for number, stage in enumerate(self.stages):
             if (stage.row_length or 0) > model.max_positions:
-                raise Refused(
+                raise UserError(
                     f"stages.{number}.row_length ({stage.row_length}) exceeds model.max_positions"
                     f" ({model.max_positions})"
                 )
-            self.engine.shares(f"stages.{number}.row_length", stage.row_length or self.data.row_length)
+            self.engine.check_sharable(
+                f"stages.{number}.row_length", stage.row_length or self.data.row_length
+            )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Pretrain":
+    def _fits_together(self) -> "PretrainConfig":
         if isinstance(self.model, ModelConfig):
             self.fits(self.model)
         return self
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> "Pretrain":
+    def _stages_fit(self) -> "PretrainConfig":
         for number, stage in enumerate(self.stages):
             step_rows, micro_rows = stage.step_rows or self.step_rows, stage.micro_rows or self.micro_rows
             if micro_rows > step_rows:

@@ -5,13 +5,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trifold.modeling.config import ModelConfig, Settings
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.objectives import Causal as Causal
-from trifold.pretrain.config.objectives import Masked as Masked
-from trifold.pretrain.config.objectives import Spans as Spans
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.objectives import CausalConfig as CausalConfig
+from trifold.pretrain.config.objectives import MaskedConfig as MaskedConfig
+from trifold.pretrain.config.objectives import SpansConfig as SpansConfig
 
 
-class Optimizer(Settings):
+class OptimizerConfig(Settings):
     """AdamW (Loshchilov and Hutter 2019), or Muon for matrices inside blocks with AdamW for everything
     else.
     """
@@ -29,13 +29,13 @@ class Optimizer(Settings):
     )  # each layer learns this much slower than the one above it, embeddings slowest
 
     @model_validator(mode="after")
-    def _averages(self) -> "Optimizer":
+    def _averages(self) -> "OptimizerConfig":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must each be at least 0 and below 1")
         return self
 
 
-class Schedule(Settings):
+class ScheduleConfig(Settings):
     """The learning rate as a function of the step, as a factor of the optimizer's `lr`."""
 
     kind: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
@@ -44,7 +44,7 @@ class Schedule(Settings):
     final: float = Field(default=0.1, ge=0, le=1)  # the factor at the last step
 
 
-class Engine(Settings):
+class EngineConfig(Settings):
     """How the arithmetic is spread and rounded. Nothing here changes what is computed beyond rounding."""
 
     zero_stage: Literal[1, 2, 3] = 1
@@ -66,30 +66,30 @@ class Engine(Settings):
         default=1, gt=0
     )  # ranks that share each row, a slice of the positions each: for long rows (sequence.py)
 
-    def groups(self, ranks: int) -> int:
-        """How many groups with rows of their own so many ranks make. Raises Refused where one of them would
+    def data_parallel_size(self, ranks: int) -> int:
+        """How many groups with rows of their own so many ranks make. Raises UserError where one of them would
         not be whole.
         """
         if ranks % self.sequence_parallel:
-            raise Refused(
+            raise UserError(
                 f"engine.sequence_parallel ({self.sequence_parallel}) ranks share each row, and {ranks}"
                 " ranks are no multiple of that:"
                 " change it, or the number of workers"
             )
         return ranks // self.sequence_parallel
 
-    def shares(self, what: str, length: int) -> None:
-        """Raises Refused where rows cannot be cut into slices of one length."""
+    def check_sharable(self, what: str, length: int) -> None:
+        """Raises UserError where rows cannot be cut into slices of one length."""
         if length % self.sequence_parallel:
-            raise Refused(
+            raise UserError(
                 f"{what} ({length}) must be a multiple of engine.sequence_parallel"
                 f" ({self.sequence_parallel}), to be cut up"
             )
 
-    def fits(self, model: ModelConfig) -> None:
-        """Raises Refused where ranks cannot share the rows of this model, or it has no blocks to compile."""
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises UserError where ranks cannot share the rows of this model, or it has no blocks to compile."""
         if self.compile and self.zero_stage == 3 and model.cell != "attention":
-            raise Refused(
+            raise UserError(
                 f"engine.compile goes block by block at zero_stage 3, and a model of cell {model.cell} has"
                 " no blocks:"
                 " set it to false, or zero_stage to 1 or 2"
@@ -101,16 +101,16 @@ class Engine(Settings):
                 if model.spans
                 else f"a model of cell {model.cell} reads it step by step"
             )
-            raise Refused(f"{said} ranks share each row, and {what}: set it to 1")
+            raise UserError(f"{said} ranks share each row, and {what}: set it to 1")
         for dial in ("num_heads", "num_kv_heads"):
             if (heads := getattr(model, dial)) % self.sequence_parallel:
-                raise Refused(
+                raise UserError(
                     f"model.{dial} ({heads}) must be a multiple of {said}: each rank attends with a share of"
                     " the heads"
                 )
 
     @model_validator(mode="after")
-    def _go_together(self) -> "Engine":
+    def _go_together(self) -> "EngineConfig":
         if self.fp8 and self.zero_stage == 3:
             raise ValueError(
                 "fp8 does not go with zero_stage 3, as its linear maps keep every gathered weight until"
@@ -137,7 +137,7 @@ class Engine(Settings):
         return self
 
 
-class Checkpoints(Settings):
+class CheckpointConfig(Settings):
     """When to save and what to keep. The last verified checkpoint is never deleted."""
 
     every: int = Field(default=500, gt=0)  # steps
@@ -151,7 +151,7 @@ class Checkpoints(Settings):
     )
 
 
-class Spikes(Settings):
+class SpikesConfig(Settings):
     """Bad steps: a loss or gradient norm that is not finite, or more than so many times the median of the
     last `window` applied steps.
 
@@ -168,17 +168,17 @@ class Spikes(Settings):
     )  # steps; until so many were applied, only what is not finite is bad
 
 
-class Training(Settings):
+class TrainingConfig(Settings):
     """What every run of the training loop needs, from text or on a task: `steps` optimizer steps of
     `step_rows` rows.
     """
 
     run: str = Field(min_length=1)  # the run folder
     seed: int = Field(default=0, ge=0)
-    optimizer: Optimizer
-    schedule: Schedule = Schedule()
-    engine: Engine = Engine()
-    checkpoints: Checkpoints = Checkpoints()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     steps: int = Field(gt=0)
     step_rows: int = Field(gt=0)  # rows of one optimizer step, over all ranks
     micro_rows: int = Field(gt=0)  # rows of one forward/backward on one rank
@@ -186,11 +186,11 @@ class Training(Settings):
         default=0.0, ge=0, lt=1
     )  # decay per step of the averaged weights, such as 0.999; 0: none are kept
     evaluate_every: int = Field(default=500, gt=0)  # steps
-    spikes: Spikes = Spikes()
+    spikes: SpikesConfig = SpikesConfig()
     nonfinite_limit: int = Field(default=5, gt=0)  # bad steps in a row before the run stops
 
     @model_validator(mode="after")
-    def _steps_fit_together(self) -> "Training":
+    def _steps_fit_together(self) -> "TrainingConfig":
         if self.micro_rows > self.step_rows:
             raise ValueError(f"micro_rows ({self.micro_rows}) exceeds step_rows ({self.step_rows})")
         if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:

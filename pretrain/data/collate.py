@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.pretrain.data.objectives import Group, Segment, Segments
-from trifold.pretrain.data.packing import Room
-from trifold.pretrain.data.ragged import NOTHING, spread
+from trifold.pretrain.data.objectives import Segment, SegmentGroup, Segments
+from trifold.pretrain.data.packing import RowCapacity
+from trifold.pretrain.data.ragged import EMPTY, ragged_arange
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Row:
         return {name: array for name, array in vars(self).items() if array is not None}
 
     @property
-    def count(self) -> int:
+    def num_targets(self) -> int:
         """Targets that are predicted."""
         return int(np.count_nonzero(self.targets != IGNORE))
 
     @property
-    def size(self) -> int:
+    def num_tokens(self) -> int:
         """Positions that are not padding, of both sides."""
         return sum(
             int(np.count_nonzero(side)) for side in (self.segments, self.source_segments) if side is not None
@@ -56,22 +56,22 @@ class Row:
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def assemble(rows: Sequence[Sequence[Segment]], room: Room, pad: int) -> list[Row]:
+def assemble(rows: Sequence[Sequence[Segment]], room: RowCapacity, pad: int) -> list[Row]:
     """Rows of segments that are at hand one by one."""
 
     def joined(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return np.concatenate([NOTHING, *arrays]), np.array([len(array) for array in arrays], np.int64)
+        return np.concatenate([EMPTY, *arrays]), np.array([len(array) for array in arrays], np.int64)
 
     segments = [segment for row in rows for segment in row]
     tokens, sizes = joined([segment.tokens for segment in segments])
     targets, _ = joined([segment.targets for segment in segments])
     sources = joined([segment.source for segment in segments if segment.source is not None])
-    group = Group(0, np.arange(len(segments)), Segments(tokens, targets, sizes, *sources))
-    return lay_out([group], [len(row) for row in rows], room, pad)
+    group = SegmentGroup(0, np.arange(len(segments)), Segments(tokens, targets, sizes, *sources))
+    return arrange_rows([group], [len(row) for row in rows], room, pad)
 
 
-def lay_out(
-    groups: Sequence[Group], counts: Sequence[int], room: Room, pad: int, mixed: bool = False
+def arrange_rows(
+    groups: Sequence[SegmentGroup], counts: Sequence[int], room: RowCapacity, pad: int, mixed: bool = False
 ) -> list[Row]:
     """Rows of the next `counts` segments each, side by side and numbered from 1; the rest is padding (segment
     0, target IGNORE, picked -1). `mixed`: of several parts, and the rows say which.
@@ -90,7 +90,7 @@ def lay_out(
         ends = ends.cumsum()
         begin = ends[:-1] - ends[firsts][row_of]
         return begin, [
-            spread((begin + row_of * width)[group.pieces], its)
+            ragged_arange((begin + row_of * width)[group.pieces], its)
             for group, its in zip(groups, sizes, strict=True)
         ]
 

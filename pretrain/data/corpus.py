@@ -22,40 +22,42 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Source
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import SourceConfig
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.storage import Location
 
 if TYPE_CHECKING:
-    from trifold.pretrain.storage.object_store import Remote
+    from trifold.pretrain.storage.object_store import ObjectPath
 
 _KINDS = (".txt", ".jsonl", ".parquet")
 
 
-def documents(source: Source) -> Iterator[str]:
+def documents(source: SourceConfig) -> Iterator[str]:
     """The documents of a source in a fixed order: files by name, each from its start.
 
     Plain text: a document is a run of lines up to an empty line ("blank_line"), with its inner line ends as
     they are and its last one removed, or each line ("line"). An empty line holds nothing at all: one that
     holds spaces is text. No document spans two files. Rows of JSONL, Parquet and hub sets are one document
     each; a null is an empty document. A .json file is SQuAD's: a document is a question and its context.
-    Raises Refused for anything that cannot be read, and for a source in which no document has any text.
+    Raises UserError for anything that cannot be read, and for a source in which no document has any text.
     """
     found = False
     for text in (
-        _hub(source) if source.hub else chain.from_iterable(_file(path, source) for path in files(source))
+        _hub(source)
+        if source.hub
+        else chain.from_iterable(_file(path, source) for path in corpus_files(source))
     ):
         found = found or bool(text)
         yield text
     if not found:
-        raise Refused(
+        raise UserError(
             f"{source.path or source.hub} holds 0 documents with text; point the source at a corpus that is"
             " not empty"
         )
 
 
-def files(source: Source) -> list[Location]:
+def corpus_files(source: SourceConfig) -> list[Location]:
     """The files a path or URL names, sorted: itself, those that match the glob, or all of a known kind below
     the folder.
     """
@@ -66,7 +68,7 @@ def files(source: Source) -> list[Location]:
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and _kind(p) in _KINDS]
         if not found:
-            raise Refused(
+            raise UserError(
                 f"the folder {path} has no file that ends in .txt, .jsonl or .parquet (also with .gz): name"
                 " the files by a glob"
             )
@@ -75,15 +77,15 @@ def files(source: Source) -> list[Location]:
     elif has_magic(str(path)):
         found = [Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file()]
         if not found:
-            raise Refused(
+            raise UserError(
                 f"no file matches {path}: check the pattern and the folder it starts from ({Path.cwd()})"
             )
     else:
-        raise Refused(f"there is no file or folder {path} (looked from {Path.cwd()})")
+        raise UserError(f"there is no file or folder {path} (looked from {Path.cwd()})")
     return sorted(found)
 
 
-def _objects(path: Remote) -> list[Location]:
+def _objects(path: ObjectPath) -> list[Location]:
     if has_magic(path.name):
         found = [
             each
@@ -93,7 +95,7 @@ def _objects(path: Remote) -> list[Location]:
     else:
         found = [path] if path.exists() else [each for each in path.below() if _kind(each) in _KINDS]
     if not found:
-        raise Refused(
+        raise UserError(
             f"no object is named {path}, matches it in its last part, or lies below it and ends in .txt or"
             " .jsonl (also with .gz)"
         )
@@ -107,7 +109,7 @@ def is_heldout(text: str, fraction: float) -> bool:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) < fraction * 2**64
 
 
-def corpus_fingerprint(source: Source) -> str:
+def corpus_fingerprint(source: SourceConfig) -> str:
     """Changes when the text may have changed: names, sizes and times of the files, or the hub id, and how
     they are read.
 
@@ -116,7 +118,7 @@ def corpus_fingerprint(source: Source) -> str:
     hashes the tokens themselves. A hub set is taken to stay the same under its id.
     """
     read = source.model_dump(exclude={"weight", "path"})
-    stats = [(p.name, *_version(p)) for p in files(source)] if source.path else []
+    stats = [(p.name, *_version(p)) for p in corpus_files(source)] if source.path else []
     return blake2b(json.dumps([read, stats]).encode(), digest_size=16).hexdigest()
 
 
@@ -128,24 +130,24 @@ def _kind(path: Location) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _hub(source: Source) -> Iterator[str]:
+def _hub(source: SourceConfig) -> Iterator[str]:
     """Without a network `datasets` gives up after 23 s of retries, with HF_HUB_OFFLINE=1 at once."""
     where = f"the hub's data set {source.hub} ({source.hub_config or 'default'} configuration, split {source.split})"
     return _table(where, source, source.hub, source.hub_config, split=source.split)
 
 
-def _file(path: Location, source: Source) -> Iterator[str]:
+def _file(path: Location, source: SourceConfig) -> Iterator[str]:
     match _kind(path):
         case ".jsonl":
             return _json_lines(path, source.text_column)
         case ".json":
             return _questions(path)
         case ".parquet" if path.suffix == ".gz":
-            raise Refused(
+            raise UserError(
                 f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)"
             )
         case ".parquet" if not isinstance(path, Path):
-            raise Refused(
+            raise UserError(
                 f"{path}: Parquet is read from disks alone: copy it to one, or give its text as .jsonl"
             )
         case ".parquet":
@@ -179,14 +181,14 @@ def _json_lines(path: Location, column: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Refused(f"{where}, is not JSON ({error}): each line must hold one whole object") from None
+            raise UserError(f"{where}, is not JSON ({error}): each line must hold one whole object") from None
         if not isinstance(row, dict) or column not in row:
             has = (
                 f"has the columns {', '.join(row)}"
                 if isinstance(row, dict)
                 else f"is a {type(row).__name__}, not an object"
             )
-            raise Refused(f"{where}, has no column {column!r}: it {has}; set text_column")
+            raise UserError(f"{where}, has no column {column!r}: it {has}; set text_column")
         yield _text(row[column], column, where)
 
 
@@ -199,7 +201,7 @@ def _questions(path: Location) -> Iterator[str]:
         for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
             yield from (f"{asked['question']}\n{paragraph['context']}" for asked in paragraph["qas"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(
+        raise UserError(
             f"{path} is no SQuAD file, as which .json is read ({type(error).__name__} {error}): give other"
             " text as .jsonl"
         ) from None
@@ -207,20 +209,20 @@ def _questions(path: Location) -> Iterator[str]:
 
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str | None):
-        raise Refused(
+        raise UserError(
             f"{where}: the column {column!r} holds a {type(value).__name__}, not text; set text_column"
         )
-    return whole(value or "", where, f"the column {column!r}")
+    return check_unicode(value or "", where, f"the column {column!r}")
 
 
-def whole(text: str, where: str, what: str) -> str:
-    """The text. Raises Refused where UTF-8 cannot say it: JSON may hold half of a surrogate pair, and as such
+def check_unicode(text: str, where: str, what: str) -> str:
+    """The text. Raises UserError where UTF-8 cannot say it: JSON may hold half of a surrogate pair, and as such
     Python reads stray bytes.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused(
+        raise UserError(
             f"{where}: character {error.start} of {what} is half of a surrogate pair, or a byte that is not"
             " UTF-8, which is no text"
         ) from None
@@ -236,14 +238,14 @@ def lines(path: Location) -> Iterator[str]:
             for raw in stream:
                 if b"\0" in raw:
                     at = offset + raw.index(b"\0")
-                    raise Refused(
+                    raise UserError(
                         f"{path} is not text: byte {at} is zero; name only text files, and convert UTF-16 to"
                         " UTF-8"
                     )
                 try:
                     line = raw.decode()
                 except UnicodeDecodeError as error:
-                    raise Refused(
+                    raise UserError(
                         f"{path} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x};"
                         " convert it, for example by"
                         " `iconv -f LATIN1 -t UTF-8`"
@@ -251,15 +253,15 @@ def lines(path: Location) -> Iterator[str]:
                 yield line if offset else line.removeprefix("\ufeff")
                 offset += len(raw)
     except PermissionError:
-        raise Refused(f"{path} may not be read: give this user permission") from None
+        raise UserError(f"{path} may not be read: give this user permission") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise Refused(
+        raise UserError(
             f"{path} is not a whole gzip file (after {offset} bytes of text: {error}); copy or download it"
             " again"
         ) from None
 
 
-def _table(where: str, source: Source, *args: object, **kwargs: object) -> Iterator[str]:
+def _table(where: str, source: SourceConfig, *args: object, **kwargs: object) -> Iterator[str]:
     """The text column of a data set that `datasets` streams, row by row."""
     import datasets
 
@@ -270,9 +272,9 @@ def _table(where: str, source: Source, *args: object, **kwargs: object) -> Itera
             table = table.select_columns([column])
         for number, row in enumerate(table):
             if column not in row:
-                raise Refused(f"{where} has no column {column!r}: it has {', '.join(row)}; set text_column")
+                raise UserError(f"{where} has no column {column!r}: it has {', '.join(row)}; set text_column")
             yield _text(row[column], column, f"{where}, row {number}")
-    except Refused:
+    except UserError:
         raise
     except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
         advice = (
@@ -280,4 +282,4 @@ def _table(where: str, source: Source, *args: object, **kwargs: object) -> Itera
             if source.hub
             else "copy it again"
         )
-        raise Refused(f"{where} cannot be read ({str(error).splitlines()[0]}): {advice}") from None
+        raise UserError(f"{where} cannot be read ({str(error).splitlines()[0]}): {advice}") from None

@@ -12,10 +12,10 @@ Cost on one slow core: 7 ns a number, 17 ns a place in a random order.
 import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-PLACE = np.uint64(20)  # bits of a place in a list that is shuffled, and of a list's number
+POSITION = np.uint64(20)  # bits of a place in a list that is shuffled, and of a list's number
 
 
-def mixed(numbers: np.ndarray) -> np.ndarray:
+def hash64(numbers: np.ndarray) -> np.ndarray:
     """A hash of 64-bit numbers: what SplitMix64 gives first when it is seeded with them."""
     x = numbers + GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -23,19 +23,19 @@ def mixed(numbers: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def numbered(keys: np.ndarray, n: np.ndarray) -> np.ndarray:
+def nth_random(keys: np.ndarray, n: np.ndarray) -> np.ndarray:
     """The n-th random 64-bit number under each key, counted from 0."""
-    return mixed(keys + n.astype(np.uint64) * GAMMA)
+    return hash64(keys + n.astype(np.uint64) * GAMMA)
 
 
 def split(keys: np.ndarray, uses: int) -> np.ndarray:
     """(uses, N): as many keys of each key."""
-    return numbered(keys, np.arange(uses)[:, None])
+    return nth_random(keys, np.arange(uses)[:, None])
 
 
-def shares(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def uniform(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """`sizes` (N,) numbers in [0, 1) under each key, one after another."""
-    return (numbered(np.repeat(keys, sizes), _places(sizes)) >> np.uint64(11)) * 2.0**-53
+    return (nth_random(np.repeat(keys, sizes), _places(sizes)) >> np.uint64(11)) * 2.0**-53
 
 
 def shuffled(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -45,16 +45,16 @@ def shuffled(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     order of a list cannot depend on what else is sorted. In one of 2**24 pairs the random bits are equal and
     the place decides.
     """
-    assert len(sizes) <= 2**PLACE and sizes.max(initial=0) <= 2**PLACE
+    assert len(sizes) <= 2**POSITION and sizes.max(initial=0) <= 2**POSITION
     places = _places(sizes)
-    order = numbered(np.repeat(keys, sizes), places) >> np.uint64(40) << PLACE
+    order = nth_random(np.repeat(keys, sizes), places) >> np.uint64(40) << POSITION
     order |= places.astype(np.uint64)
     order |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(44), sizes)
     order.sort()
     return (order & np.uint64(2**20 - 1)).astype(np.int64)
 
 
-def chosen(keys: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def sample_without_replacement(keys: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """`counts` (N,) different numbers below each of `sizes` (N,), every choice as likely, one list after
     another, each in random order.
     """

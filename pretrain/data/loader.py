@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from trifold.modeling.batch import Batch
 from trifold.pretrain.data.collate import stack
-from trifold.pretrain.data.row_order import row_of
-from trifold.pretrain.data.rows import Numbered
-from trifold.pretrain.data.stages import Part, where
+from trifold.pretrain.data.row_order import row_at_cursor
+from trifold.pretrain.data.rows import RowSource
+from trifold.pretrain.data.stages import ResolvedStage, locate_step
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Loader:
 
     def __init__(
         self,
-        rows: Sequence[Numbered],
-        parts: Sequence[Part],
+        rows: Sequence[RowSource],
+        parts: Sequence[ResolvedStage],
         *,
         start: int,
         stop: int,
@@ -102,7 +102,7 @@ class Loader:
 
     def share(self, step: int) -> StepRows:
         """This rank's share of a step: a pure function of the step."""
-        part, cursor, first_micro = where(self.parts, step)
+        part, cursor, first_micro = locate_step(self.parts, step)
         source = self.rows[part.stage]
         numbers = range(self.rank, -(-part.micros // self.world) * self.world, self.world)
         places = [
@@ -110,7 +110,7 @@ class Loader:
             for n in numbers
             for place in range(n * part.micro_rows, min((n + 1) * part.micro_rows, part.step_rows))
         ]
-        mine = source.rows([row_of(cursor + place, self.skips) for place in places])
+        mine = source.rows([row_at_cursor(cursor + place, self.skips) for place in places])
         filled = mine + [source.empty_row()] * (
             len(numbers) * part.micro_rows - len(mine)
         )  # only the last micro has too few
@@ -121,11 +121,11 @@ class Loader:
         return StepRows(
             step,
             part.stage,
-            row_of(cursor, self.skips),
-            row_of(cursor + part.step_rows - 1, self.skips),
+            row_at_cursor(cursor, self.skips),
+            row_at_cursor(cursor + part.step_rows - 1, self.skips),
             micros,
             [first_micro + n for n in numbers],
-            sum(row.count for row in counted),
-            sum(row.size for row in counted),
+            sum(row.num_targets for row in counted),
+            sum(row.num_tokens for row in counted),
             sum(row.hash for row in counted) % 2**63,
         )

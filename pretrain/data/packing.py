@@ -29,10 +29,10 @@ DOCUMENTS_AT_ONCE = 2**24  # lengths held in memory while blocks are found: 1e9 
 BLOCKS_AT_ONCE = (
     256  # what one process measures in one go: 1 to 5 s, so that small corpora start no processes
 )
-TRIES = 32  # amounts of room that best fit looks at before it opens a new row
+MAX_CANDIDATES = 32  # amounts of room that best fit looks at before it opens a new row
 
 
-class Room(NamedTuple):
+class RowCapacity(NamedTuple):
     """What one row holds: positions of tokens, and of source or picks where the objective has them (never
     both).
     """
@@ -43,7 +43,7 @@ class Room(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Chunks:
     """Pieces (N,) of a block's documents: which document, from where to where in it with its marks, and what
     room they need.
     """
@@ -52,22 +52,24 @@ class Pieces:
     start: np.ndarray
     stop: np.ndarray
     tokens: np.ndarray  # positions in the row's tokens
-    second: np.ndarray  # positions in its source, or picks; zeros where the objective has neither
-    capped: int = 0  # pieces that deserved more sentinels than there are
+    source_or_picked_tokens: (
+        np.ndarray
+    )  # positions in its source, or picks; zeros where the objective has neither
+    num_over_sentinel_limit: int = 0  # pieces that deserved more sentinels than there are
 
 
-class Cutter(Protocol):
+class Chunker(Protocol):
     """The half of an objective that packing needs: what a row holds, and the pieces that documents of these
     lengths make.
     """
 
     @property
-    def room(self) -> Room: ...
-    def pieces(self, lengths: np.ndarray) -> Pieces: ...
+    def capacity(self) -> RowCapacity: ...
+    def chunks(self, lengths: np.ndarray) -> Chunks: ...
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBlock:
     """A block's pieces (N,) row by row: row r holds those from offsets[r] to offsets[r + 1], in the order of
     the documents.
     """
@@ -82,7 +84,7 @@ class Packed:
         return slice(self.offsets[row], self.offsets[row + 1])
 
 
-def cut(extents: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def chunk_documents(extents: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(document, start, stop) of the pieces of documents of `extents` positions each: full pieces of
     `longest`, then the rest.
     """
@@ -93,12 +95,12 @@ def cut(extents: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.n
     return document, start, np.minimum(start + longest, extents[document])
 
 
-def pack(pieces: Pieces, room: Room) -> Packed:
+def pack_chunks(pieces: Chunks, room: RowCapacity) -> PackedBlock:
     """Best fit decreasing (Johnson 1973) over two sizes, of which the scarcer leads: pieces go by their
     larger share of a row, each into the row with the least of the leading room that has the other room too.
     Rows that TRIES times in turn lacked it are closed.
     """
-    sizes = [(pieces.tokens, room.tokens), (pieces.second, max(room.source, room.picked, 1))]
+    sizes = [(pieces.tokens, room.tokens), (pieces.source_or_picked_tokens, max(room.source, room.picked, 1))]
     shares = [size / whole for size, whole in sizes]
     if shares[1].sum() > shares[0].sum():
         sizes.reverse()
@@ -113,13 +115,13 @@ def pack(pieces: Pieces, room: Room) -> Packed:
         decreasing.tolist(), leading[decreasing].tolist(), other[decreasing].tolist(), strict=True
     ):
         refused = []
-        for left in islice(open_rows.with_room(need), TRIES):
+        for left in islice(open_rows.with_room(need), MAX_CANDIDATES):
             if other_left[open_rows.at[left][-1]] >= other_need:
                 row = open_rows.take(left)
                 break
             refused.append(left)
         else:
-            if len(refused) == TRIES:
+            if len(refused) == MAX_CANDIDATES:
                 for left in refused:
                     open_rows.take(left)
             row, left = len(other_left), leading_room
@@ -133,7 +135,7 @@ def pack(pieces: Pieces, room: Room) -> Packed:
     ]  # rows in the order of their first documents, not long ones first
     order = np.argsort(row_of, kind="stable")
     offsets = np.searchsorted(row_of[order], np.arange(len(other_left) + 1))
-    return Packed(pieces.document[order], pieces.start[order], pieces.stop[order], offsets)
+    return PackedBlock(pieces.document[order], pieces.start[order], pieces.stop[order], offsets)
 
 
 class _OpenRows:
@@ -178,17 +180,17 @@ def block_starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([*starts, [len(lengths)]]).astype(np.int64)
 
 
-class Block(NamedTuple):
+class BlockStats(NamedTuple):
     """What is remembered of every packed block; a table (blocks, 4) int64 has these columns."""
 
     rows: int
     tokens: int  # positions used, of rows * room.tokens
-    second: int
-    capped: int
+    source_or_picked_tokens: int
+    num_over_sentinel_limit: int
 
 
-def table(
-    lengths: np.ndarray, starts: np.ndarray, cutter: Cutter, file: Path | None = None, processes: int = 1
+def block_table(
+    lengths: np.ndarray, starts: np.ndarray, cutter: Chunker, file: Path | None = None, processes: int = 1
 ) -> np.ndarray:
     """The Block of every block, read from `file` where it exists, else packed (in `processes`) and written
     there.
@@ -203,9 +205,9 @@ def table(
     jobs = [(cutter, lengths[part[0] : part[-1]], part - part[0]) for part in parts]
     if min(processes, len(jobs)) > 1:
         with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn")) as pool:
-            rows = np.concatenate(list(pool.map(_measure, *zip(*jobs, strict=True))))
+            rows = np.concatenate(list(pool.map(_measure_blocks, *zip(*jobs, strict=True))))
     else:
-        rows = np.concatenate([_measure(*job) for job in jobs])
+        rows = np.concatenate([_measure_blocks(*job) for job in jobs])
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}")
@@ -217,10 +219,15 @@ def table(
     return rows
 
 
-def _measure(cutter: Cutter, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    return np.array([_block(cutter, lengths[first:stop]) for first, stop in pairwise(starts)], np.int64)
+def _measure_blocks(cutter: Chunker, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return np.array([_block_stats(cutter, lengths[first:stop]) for first, stop in pairwise(starts)], np.int64)
 
 
-def _block(cutter: Cutter, lengths: np.ndarray) -> Block:
-    packed = pack(pieces := cutter.pieces(np.asarray(lengths)), cutter.room)
-    return Block(len(packed.offsets) - 1, int(pieces.tokens.sum()), int(pieces.second.sum()), pieces.capped)
+def _block_stats(cutter: Chunker, lengths: np.ndarray) -> BlockStats:
+    packed = pack_chunks(pieces := cutter.chunks(np.asarray(lengths)), cutter.capacity)
+    return BlockStats(
+        len(packed.offsets) - 1,
+        int(pieces.tokens.sum()),
+        int(pieces.source_or_picked_tokens.sum()),
+        pieces.num_over_sentinel_limit,
+    )

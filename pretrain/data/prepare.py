@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Source
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import SourceConfig
 from trifold.pretrain.data.corpus import corpus_fingerprint, documents, is_heldout
 from trifold.pretrain.data.shard_writer import FORMAT, ShardWriter
 from trifold.pretrain.data.shards import Shards
@@ -65,7 +65,7 @@ Spread = Callable[
 
 
 def prepare(
-    source: Source,
+    source: SourceConfig,
     tokenizer: Tokenizer,
     folder: Path | str,
     *,
@@ -80,7 +80,7 @@ def prepare(
     Shards that are there are used when corpus, tokenizer and rules are the same, incomplete ones are
     completed; others are made anew. Two callers do not disturb each other: the second waits and uses what the
     first made. `progress` hears (documents, bytes of text) so far. `spread` says where batches are tokenized:
-    here, or `over_processes`. Raises Refused for a corpus that cannot be read or a disk that is full.
+    here, or `over_processes`. Raises UserError for a corpus that cannot be read or a disk that is full.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def prepare(
                 if error.errno != ENOSPC:
                     raise
                 shutil.rmtree(fresh, ignore_errors=True)
-                raise Refused(
+                raise UserError(
                     f"no space is left for token shards in {folder.parent}: free some, or move data.cache"
                 ) from None
             fresh.rename(folder)
@@ -111,13 +111,13 @@ def _made(folder: Path, recipe: str) -> bool:
         return False
     try:
         return all(Shards(folder / part).index["recipe"] == recipe for part in ("train", "heldout"))
-    except Refused as error:
+    except UserError as error:
         _log.warning("%s (doing so now)", error)
         return False
 
 
 def _write(
-    source: Source,
+    source: SourceConfig,
     work: Tokenize,
     folder: Path,
     spread: Spread,

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-NOTHING = np.empty(0, np.int64)
+EMPTY = np.empty(0, np.int64)
 
 
-def spread(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def ragged_arange(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Places one after another: `sizes` of them from each of `starts`."""
     places = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
     places += np.arange(len(places))
     return places
 
 
-def runs(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_runs(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Texts of `sizes` (N,), one after another, cut before the tokens where `begins` says so: where each part
     begins, its size, and how many parts each text has (N,).
     """
@@ -22,7 +22,7 @@ def runs(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     return starts, np.diff(starts, append=len(begins)), np.diff(starts.searchsorted(ends), prepend=0)
 
 
-def other_than(size: int, *places: np.ndarray) -> np.ndarray:
+def mask_except(size: int, *places: np.ndarray) -> np.ndarray:
     """(size,) bool: False at `places`."""
     rest = np.ones(size, bool)
     for some in places:
@@ -30,6 +30,6 @@ def other_than(size: int, *places: np.ndarray) -> np.ndarray:
     return rest
 
 
-def eights(size: int) -> int:
+def round_up_to_8(size: int) -> int:
     """Rounded up to a multiple of 8, which matrix units like."""
     return -(-size // 8) * 8

@@ -19,7 +19,7 @@ WINDOW = 64  # blocks whose rows are shuffled together
 PERIOD = 1024  # turns after which the pattern of a mixture repeats: a weight is a multiple of 1 / 1024
 
 
-class Order:
+class RowOrder:
     """All rows of one stream. `rows` (blocks,) int64 per block; `key` seeds the shuffles, None keeps the
     natural order.
     """
@@ -42,7 +42,7 @@ class Order:
         block = int(blocks[at])
         return epoch, place, block, drawn_place - int(ends[at]) + int(self.rows[block])
 
-    def after(self, before: "Order", index: int) -> int:
+    def continue_index(self, before: "RowOrder", index: int) -> int:
         """Where to go on when `before`, other rows of the same blocks under the same key, stopped ahead of
         its row `index`: the first row of the window in which that one lies. Both visit the same windows of
         blocks, so no earlier window comes again.
@@ -72,7 +72,7 @@ class Order:
         ).permutation(size)
 
 
-def turns(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mixture_schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whose turn it is: stream (PERIOD,) of each turn, how many turns it had before (PERIOD,), and turns per
     period (streams,).
 
@@ -94,7 +94,7 @@ def turns(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return streams, before, counts
 
 
-def row_of(cursor: int, skips: Sequence[tuple[int, int]]) -> int:
+def row_at_cursor(cursor: int, skips: Sequence[tuple[int, int]]) -> int:
     """The row that a cursor stands for, when the rows from first to last, both included, of each of `skips`
     are left out.
     """

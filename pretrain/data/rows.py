@@ -17,14 +17,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.config import pretraining
-from trifold.pretrain.config.objectives import Mixture
+from trifold.pretrain.config.objectives import MixtureConfig
 from trifold.pretrain.data import keyed_random
-from trifold.pretrain.data.collate import Row, lay_out
-from trifold.pretrain.data.objectives import Objective, Piece, Vocabulary
-from trifold.pretrain.data.packing import Block, Packed, block_starts, pack, table
-from trifold.pretrain.data.row_order import WINDOW, Order, turns
+from trifold.pretrain.data.collate import Row, arrange_rows
+from trifold.pretrain.data.objectives import Chunk, ObjectiveMixture, Vocabulary
+from trifold.pretrain.data.packing import BlockStats, PackedBlock, block_starts, block_table, pack_chunks
+from trifold.pretrain.data.row_order import WINDOW, RowOrder, mixture_schedule
 
 # to be raised when the same data and seed begin to give other rows: old tables and checkpoints are then
 # refused, not misread
@@ -45,14 +45,14 @@ class Corpus(Protocol):
     def document(self, i: int) -> np.ndarray: ...
 
 
-class Numbered(Protocol):
+class RowSource(Protocol):
     """Rows by number: all that a loader and an evaluation need of them."""
 
     num_rows: int
     targets_per_byte: float | None
 
     @property
-    def parts(self) -> Sequence[str]:
+    def member_names(self) -> Sequence[str]:
         """The names of a mixture's parts; none where there is no mixture."""
         ...
 
@@ -61,7 +61,7 @@ class Numbered(Protocol):
     def empty_row(self) -> Row: ...
 
 
-class Stream:
+class CorpusRows:
     """One corpus under one objective. `key` seeds its shuffles and draws; unshuffled, an epoch's rows come in
     the corpus' order.
     """
@@ -69,7 +69,7 @@ class Stream:
     def __init__(
         self,
         corpus: Corpus,
-        objective: Objective,
+        objective: ObjectiveMixture,
         fingerprint: str,
         key: tuple[int, ...],
         shuffled: bool,
@@ -80,12 +80,12 @@ class Stream:
         self.chance = int(_digest(*key)[:16], 16)
         self.starts = block_starts(corpus.lengths)
         file = cache and cache / f"rows-{fingerprint}.npy"
-        self.table = table(corpus.lengths, self.starts, objective, file, processes)
-        self.totals = Block(*self.table.sum(axis=0).tolist())
-        self.order = Order(self.table[:, 0], (*key, 0) if shuffled else None)
+        self.table = block_table(corpus.lengths, self.starts, objective, file, processes)
+        self.totals = BlockStats(*self.table.sum(axis=0).tolist())
+        self.order = RowOrder(self.table[:, 0], (*key, 0) if shuffled else None)
         self._packed = lru_cache(WINDOW + 8)(self._pack)
 
-    def row(self, index: int) -> tuple[tuple[int, int, int], np.ndarray, list[Piece]]:
+    def row(self, index: int) -> tuple[tuple[int, int, int], np.ndarray, list[Chunk]]:
         """What keys a row's chance, the parts of its pieces, and the pieces."""
         epoch, place, block, row = self.order.locate(index)
         first = int(self.starts[block])
@@ -93,24 +93,25 @@ class Stream:
         here = packed.row(row)
         of, starts, stops = (facts[here].tolist() for facts in (packed.document, packed.start, packed.stop))
         pieces = [
-            Piece(self.corpus.document(first + i), start, stop)
+            Chunk(self.corpus.document(first + i), start, stop)
             for i, start, stop in zip(of, starts, stops, strict=True)
         ]
         return (self.chance, epoch, place), part_of[here], pieces
 
     @property
-    def waste(self) -> float:
+    def padding_fraction(self) -> float:
         """The share of an epoch's positions that is padding, from the table."""
         room, used = (
-            self.objective.room,
-            self.totals.tokens + (self.totals.second if self.objective.room.source else 0),
+            self.objective.capacity,
+            self.totals.tokens
+            + (self.totals.source_or_picked_tokens if self.objective.capacity.source else 0),
         )
         return 1 - used / (self.totals.rows * (room.tokens + room.source))
 
-    def _pack(self, block: int) -> tuple[Packed, np.ndarray]:
+    def _pack(self, block: int) -> tuple[PackedBlock, np.ndarray]:
         """A block's pieces, and the part of a mixture that each belongs to."""
         lengths = np.asarray(self.corpus.lengths[self.starts[block] : self.starts[block + 1]])
-        packed = pack(self.objective.pieces(lengths), self.objective.room)
+        packed = pack_chunks(self.objective.chunks(lengths), self.objective.capacity)
         return packed, self.objective.part_of(packed.document, packed.start)
 
 
@@ -121,7 +122,7 @@ class Rows:
 
     def __init__(
         self,
-        recipe: pretraining.Pretrain,
+        recipe: pretraining.PretrainConfig,
         vocabulary: Vocabulary,
         corpora: Sequence[Corpus],
         split: Literal["train", "heldout"],
@@ -135,7 +136,7 @@ class Rows:
 
         `row_length` is that of a stage, None the recipe's. `after` (rows, i): these are the run's rows from
         number i on, and go on in the text where `rows` stopped, each source at the first window of blocks
-        (order.py) that it had not finished. Raises Refused where a corpus has no text.
+        (order.py) that it had not finished. Raises UserError where a corpus has no text.
         """
         for number, corpus in enumerate(corpora):
             if corpus.num_tokens == 0:
@@ -145,20 +146,20 @@ class Rows:
                     else "raise data.heldout_fraction, or give data.heldout or more text"
                 )
                 advice += " (in plain text an empty line ends a document; with `documents: line` of its source, each line is one)"
-                raise Refused(
+                raise UserError(
                     f"corpus {number} of the {split} data has 0 tokens in {corpus.num_documents} documents:"
                     f" {advice}."
                 )
         self.row_length = row_length or recipe.data.row_length
-        self.objective = goal = Objective(recipe.objective, vocabulary, self.row_length)
+        self.objective = goal = ObjectiveMixture(recipe.objective, vocabulary, self.row_length)
         dials = [self.row_length, recipe.objective.model_dump(exclude={"weight"}), vocabulary.fingerprint]
         seed = (recipe.seed, 0) if split == "train" else (0, 1)
-        self.room, self.pad = goal.room, vocabulary.pad
-        for side, length in (("target", goal.room.tokens), ("source", goal.room.source)):
-            recipe.engine.shares(f"the {side} side of a row", length)
-        self.parts = goal.labels if isinstance(recipe.objective, Mixture) else []
+        self.capacity, self.pad = goal.capacity, vocabulary.pad
+        for side, length in (("target", goal.capacity.tokens), ("source", goal.capacity.source)):
+            recipe.engine.check_sharable(f"the {side} side of a row", length)
+        self.member_names = goal.labels if isinstance(recipe.objective, MixtureConfig) else []
         self.streams = [
-            Stream(
+            CorpusRows(
                 corpus,
                 goal,
                 _digest(corpus.fingerprint, *dials),
@@ -171,22 +172,24 @@ class Rows:
         ]
         self.num_rows = sum(stream.order.num_rows for stream in self.streams)  # of one epoch of every source
         self.num_bytes = sum(corpus.num_bytes for corpus in corpora)
-        self.capped = sum(stream.totals.capped for stream in self.streams)
+        self.num_over_sentinel_limit = sum(stream.totals.num_over_sentinel_limit for stream in self.streams)
         weights = (
             [source.weight for source in recipe.data.sources]
             if split == "train"
             else [s.order.num_rows for s in self.streams]
         )
         self.fingerprint = _digest(*(stream.fingerprint for stream in self.streams), weights)
-        self.waste = float(np.average([stream.waste for stream in self.streams], weights=weights))
+        self.padding_fraction = float(
+            np.average([stream.padding_fraction for stream in self.streams], weights=weights)
+        )
         targets = sum(corpus.num_tokens + corpus.num_documents for corpus in corpora)
         self.targets_per_byte = targets / self.num_bytes if recipe.objective.kind == "causal" else None
-        self._turns = turns(weights) if split == "train" else None
+        self._turns = mixture_schedule(weights) if split == "train" else None
         self.first, self._begins = 0, [0] * len(self.streams)
         if after is not None:
             before, self.first = after
             reached = zip(self.streams, before.streams, before._reached(self.first), strict=True)
-            self._begins = [mine.order.after(other.order, index) for mine, other, index in reached]
+            self._begins = [mine.order.continue_index(other.order, index) for mine, other, index in reached]
             self.fingerprint = _digest(before.fingerprint, self.first, self.fingerprint)
         self._ends = np.cumsum([stream.order.num_rows for stream in self.streams])
 
@@ -198,7 +201,7 @@ class Rows:
         """Several rows, for less than one by one: numpy's calls are made once for all that stay in the cache
         together.
         """
-        at_once = max(1, POSITIONS_AT_ONCE // self.room.tokens)
+        at_once = max(1, POSITIONS_AT_ONCE // self.capacity.tokens)
         return [row for i in range(0, len(numbers), at_once) for row in self._made(numbers[i : i + at_once])]
 
     def _made(self, numbers: Sequence[int]) -> list[Row]:
@@ -206,16 +209,16 @@ class Rows:
         places, part_of, pieces = zip(*found, strict=True)
         counts = [len(row) for row in pieces]
         source, epoch, place = np.array(places, np.uint64).T
-        keys = np.repeat(keyed_random.numbered(keyed_random.numbered(source, epoch), place), counts)
-        keys = keyed_random.numbered(keys, np.concatenate([np.arange(count) for count in counts]))
+        keys = np.repeat(keyed_random.nth_random(keyed_random.nth_random(source, epoch), place), counts)
+        keys = keyed_random.nth_random(keys, np.concatenate([np.arange(count) for count in counts]))
         groups = self.objective.segments(
             np.concatenate(part_of), [piece for row in pieces for piece in row], keys
         )
-        return lay_out(groups, counts, self.room, self.pad, bool(self.parts))
+        return arrange_rows(groups, counts, self.capacity, self.pad, bool(self.member_names))
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return lay_out([], [0], self.room, self.pad, bool(self.parts))[0]
+        return arrange_rows([], [0], self.capacity, self.pad, bool(self.member_names))[0]
 
     def _place(self, i: int) -> tuple[int, int]:
         """The stream of a row, and which of the stream's rows it is."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 
 class Shards:
@@ -29,12 +29,12 @@ class Shards:
     lengths: np.ndarray  # (num_documents,) int64, memory-mapped: tokens of each document, at least 1
 
     def __init__(self, folder: Path | str) -> None:
-        """Raises Refused where the index is missing or a file is not as long as the index says."""
+        """Raises UserError where the index is missing or a file is not as long as the index says."""
         self.folder = Path(folder)
         try:
             self.index: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
         except (FileNotFoundError, ValueError, RecursionError):
-            raise Refused(
+            raise UserError(
                 f"{self.folder} holds no complete token shards (index.json is missing or broken): prepare"
                 " them again"
             ) from None
@@ -42,7 +42,7 @@ class Shards:
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
             if found != size:
-                raise Refused(
+                raise UserError(
                     f"{path} has {found} bytes where its index says {size}: delete {self.folder} and prepare"
                     " it again"
                 )
@@ -63,12 +63,12 @@ class Shards:
         return self._tokens(shard)[start : start + int(self.lengths[i])]
 
     def verify(self) -> None:
-        """Hash every file; raises Refused with the first that is not what was written."""
+        """Hash every file; raises UserError with the first that is not what was written."""
         for name, expected in self.index["sha256"].items():
             path = self.folder / name
             with path.open("rb") as file:
                 if file_digest(file, sha256).hexdigest() != expected:
-                    raise Refused(
+                    raise UserError(
                         f"{path} is not what was written (its SHA-256 differs): delete {self.folder} and"
                         " prepare it again"
                     )

@@ -10,10 +10,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trifold.pretrain.config.pretraining import Pretrain, Stage
+from trifold.pretrain.config.pretraining import PretrainConfig, StageConfig
 
 
-class Part(NamedTuple):
+class ResolvedStage(NamedTuple):
     """A stage with every value filled in, and where it begins. A run without stages has one part."""
 
     row_length: int
@@ -30,37 +30,39 @@ class Part(NamedTuple):
         return -(-self.step_rows // self.micro_rows)
 
 
-class Where(NamedTuple):
+class StepPosition(NamedTuple):
     """A step's part, its first row (the cursor when it begins) and its first micro, both counted over the
     run.
     """
 
-    part: Part
+    part: ResolvedStage
     row: int
     micro: int
 
 
-def parts(config: Pretrain) -> list[Part]:
+def resolve_stages(config: PretrainConfig) -> list[ResolvedStage]:
     """The run's stages one after another; the last has the recipe's own values, and no end."""
-    found: list[Part] = []
+    found: list[ResolvedStage] = []
     step = 0
-    for stage in (*config.stages, Stage(steps=config.steps)):
-        _, row, micro = where(found, step) if found else (None, 0, 0)
+    for stage in (*config.stages, StageConfig(steps=config.steps)):
+        _, row, micro = locate_step(found, step) if found else (None, 0, 0)
         row_length, step_rows = (
             stage.row_length or config.data.row_length,
             stage.step_rows or config.step_rows,
         )
         found.append(
-            Part(row_length, step_rows, stage.micro_rows or config.micro_rows, len(found), step, row, micro)
+            ResolvedStage(
+                row_length, step_rows, stage.micro_rows or config.micro_rows, len(found), step, row, micro
+            )
         )
         step += stage.steps
     return found
 
 
-def where(parts: Sequence[Part], step: int) -> Where:
+def locate_step(parts: Sequence[ResolvedStage], step: int) -> StepPosition:
     """Where a step's rows and micros begin; `step` may be the number of finished ones, and so the run's
     cursor.
     """
     part = parts[bisect_right(parts, step, key=lambda part: part.first_step) - 1]
     done = step - part.first_step
-    return Where(part, part.first_row + done * part.step_rows, part.first_micro + done * part.micros)
+    return StepPosition(part, part.first_row + done * part.step_rows, part.first_micro + done * part.micros)

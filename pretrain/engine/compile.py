@@ -22,7 +22,7 @@ from torch import Tensor
 from trifold.modeling.block import Block
 from trifold.modeling.transformer import Transformer
 
-LIMIT = (
+RECOMPILE_LIMIT = (
     64  # graphs of one function: kinds of block, times lengths of row; beyond it torch would go on uncompiled
 )
 
@@ -40,7 +40,7 @@ def compile_blocks(model: Transformer) -> None:
             module.forward = _training(module.forward, None)  # type: ignore[method-assign]
 
 
-def plain_linear() -> None:
+def restore_plain_linear() -> None:
     """Undo what DeepSpeed did to linear maps when it took the model at ZeRO-3, as its own DeepCompile does:
     its autograd function keeps a weight instead of a view of it, which graphs do by themselves, and looks at
     each weight's number, so that under torch 2.11 every block was another graph.
@@ -51,7 +51,7 @@ def plain_linear() -> None:
 
 
 def _training(plain: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    torch._dynamo.config.recompile_limit = LIMIT
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._inductor.config.fallback_random = True
     compiled = torch.compile(plain, dynamic=False, mode=mode)
 

@@ -26,25 +26,25 @@ from trifold.modeling.batch import Batch
 from trifold.modeling.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.slice import Read, Slice
-from trifold.pretrain.config.training import Training
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.compile import compile_blocks, compile_whole, plain_linear
+from trifold.pretrain.checkpoint.slice import ReadSlice, Slice
+from trifold.pretrain.config.training import TrainingConfig
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.compile import compile_blocks, compile_whole, restore_plain_linear
 from trifold.pretrain.engine.fp8 import to_fp8
-from trifold.pretrain.engine.muon import Muon, Share, tabulate
+from trifold.pretrain.engine.muon import FlatRange, Muon, assign_owners
 from trifold.pretrain.engine.optimizer import initial_state, make_optimizer
-from trifold.pretrain.engine.precision import agreed
-from trifold.pretrain.engine.sequence_parallel import Neighbours
-from trifold.pretrain.engine.spikes import UNLIMITED, Limits
-from trifold.pretrain.engine.zero.settings import settings
-from trifold.pretrain.engine.zero.slices import flats, pieces, read_slices, write_slices
-from trifold.pretrain.engine.zero.step_guard import Veto
+from trifold.pretrain.engine.precision import agree_across_ranks
+from trifold.pretrain.engine.sequence_parallel import SequenceParallelGroup
+from trifold.pretrain.engine.spikes import UNLIMITED, StepLimits
+from trifold.pretrain.engine.zero.settings import deepspeed_config
+from trifold.pretrain.engine.zero.slices import flat_tensors, fragments, read_slices, write_slices
+from trifold.pretrain.engine.zero.step_guard import StepGuard
 from trifold.pretrain.monitor import heartbeat
-from trifold.pretrain.monitor.memory_meter import Meter, keep_freed_pages
+from trifold.pretrain.monitor.memory_meter import MemoryMeter, keep_freed_pages
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     loss: float  # mean over the valid targets of the global step
     grad_norm: float  # of the whole gradient, before clipping; infinite where the loss alone was bad
     applied: bool  # False: no weight and no moment was changed on any rank
@@ -55,19 +55,21 @@ class Step:
 class Engine:
     """Trains `model` as the recipe says. Every rank makes the same calls in the same order."""
 
-    def __init__(self, model: Transformer, config: Training, place: Place, num_parts: int = 0) -> None:
+    def __init__(
+        self, model: Transformer, config: TrainingConfig, place: RankInfo, num_parts: int = 0
+    ) -> None:
         """`num_parts`: of a mixture of objectives, whose losses are told apart."""
         self.num_parts = num_parts
         self.place, self.stage, self._decay = place, config.engine.zero_stage, config.ema
         torch.set_num_threads(place.threads)
-        heartbeat.at("meeting the other ranks")
+        heartbeat.set_phase("meeting the other ranks")
         deepspeed = _deepspeed(place)
-        self._neighbours = Neighbours(place.rank, place.world, config.engine)
-        self.rank, self.world, self.counts = self._neighbours.dealt
-        model.share(self._neighbours.shared)
-        config = agreed(config, place.device)
+        self._neighbours = SequenceParallelGroup(place.rank, place.world, config.engine)
+        self.rank, self.world, self.counts = self._neighbours.data_rank
+        model.set_sequence_shard(self._neighbours.shared)
+        config = agree_across_ranks(config, place.device)
         self.precision, self.recompute = config.engine.precision, config.engine.recompute is True
-        self.meter = Meter(place.device, model)
+        self.meter = MemoryMeter(place.device, model)
         if place.device == "cpu":
             keep_freed_pages()
         low = self.precision != "fp32"
@@ -86,26 +88,26 @@ class Engine:
             compile_whole(model, self._graphs)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                None, model, optimizer, config=settings(config, model, place.device)
+                None, model, optimizer, config=deepspeed_config(config, model, place.device)
             )
         leans = self.stage == 1 and not config.engine.offload
         if leans:
             from trifold.pretrain.engine.zero.zero1_step import (
-                lean,  # DeepSpeed must know its accelerator before it is imported
+                install_fused_zero1_step,  # DeepSpeed must know its accelerator before it is imported
             )
 
-            lean(self._engine, self._zero)
+            install_fused_zero1_step(self._engine, self._zero)
         if config.engine.compile and self.stage == 3:
-            plain_linear()
+            restore_plain_linear()
         self.device: torch.device = self._engine.device
         cuda = self.device.type == "cuda"
         self._chance = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
         self.optimizer_step = 0
         self._autocast = self.precision == "autocast"
         self._base: torch.optim.AdamW = self._zero.optimizer
-        self._pieces = pieces(self._zero, self._engine.module, self.stage)
-        self._make_state()
-        self._veto = None if leans else Veto(self._zero, self.stage)
+        self._pieces = fragments(self._zero, self._engine.module, self.stage)
+        self._create_optimizer_state()
+        self._veto = None if leans else StepGuard(self._zero, self.stage)
 
     def train_step(
         self,
@@ -113,8 +115,8 @@ class Engine:
         micro_seeds: list[int],
         count: int,
         lr_factor: float,
-        limits: Limits = UNLIMITED,
-    ) -> Step:
+        limits: StepLimits = UNLIMITED,
+    ) -> StepResult:
         """One optimizer step. `micros` are this rank's (at least one, as many on every rank, another number
         at the next step if need be), `count` the valid targets of all ranks' micros together; beyond `limits`
         it is not applied.
@@ -127,8 +129,8 @@ class Engine:
         for i, (micro, seed) in enumerate(zip(micros, micro_seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
             self._chance.manual_seed(seed + self._neighbours.place)
-            here = self._neighbours.own(micro.to(self.device))
-            heartbeat.at("forward", micro=i)
+            here = self._neighbours.slice(micro.to(self.device))
+            heartbeat.set_phase("forward", micro=i)
             if self._graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # what the last one left may be written over
             loss = self._engine(here)
@@ -138,31 +140,33 @@ class Engine:
             sums[0] += loss.detach()
             # DeepSpeed averages gradients over ranks: scaled so, their sum is the gradient of one mean over
             # `count`.
-            heartbeat.at("backward", micro=i)
+            heartbeat.set_phase("backward", micro=i)
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
-        heartbeat.at("optimizer step")
+        heartbeat.set_phase("optimizer step")
         (loss_sum, *part_sums), applied, norm = self._step(self.sum_over_ranks(sums), count, limits)
         self.optimizer_step += applied
         if applied and self._decay:
-            self._average()
+            self._update_ema()
         if not applied and hasattr(self._zero, "averaged_gradients"):
             for key in (
                 self._zero.averaged_gradients
             ):  # with offload DeepSpeed forgets to drop them, and the next step would add to them
                 self._zero.averaged_gradients[key] = None
-        return Step(loss_sum / count, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :])
+        return StepResult(
+            loss_sum / count, norm, applied, part_sums[: self.num_parts], part_sums[self.num_parts :]
+        )
 
-    def _step(self, sums: Tensor, count: int, limits: Limits) -> tuple[list[float], bool, float]:
+    def _step(self, sums: Tensor, count: int, limits: StepLimits) -> tuple[list[float], bool, float]:
         """DeepSpeed's step, where it is allowed. Returns `sums`, the loss first, whether it was applied, and
         the gradient's norm.
         """
         if self._veto is None:
-            self._zero.expect(sums[0] / count, limits)
+            self._zero.set_loss_and_limits(sums[0] / count, limits)
             self._engine.step()
             *numbers, norm, refused = torch.cat([sums, self._zero.outcome]).tolist()
             return numbers, not refused, norm
         numbers = sums.tolist()
-        self._veto.expect(numbers[0] / count, limits)
+        self._veto.set_loss_and_limits(numbers[0] / count, limits)
         self._engine.step()
         applied = self._engine.was_step_applied()
         return numbers, applied, float(self._engine.get_global_grad_norm()) if applied else self._veto.norm
@@ -171,20 +175,20 @@ class Engine:
         """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout; ranks call it
         equally often.
         """
-        nll, correct = self._asked(batch, per_token=True)
-        return self._neighbours.whole(nll), self._neighbours.whole(correct)
+        nll, correct = self._forward_eval(batch, per_token=True)
+        return self._neighbours.gather(nll), self._neighbours.gather(correct)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) of this rank's batch, without dropout; ranks call it equally often, and the larger
         calls cost memory.
         """
-        return self._neighbours.whole(self._asked(batch, logits=True))
+        return self._neighbours.gather(self._forward_eval(batch, logits=True))
 
     @torch.no_grad()
-    def _asked(self, batch: Batch, **what: bool) -> Any:
-        heartbeat.at("evaluating")
+    def _forward_eval(self, batch: Batch, **what: bool) -> Any:
+        heartbeat.set_phase("evaluating")
         self._engine.eval()
-        found = self._engine(self._neighbours.own(batch.to(self.device)), **what)
+        found = self._engine(self._neighbours.slice(batch.to(self.device)), **what)
         self._engine.train()
         return found
 
@@ -195,13 +199,13 @@ class Engine:
         (stage 3 gathers weights in each); the forward passes go past DeepSpeed's own `forward`, to the
         model's parts.
         """
-        heartbeat.at("generating")
+        heartbeat.set_phase("generating")
         model, autocast = (
             self._engine.module,
             torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast),
         )
-        with self._neighbours.apart(model), autocast:
-            return generate(model, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._anyone)
+        with self._neighbours.disabled(model), autocast:
+            return generate(model, prompts, how, bos=bos, eos=eos, pad=pad, anyone=self._any_rank)
 
     def gather(self, mine: list[Any]) -> list[list[Any]]:
         """The list of every rank that has rows of its own, on every rank."""
@@ -221,11 +225,11 @@ class Engine:
         """
         return read_slices(self._pieces, self._base.state)
 
-    def load(self, read: Read, optimizer_step: int) -> None:
+    def load(self, read: ReadSlice, optimizer_step: int) -> None:
         """Take this rank's share of the state from `read(name, start, stop)`, written at whatever world and
         stage.
         """
-        heartbeat.at("loading a checkpoint")
+        heartbeat.set_phase("loading a checkpoint")
         write_slices(self._pieces, self._base.state, read)
         self.optimizer_step = optimizer_step
         for state in self._base.state.values():
@@ -233,26 +237,26 @@ class Engine:
                 state["step"].fill_(optimizer_step)
         self._refresh_weights()
 
-    def _anyone(self, going: bool) -> bool:
+    def _any_rank(self, going: bool) -> bool:
         return self.sum_over_ranks(torch.tensor([float(going)])).item() > 0
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def use_ema_weights(self) -> Iterator[None]:
         """While inside, the model has the averaged weights; afterwards its own again, bit for bit. Only to
         evaluate.
 
         Cost: twice the gathering of the model's weights from the masters, and one flat tensor more while it
         swaps.
         """
-        self._swap_average()
+        self._swap_ema()
         try:
             yield
         finally:
-            self._swap_average()
+            self._swap_ema()
 
     @torch.no_grad()
-    def _swap_average(self) -> None:
-        for flat, _ in flats(self._zero, self.stage):
+    def _swap_ema(self) -> None:
+        for flat, _ in flat_tensors(self._zero, self.stage):
             average = self._base.state[flat]["ema"]
             kept = flat.detach().clone()
             flat.copy_(average)
@@ -260,7 +264,7 @@ class Engine:
         self._refresh_weights()
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_ema(self) -> None:
         """Move the averaged weights towards the trained ones: an exponential moving average without a share
         of the initial weights.
 
@@ -270,24 +274,28 @@ class Engine:
         as much in a checkpoint; cost: one pass over the masters.
         """
         rate = (1 - self._decay) / (1 - self._decay**self.optimizer_step)
-        for flat, _ in flats(self._zero, self.stage):
+        for flat, _ in flat_tensors(self._zero, self.stage):
             self._base.state[flat]["ema"].lerp_(flat.detach(), rate)
 
-    def _make_state(self) -> None:
-        shared = flats(self._zero, self.stage)
+    def _create_optimizer_state(self) -> None:
+        shared = flat_tensors(self._zero, self.stage)
         for flat, group in shared:
             self._base.state[flat] = initial_state(flat, group)
             if self._decay:
                 self._base.state[flat]["ema"] = flat.detach().clone()
         if isinstance(self._base, Muon):
             mine = [
-                {p.name: (p.shape, Share(p.start, p.numel, p.offset)) for p in self._pieces if p.flat is flat}
+                {
+                    p.name: (p.shape, FlatRange(p.start, p.numel, p.offset))
+                    for p in self._pieces
+                    if p.flat is flat
+                }
                 for flat, _ in shared
             ]
             everyone: list[Any] = [None] * self.place.world
             dist.all_gather_object(everyone, mine)
             self._base.tables = {
-                id(flat): tabulate([rank[i] for rank in everyone]) for i, (flat, _) in enumerate(shared)
+                id(flat): assign_owners([rank[i] for rank in everyone]) for i, (flat, _) in enumerate(shared)
             }
 
     def _refresh_weights(self) -> None:
@@ -298,12 +306,12 @@ class Engine:
         # small ones stay gathered, and all_gather would pass them over
         self._zero._partition_all_parameters()
         for p in self._pieces:
-            p.parameter.ds_tensor.data.view(-1)[: p.numel].copy_(p.of(p.flat))
+            p.parameter.ds_tensor.data.view(-1)[: p.numel].copy_(p.view(p.flat))
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
 
-def _deepspeed(place: Place) -> Any:
+def _deepspeed(place: RankInfo) -> Any:
     """DeepSpeed, imported once its accelerator is known, in the process group of all ranks."""
     os.environ["DS_ACCELERATOR"] = place.device
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # deepspeed.initialize takes it from nowhere else

@@ -12,30 +12,30 @@ import logging
 import torch
 from torch import nn
 
-from trifold.modeling.errors import Refused
-from trifold.modeling.lora import Adapted
+from trifold.modeling.errors import UserError
+from trifold.modeling.lora import LoraLinear
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.config.training import Engine
+from trifold.pretrain.config.training import EngineConfig
 
 # what the devices' fp8 products want both sizes of a weight to be; a number of tokens that is none is padded
 # by torchao
 MULTIPLE = 16
 
 
-def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = False) -> None:
+def to_fp8(model: Transformer, engine: EngineConfig, device: str, emulate: bool = False) -> None:
     """Change the linear maps inside blocks. `emulate`, for tests alone: the same rounding, multiplied in
     fp32, on any device.
 
-    Raises Refused where the device has no fp8, the engine's other settings do not go with it, or sizes do
+    Raises UserError where the device has no fp8, the engine's other settings do not go with it, or sizes do
     not.
     """
     if not emulate:
         check_device(device)
         _check_capability()
     if engine.precision != "bf16":
-        raise Refused(f"engine.fp8 wants engine.precision bf16, and it is {engine.precision} here.")
-    if any(isinstance(module, Adapted) for module in model.modules()):
-        raise Refused(
+        raise UserError(f"engine.fp8 wants engine.precision bf16, and it is {engine.precision} here.")
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UserError(
             "engine.fp8 does not go with lora, whose frozen weights and thin products gain nothing by it:"
             " leave one of them out."
         )
@@ -45,14 +45,14 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
         if type(module) is nn.Linear and ".blocks." in name
     }
     if not found:
-        raise Refused(
+        raise UserError(
             f"engine.fp8 is for the linear maps of blocks, and a model of cell {model.config.cell} has none:"
             " set it to false."
         )
     for name, module in found.items():
         rows, columns = module.weight.shape
         if rows % MULTIPLE or columns % MULTIPLE:
-            raise Refused(
+            raise UserError(
                 f"engine.fp8 wants sizes that are multiples of {MULTIPLE}, and {name}.weight is {rows} x"
                 f" {columns}: change the model's"
                 " dim, head_dim or mlp_dim, or set it to false."
@@ -63,7 +63,7 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise Refused(
+        raise UserError(
             "engine.fp8 needs Trifold's extra `fp8`: pip install -c constraints.txt -e '.[fp8]'"
         ) from error
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
@@ -71,9 +71,9 @@ def to_fp8(model: Transformer, engine: Engine, device: str, emulate: bool = Fals
 
 
 def check_device(device: str) -> None:
-    """Raises Refused for the CPU, whether a run or a plan of one is meant."""
+    """Raises UserError for the CPU, whether a run or a plan of one is meant."""
     if device != "cuda":
-        raise Refused(
+        raise UserError(
             "engine.fp8 wants a GPU that multiplies in fp8 (compute capability 8.9), and this runs on the"
             " CPU: set it to false."
         )
@@ -82,7 +82,7 @@ def check_device(device: str) -> None:
 def _check_capability() -> None:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
-        raise Refused(
+        raise UserError(
             f"engine.fp8 wants a GPU of compute capability 8.9, and {torch.cuda.get_device_name()} has"
             f" {capability[0]}.{capability[1]}:"
             " set it to false."

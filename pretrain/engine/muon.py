@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Share:
+class FlatRange:
     """One rank's elements [start, start + numel) of a matrix, at `offset` in its flat tensor; numel 0 where
     it holds none.
     """
@@ -31,7 +31,7 @@ class Share:
 @dataclass(frozen=True)
 class Matrix:
     shape: tuple[int, int]
-    shares: tuple[Share, ...]  # by rank
+    shares: tuple[FlatRange, ...]  # by rank
     owner: int  # the rank that orthogonalises it
 
 
@@ -102,20 +102,20 @@ class Muon(torch.optim.AdamW):
         return result
 
 
-def tabulate(pieces: list[dict[str, tuple[tuple[int, int], Share]]]) -> list[Matrix]:
+def assign_owners(pieces: list[dict[str, tuple[tuple[int, int], FlatRange]]]) -> list[Matrix]:
     """The matrices of one flat tensor from every rank's {name: (shape, share)}: each goes to the rank that
     holds most of it, which leaves least to send; equal shares take turns.
     """
     shapes = {name: shape for rank in pieces for name, (shape, _) in rank.items()}
     matrices = []
     for i, (name, shape) in enumerate(sorted(shapes.items())):
-        shares = tuple(rank[name][1] if name in rank else Share(0, 0, 0) for rank in pieces)
+        shares = tuple(rank[name][1] if name in rank else FlatRange(0, 0, 0) for rank in pieces)
         turn = [(r + i) % len(pieces) for r in range(len(pieces))]
         matrices.append(Matrix(shape, shares, max(turn, key=lambda r: shares[r].numel)))
     return matrices
 
 
-def _all_to_all(tensor: Tensor, out: list[list[Share]], into: list[list[Share]]) -> Tensor:
+def _all_to_all(tensor: Tensor, out: list[list[FlatRange]], into: list[list[FlatRange]]) -> Tensor:
     out_sizes, into_sizes = ([sum(s.numel for s in shares) for shares in side] for side in (out, into))
     received = tensor.new_empty(sum(into_sizes))
     dist.all_to_all_single(received, tensor, into_sizes, out_sizes)

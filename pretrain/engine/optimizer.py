@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.training import Optimizer, Schedule
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.training import OptimizerConfig, ScheduleConfig
 from trifold.pretrain.engine.muon import Muon
 
 
-def make_optimizer(model: nn.Module, config: Optimizer, muon_dtype: torch.dtype) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, muon_dtype: torch.dtype) -> torch.optim.AdamW:
     """AdamW, or Muon for the matrices inside blocks. Groups carry `base_lr`, the rate at factor 1; frozen
     parameters are in none.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = {name for name, p in trained if config.kind == "muon" and _in_block(name, p)}
     if config.kind == "muon" and not matrices:
-        raise Refused(
+        raise UserError(
             "optimizer.kind muon is for matrices inside blocks, and none are trained here: take adamw."
         )
     adam = {"lr": config.lr, "base_lr": config.lr}
@@ -104,7 +104,7 @@ def _in_block(name: str, p: nn.Parameter) -> bool:
     return p.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
-def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
+def lr_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """The factor of all learning rates at step 0 <= step < steps, in [0, 1].
 
     Rises linearly to 1 at step `warmup_steps`, and reaches `final` at the last step. cosine: Loshchilov and
@@ -119,15 +119,15 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     )
 
 
-def _cosine(schedule: Schedule, step: int, last: int) -> float:
+def _cosine(schedule: ScheduleConfig, step: int, last: int) -> float:
     return (1 + math.cos(math.pi * (step - schedule.warmup_steps) / (last - schedule.warmup_steps))) / 2
 
 
-def _wsd(schedule: Schedule, step: int, last: int) -> float:
+def _wsd(schedule: ScheduleConfig, step: int, last: int) -> float:
     return min(1.0, (last - step) / schedule.decay_steps) if schedule.decay_steps else 1.0
 
 
-def _inverse_sqrt(schedule: Schedule, step: int, last: int) -> float:
+def _inverse_sqrt(schedule: ScheduleConfig, step: int, last: int) -> float:
     top = schedule.warmup_steps + 1
     lowest = math.sqrt(top / (last + 1))
     return (math.sqrt(top / (step + 1)) - lowest) / (1 - lowest)

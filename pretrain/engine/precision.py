@@ -11,21 +11,21 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.training import TrainingConfig
 
-T = TypeVar("T", bound=Training)
+T = TypeVar("T", bound=TrainingConfig)
 
 
-def settled(config: T, device: str) -> T:
+def resolve_precision(config: T, device: str) -> T:
     """The recipe as this device would train it. For `cuda` where there is none, as a current GPU would."""
     return _at(config, precision=_fastest(device)) if config.engine.precision == "auto" else config
 
 
-def agreed(config: T, device: str) -> T:
+def agree_across_ranks(config: T, device: str) -> T:
     """The recipe as all ranks of the process group train it: where `auto` would differ between their devices,
     in fp32; with recomputation where one of them needs it.
     """
-    mine = settled(config, device)
+    mine = resolve_precision(config, device)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine.engine.precision, mine.engine.recompute is True))
     precisions, recomputes = zip(*everyone, strict=True)

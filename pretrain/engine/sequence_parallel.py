@@ -14,34 +14,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trifold.modeling.batch import Batch
-from trifold.modeling.sequence_parallel import Shared
+from trifold.modeling.sequence_parallel import SequenceShard
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.config.training import Engine
+from trifold.pretrain.config.training import EngineConfig
 
 
-class Neighbours:
+class SequenceParallelGroup:
     """This rank and those that share its rows. Made once all ranks have met."""
 
-    def __init__(self, rank: int, world: int, settings: Engine) -> None:
-        """Raises Refused where the ranks make no whole number of groups."""
+    def __init__(self, rank: int, world: int, settings: EngineConfig) -> None:
+        """Raises UserError where the ranks make no whole number of groups."""
         size = settings.sequence_parallel
-        self.groups = settings.groups(world)
+        self.data_parallel_size = settings.data_parallel_size(world)
         self.group, self.place = divmod(rank, size)
-        self.shared = Shared(self.place, size, self._swap) if size > 1 else None
+        self.shared = SequenceShard(self.place, size, self._swap) if size > 1 else None
         self._group = dist.new_subgroups(size)[0] if size > 1 else None
 
     @property
-    def dealt(self) -> tuple[int, int, bool]:
+    def data_rank(self) -> tuple[int, int, bool]:
         """To whom rows are dealt: which of how many, ranks that share them being one; and whether this one
         counts them, their first.
         """
-        return self.group, self.groups, self.place == 0
+        return self.group, self.data_parallel_size, self.place == 0
 
-    def own(self, batch: Batch) -> Batch:
+    def slice(self, batch: Batch) -> Batch:
         """This rank's slice of whole rows."""
-        return batch if self.shared is None else self.shared.own(batch)
+        return batch if self.shared is None else self.shared.local(batch)
 
-    def whole(self, x_BT: Tensor) -> Tensor:
+    def gather(self, x_BT: Tensor) -> Tensor:
         """What belongs to positions, (B, t, ...), of all slices (B, T, ...), on every rank."""
         if self.shared is None:
             return x_BT
@@ -52,13 +52,13 @@ class Neighbours:
         return torch.cat(slices, dim=1)
 
     @contextmanager
-    def apart(self, model: Transformer) -> Iterator[None]:
+    def disabled(self, model: Transformer) -> Iterator[None]:
         """While inside, this rank computes on whole rows by itself."""
-        model.share(None)
+        model.set_sequence_shard(None)
         try:
             yield
         finally:
-            model.share(self.shared)
+            model.set_sequence_shard(self.shared)
 
     def _swap(self, x: Tensor) -> Tensor:
         swapped = torch.empty_like(x)

@@ -12,28 +12,28 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.training import Spikes, Training
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.training import SpikesConfig, TrainingConfig
 
 
-class Limits(NamedTuple):
+class StepLimits(NamedTuple):
     """The most that a step may have to be applied; beyond what is not finite, which never is."""
 
     loss: float = math.inf
     grad_norm: float = math.inf
 
 
-UNLIMITED = Limits()
+UNLIMITED = StepLimits()
 
 
-def limits(rule: Spikes, recent: Sequence[tuple[float, float]]) -> Limits:
+def step_limits(rule: SpikesConfig, recent: Sequence[tuple[float, float]]) -> StepLimits:
     """`recent`: loss and gradient norm of the applied steps, as many as the rule looks at; while there are
     fewer, there is no limit.
     """
     if len(recent) < rule.window:
         return UNLIMITED
     medians = (median(values) for values in zip(*recent, strict=True))
-    return Limits(
+    return StepLimits(
         *(
             factor * value if factor else math.inf
             for factor, value in zip((rule.loss, rule.grad_norm), medians, strict=True)
@@ -41,7 +41,7 @@ def limits(rule: Spikes, recent: Sequence[tuple[float, float]]) -> Limits:
     )
 
 
-def reason(loss: float, grad_norm: float, most: Limits) -> str:
+def limit_exceeded(loss: float, grad_norm: float, most: StepLimits) -> str:
     """Why a step was not applied."""
     for name, value, limit in (("loss", loss, most.loss), ("gradient norm", grad_norm, most.grad_norm)):
         if not math.isfinite(value):
@@ -51,7 +51,7 @@ def reason(loss: float, grad_norm: float, most: Limits) -> str:
     raise AssertionError(f"loss {loss}, gradient norm {grad_norm} and {most}: such a step is applied")
 
 
-def named_before(skips: Sequence[tuple[int, int]], row: int) -> int:
+def consecutive_skips(skips: Sequence[tuple[int, int]], row: int) -> int:
     """How many ranges of `skips` end right before `row`, one after another: how often the step that begins
     there was bad already.
     """
@@ -62,17 +62,19 @@ def named_before(skips: Sequence[tuple[int, int]], row: int) -> int:
     return count
 
 
-def give_up(config: Training, step: int, first: int, last: int, why: str, in_a_row: int) -> None:
-    """Raises Refused where the rule says that the run stops at a bad step."""
+def raise_if_stopping(
+    config: TrainingConfig, step: int, first: int, last: int, why: str, in_a_row: int
+) -> None:
+    """Raises UserError where the rule says that the run stops at a bad step."""
     where = f"step {step} (rows {first} to {last}) was not applied: {why}"
     if config.spikes.policy == "stop":
-        raise Refused(
+        raise UserError(
             f"{where}, and spikes.policy is stop. Nothing was saved since the newest checkpoint in"
             f" {config.run}; continue from it with"
             " spikes.policy=skip or rollback to pass over these rows."
         )
     if in_a_row >= config.nonfinite_limit:
-        raise Refused(
+        raise UserError(
             f"{where}. It is bad step number {in_a_row} in a row (nonfinite_limit is"
             f" {config.nonfinite_limit}). Lower optimizer.lr, or"
             f" train in fp32, and continue from the newest checkpoint in {config.run}."

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.lease import Lease, Superseded
 
 SIZE = 1024  # bytes of a heartbeat: always as many, so that no write leaves the end of a longer one
 
 
 @dataclass(frozen=True)
-class Beat:
+class RankStatus:
     """Where a rank was last seen."""
 
     rank: int
@@ -103,50 +103,50 @@ class Heartbeat:
         except Superseded as superseded:
             print(superseded, file=sys.stderr, flush=True)
             os._exit(1)
-        except (OSError, Refused):  # its storage is away: it cannot know
+        except (OSError, UserError):  # its storage is away: it cannot know
             return
 
 
 _mine: Heartbeat | None = None
 
 
-def begin(run: Path, rank: int, host: str, node: str, log: str, patience: float) -> None:
+def start(run: Path, rank: int, host: str, node: str, log: str, patience: float) -> None:
     """This process is that rank from now on; called in the thread that trains."""
     global _mine
     _mine = Heartbeat(run, rank, host, node, log, patience)
 
 
-def at(phase: str, **where: Any) -> None:
+def set_phase(phase: str, **where: Any) -> None:
     """This rank begins a phase: `step` and `rows` hold until they are given anew, `micro` for this phase."""
     if _mine is not None:
         _mine.at(phase, **where)
 
 
-def wrote() -> None:
+def count_written() -> None:
     """A piece of this rank's part of a checkpoint is written."""
     if _mine is not None:
         _mine.wrote()
 
 
-def end_when_superseded(lease: Lease) -> None:
+def exit_when_superseded(lease: Lease) -> None:
     """End this process, whatever it waits for, once a later generation of the run has begun."""
     if _mine is not None:
         _mine.lease = lease
 
 
-def read(run: Path) -> dict[int, Beat]:
+def read(run: Path) -> dict[int, RankStatus]:
     """Every rank's last heartbeat."""
     beats = {}
     for file in (run / "workers").glob("rank-*.json"):
         try:
-            beat = Beat(**json.loads(file.read_text()))
+            beat = RankStatus(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):  # removed meanwhile, being written, or of another Trifold
             continue
         beats[beat.rank] = beat
     return beats
 
 
-def stack(run: Path, beat: Beat) -> list[str]:
+def read_stack(run: Path, beat: RankStatus) -> list[str]:
     """The stack of a rank's training thread, innermost call first, where it hung; empty where it did not."""
     file = run / "workers" / f"rank-{beat.rank:05d}.stack"
     said = file.read_text(errors="replace") if file.exists() else ""

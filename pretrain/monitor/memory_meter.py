@@ -29,7 +29,7 @@ def keep_freed_pages() -> None:
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
-class Meter:
+class MemoryMeter:
     """Counts from here on; `model` is there already and counts. On the CPU pages of the process (0 where
     there is no /proc), on CUDA what torch has allocated.
     """

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.monitor.run_folder import tell, waiting
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.monitor.run_folder import log_event, queued_scores
 from trifold.pretrain.storage.jsonl import append_line
 
 # Dense bf16 rates from the makers' datasheets, FLOP/s. Any other device is measured.
@@ -27,7 +27,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 class Recorder:
     """Writes a run's metrics and events on rank 0 and nothing elsewhere."""
 
-    def __init__(self, run: Path, place: Place, generation: int) -> None:
+    def __init__(self, run: Path, place: RankInfo, generation: int) -> None:
         self.run, self.generation, self.active = run, generation, place.rank == 0
         self.board = SummaryWriter(str(run / "tensorboard")) if self.active else None
 
@@ -40,9 +40,9 @@ class Recorder:
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
 
-    def join_scores(self) -> None:
+    def take_queued_scores(self) -> None:
         """Take what was scored beside training into the metrics. Cost where there is nothing: 20 to 60 us."""
-        for file in waiting(self.run) if self.active else ():
+        for file in queued_scores(self.run) if self.active else ():
             with suppress(FileNotFoundError):  # a group that was cut off and does not know it yet took it
                 record = json.loads(file.read_text())
                 file.unlink()
@@ -53,14 +53,14 @@ class Recorder:
         what befalls them alone.
         """
         if self.active or event.endswith("_failed") or event == "terminated":
-            tell(self.run, event, generation=self.generation, **facts)
+            log_event(self.run, event, generation=self.generation, **facts)
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
 
 
-def peak_flops(place: Place, dtype: torch.dtype) -> float:
+def peak_flops(place: RankInfo, dtype: torch.dtype) -> float:
     """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else the best of
     the matrix products of `dtype` that fit into 0.2 s here, on a CPU by one thread, times threads: two that
     wait for each other tell how busy a machine is.

@@ -9,12 +9,12 @@ from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 
-def tell(run: Path, event: str, **facts: Any) -> None:
+def log_event(run: Path, event: str, **facts: Any) -> None:
     """One line of events.jsonl, from whoever looks after the run."""
     append_line(run / "events.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
 
-def ended(run: Path) -> str:
+def last_outcome(run: Path) -> str:
     """How a run's last attempt ended: finished, stopped, or scored (a task, at its end); failed where it came
     to no end.
     """
@@ -27,21 +27,21 @@ def ended(run: Path) -> str:
     return last[0] if last and last[0] in ends else "failed"
 
 
-def hand_over(run: Path, scores: dict[str, Any]) -> None:
+def queue_scores(run: Path, scores: dict[str, Any]) -> None:
     """Leave the scores of a checkpoint ("step", "checkpoint", numbers) for whoever writes the metrics."""
     storage.make_folder(run / "scoring")
     storage.replace(run / "scoring" / f"{scores['checkpoint']}.json", json.dumps(scores).encode())
 
 
-def waiting(run: Path) -> list[Path]:
+def queued_scores(run: Path) -> list[Path]:
     """The scores that were handed over and are not in the metrics yet: a file for each checkpoint, named
     after it.
     """
     return sorted((run / "scoring").glob("*.json"))
 
 
-def scored(run: Path) -> set[str]:
+def scored_checkpoints(run: Path) -> set[str]:
     """The checkpoints that have scores."""
-    return {file.stem for file in waiting(run)} | {
+    return {file.stem for file in queued_scores(run)} | {
         record["checkpoint"] for record in read_lines(run / "metrics.jsonl") if "checkpoint" in record
     }

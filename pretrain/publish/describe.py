@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
 from trifold.modeling.huggingface import Found, express, recognise
 from trifold.modeling.huggingface.fields import token_roles
@@ -25,7 +25,7 @@ _NORMS = {"pre": "before each layer", "inner": "after each layer, inside the sum
 def describe(folder: Path) -> Iterator[tuple[str, str]]:
     """(what, in words) of a folder that stock classes load.
 
-    Raises Refused naming the file, setting or tensor that does not fit; weights that are a pickle are not
+    Raises UserError naming the file, setting or tensor that does not fit; weights that are a pickle are not
     read.
     """
     hf, tensors = published_folder.read_json(folder / "config.json"), published_folder.read_tensors(folder)
@@ -99,7 +99,7 @@ def _kinds(tensors: Mapping[str, Tensor]) -> str:
 def _tokenizer(folder: Path) -> Iterator[tuple[str, str]]:
     try:
         tokenizer = Tokenizer.open(folder)
-    except Refused as reason:
+    except UserError as reason:
         yield "tokenizer", f"none that Trifold can use: {reason}"
         yield "trained on", "not before it has one"
         return
@@ -111,6 +111,6 @@ def _tokenizer(folder: Path) -> Iterator[tuple[str, str]]:
 def _publishable(found: Found, special: Mapping[str, int]) -> str:
     try:
         architecture, _ = express(found.config, special)
-    except Refused as reason:
+    except UserError as reason:
         return f"no: {reason}"
     return f"yes, as {architecture.stock_class}"

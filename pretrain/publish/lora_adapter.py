@@ -15,27 +15,27 @@ from uuid import uuid4
 from safetensors.torch import save_file
 
 from trifold.modeling.config import Lora, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.adapters import adapters
 from trifold.pretrain.checkpoint.checkpoint import OnEvent
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder
-from trifold.pretrain.publish.publish import source_of
+from trifold.pretrain.publish.publish import initial_model_of
 
 
 def publish_adapter(run: Path, out: Path, *, on_event: OnEvent, checkpoint: int | None = None) -> Path:
     """Write the adapters of a run's newest verified checkpoint, or that of step `checkpoint`, as the folder
     `out`. Returns `out`.
 
-    Raises Refused where there is no checkpoint, the run trained no adapters, it started from no folder, or
+    Raises UserError where there is no checkpoint, the run trained no adapters, it started from no folder, or
     `out` exists.
     """
     if out.exists():
-        raise Refused(f"{out} exists already and is not overwritten: give another folder, or move it away")
-    state = (source := source_of(run, on_event, checkpoint)).state
+        raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
+    state = (source := initial_model_of(run, on_event, checkpoint)).state
     base = (state.config.get("model") or {}).get("from")
     if not state.config.get("lora") or base is None:
-        raise Refused(
+        raise UserError(
             f"{run} trained no adapters over a published folder (lora, model.from): publish its weights"
             " instead"
         )

@@ -36,7 +36,7 @@ class Check(NamedTuple):
     detail: str
 
 
-def tied(stock: Any, config: ModelConfig) -> Check:
+def check_tied(stock: Any, config: ModelConfig) -> Check:
     """The head and the embeddings are one tensor in memory, or two, as the config says."""
     head = stock.get_output_embeddings()
     if config.outputs or head is None:
@@ -125,7 +125,7 @@ def greedy(ours: Transformer, stock: Any, how: Generation, special: Mapping[str,
     )
 
 
-def alone(ours: Transformer, again: Transformer, special: Mapping[str, int]) -> Iterator[Check]:
+def is_isolated(ours: Transformer, again: Transformer, special: Mapping[str, int]) -> Iterator[Check]:
     """What can be asked of a model that no other library knows: read back, does it say the same, and does it
     write what it says?
     """

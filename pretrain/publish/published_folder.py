@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import decoding, export, restore
 from trifold.modeling.huggingface.generation import write_generation
-from trifold.pretrain.data.tokenizer.special_tokens import absent
+from trifold.pretrain.data.tokenizer.special_tokens import missing_file_error
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.storage import storage
 
@@ -33,7 +33,7 @@ RECORD, CARD, INDEX, GENERATION = (
 SHARD_BYTES = 5_000_000_000  # the most in one file
 
 
-def write(
+def write_folder(
     folder: Path,
     config: ModelConfig,
     state: Mapping[str, Tensor],
@@ -59,7 +59,7 @@ def write(
     return hf
 
 
-def seal(
+def write_record(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer, data_fingerprint: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write trifold.json over all files that are there now. Returns its content."""
@@ -79,10 +79,10 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos, "start": tokenizer.start}
 
 
-def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model of a published folder, ours or anybody's of a known architecture: (config, fp32 state dict).
 
-    Raises Refused naming the file, setting or tensor that does not fit.
+    Raises UserError naming the file, setting or tensor that does not fit.
     """
     config, state = restore(read_json(folder / "config.json"), read_tensors(folder))
     if record := read_record(folder):  # training settings (dropout) have no place in config.json
@@ -93,20 +93,20 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
-def tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. Raises Refused where it is not the one that its model was trained with."""
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer. Raises UserError where it is not the one that its model was trained with."""
     found = Tokenizer.open(folder)
     if record := read_record(folder):
         trained = record["fingerprints"].get("tokenizer")
         if trained != found.fingerprint:
-            raise Refused(
+            raise UserError(
                 f"{folder}: its tokenizer's fingerprint is {found.fingerprint}, its model was trained with"
                 f" {trained}: restore the folder."
             )
     return found
 
 
-def generation(folder: Path) -> Generation:
+def read_generation(folder: Path) -> Generation:
     """How a folder's model writes text, if nobody says otherwise."""
     return decoding(
         read_json(folder / "config.json"),
@@ -122,7 +122,7 @@ def recorded_config(record: Mapping[str, Any]) -> ModelConfig:
         wrong = ", ".join(
             dict.fromkeys(".".join(map(str, mistake["loc"])) or mistake["msg"] for mistake in error.errors())
         )
-        raise Refused(
+        raise UserError(
             f"{RECORD} describes a model that this version of Trifold does not know ({wrong})"
         ) from None
 
@@ -144,14 +144,14 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by stock name. Raises Refused naming the file that is missing, broken or not
+    """All tensors of a folder, by stock name. Raises UserError naming the file that is missing, broken or not
     as its index says.
     """
     if not (folder / INDEX).exists():
         return _read_file(folder / "model.safetensors")
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise Refused(
+        raise UserError(
             f"{folder / INDEX} has no weight_map that names a file for each tensor: copy or publish it again"
         )
     tensors: dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         shard = _read_file(folder / name)
         indexed = {tensor for tensor, file in where.items() if file == name}
         if shard.keys() != indexed:
-            raise Refused(
+            raise UserError(
                 f"{folder / name} and {INDEX} disagree on {', '.join(sorted(shard.keys() ^ indexed)[:4])}"
             )
         tensors |= shard
@@ -176,11 +176,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise absent(path, f"a published folder holds {path.name}") from None
+        raise missing_file_error(path, f"a published folder holds {path.name}") from None
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not whole JSON ({error})") from None
+        raise UserError(f"{path} is not whole JSON ({error})") from None
     if not isinstance(content, dict):
-        raise Refused(f"{path} holds a {type(content).__name__}, not an object of names and values")
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object of names and values")
     return content
 
 
@@ -190,7 +190,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     record = read_json(folder / RECORD)
     if missing := {"model", "fingerprints", "files"} - record.keys():
-        raise Refused(
+        raise UserError(
             f"{folder / RECORD} lacks {', '.join(sorted(missing))}: publish again, or copy the file again"
         )
     return record
@@ -220,8 +220,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             if pickles
             else ""
         )
-        raise Refused(f"there is no {path}{hint}")
+        raise UserError(f"there is no {path}{hint}")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise Refused(f"{path} is not whole ({error}): copy or publish it again") from None
+        raise UserError(f"{path} is not whole ({error}): copy or publish it again") from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trifold.modeling.config import Family, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import Found, export, recognise
 from trifold.modeling.huggingface.fields import bears_on_logits, flat, lost, same, token_roles
 from trifold.modeling.transformer import Transformer
@@ -62,16 +62,16 @@ def verify(folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | N
     """Check a published folder; against `reference` (config, fp32 state dict) where given, else against the
     folder read back by us.
 
-    Raises Refused only where there is no such folder or transformers is not installed; everything else is in
+    Raises UserError only where there is no such folder or transformers is not installed; everything else is in
     the report.
     """
     if not folder.is_dir():
-        raise Refused(f"there is no folder {folder}")
+        raise UserError(f"there is no folder {folder}")
     transformers, checks = _transformers(), []
     try:
         for check in _checks(folder, reference, transformers):
             checks.append(check)
-    except Refused as reason:
+    except UserError as reason:
         checks.append(Check("folder", False, str(reason)))
     return Report(folder, tuple(checks))
 
@@ -80,7 +80,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise Refused(
+        raise UserError(
             "publishing and verifying need the stock classes: pip install 'trifold[publish]'"
         ) from None
     transformers.utils.logging.set_verbosity_error()
@@ -92,7 +92,7 @@ def _checks(
     folder: Path, reference: tuple[ModelConfig, Mapping[str, Tensor]] | None, transformers: Any
 ) -> Iterator[Check]:
     """The checks in order; those that an earlier failure leaves without material are not reached. Raises
-    Refused: a failure too.
+    UserError: a failure too.
     """
     recorded = published_folder.read_record(folder)
     yield _files(folder, recorded)
@@ -128,7 +128,7 @@ def _checks(
     if trained.cell != "attention":
         again = Transformer(found.config).eval()
         again.load_state_dict(found.state)
-        yield from parity.alone(ours, again, special)
+        yield from parity.is_isolated(ours, again, special)
         return
     stock.eval()
     names = _names(stock, info, recorded)
@@ -138,13 +138,13 @@ def _checks(
     yield _settings(
         hf, stock.config.to_dict(), found.architecture.write(trained, special), all_written=bool(recorded)
     )
-    yield parity.tied(stock, trained)
+    yield parity.check_tied(stock, trained)
     yield parity.logits(ours, stock, special["pad"])
     if found.fresh:  # the folder has no head, so nothing else can be compared
         return
     yield parity.training(ours, stock, found.architecture, special["pad"])
     if trained.family != "encoder" and not trained.outputs:
-        yield parity.greedy(ours, stock, published_folder.generation(folder), special)
+        yield parity.greedy(ours, stock, published_folder.read_generation(folder), special)
 
 
 def _files(folder: Path, record: Mapping[str, Any]) -> Check:
@@ -241,7 +241,7 @@ def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mappin
     own loses nothing.
     """
     wrong = []
-    before, after = tokenizer.around(family)
+    before, after = tokenizer.special_prefix_suffix(family)
     for line, array in zip(HARD_LINES, tokenizer.encode_batch(HARD_LINES), strict=True):
         ids = [int(i) for i in array]
         if fast(line, add_special_tokens=False)["input_ids"] != ids:
@@ -250,7 +250,7 @@ def _tokenizer(fast: Any, tokenizer: Tokenizer, family: Family, recorded: Mappin
             wrong.append(f"{line[:20]!r} is decoded otherwise")
         if recorded and fast(line)["input_ids"] != [*before, *ids, *after]:
             wrong.append(f"{line[:20]!r} has other begin and end marks than a {family} trains with")
-        if tokenizer.ours and tokenizer.decode(ids) != line:
+        if tokenizer.is_trained_here and tokenizer.decode(ids) != line:
             wrong.append(f"{line[:20]!r} does not come back")
     if recorded and recorded["fingerprints"]["tokenizer"] != tokenizer.fingerprint:
         wrong.append("its fingerprint is not the one the model was trained with")
@@ -281,7 +281,7 @@ def _special(folder: Path, fast: Any, tokenizer: Tokenizer, vocab_size: int) -> 
         for mark, field in fields.items():
             right = getattr(tokenizer, mark)
             said = ids.get(field, right)
-            if said != right and (tokenizer.ours or None not in (said, right)):
+            if said != right and (tokenizer.is_trained_here or None not in (said, right)):
                 wrong.append(f"{where} says {mark} is {said}, tokenizer.json {right}")
     return Check("special tokens", not wrong, "; ".join(wrong) or "the same ids everywhere")
 

@@ -25,16 +25,16 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.storage import Location, Written
+from trifold.pretrain.storage.storage import FileDigest, Location
 
 try:
     import obstore
     from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
     from obstore.store import from_url
 except ImportError as error:
-    raise Refused(
+    raise UserError(
         "a URL needs Trifold's extra `objects`: pip install -c constraints.txt -e '.[objects]'"
     ) from error
 
@@ -55,18 +55,18 @@ CLIENT: Any = {
 T = TypeVar("T")
 
 
-class Unreachable(Refused):
+class StorageUnreachable(UserError):
     """A store could not be reached, or was too busy, for half a minute."""
 
 
-class Denied(Refused):
+class StorageDenied(UserError):
     """A store refuses what it was asked, and will again: no permission, no such bucket."""
 
     lasting = True
 
 
 @dataclass(frozen=True, order=True)
-class Remote:
+class ObjectPath:
     """An object, or what others begin with as with a folder: scheme://bucket/key. Named and read as a
     pathlib.Path is.
     """
@@ -74,22 +74,22 @@ class Remote:
     url: str
 
     @classmethod
-    def open(cls, url: str) -> Remote:
-        """The place of a URL that a person gave. Raises Refused where no store has such URLs."""
+    def open(cls, url: str) -> ObjectPath:
+        """The place of a URL that a person gave. Raises UserError where no store has such URLs."""
         scheme, _, rest = url.partition("://")
         try:
             if scheme not in SCHEMES or "//" in rest.rstrip("/"):
                 raise ValueError("another scheme, or an empty name in it")
             _store(_root(url))
         except (BaseError, ValueError) as error:
-            raise Refused(
+            raise UserError(
                 f"{url} is no place of an object store ({_said(error)}): give s3://, gs:// or abfs://, or a"
                 " path"
             ) from None
         return cls(url.rstrip("/"))
 
-    def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> ObjectPath:
+        return ObjectPath(f"{self.url}/{name}")
 
     def __str__(self) -> str:
         return self.url
@@ -99,8 +99,8 @@ class Remote:
         return self.url.rsplit("/", 1)[1]
 
     @property
-    def parent(self) -> Remote:
-        return Remote(self.url.rsplit("/", 1)[0])
+    def parent(self) -> ObjectPath:
+        return ObjectPath(self.url.rsplit("/", 1)[0])
 
     @property
     def suffix(self) -> str:
@@ -119,27 +119,29 @@ class Remote:
         return True
 
     def read_bytes(self) -> bytes:
-        return self._ask(lambda store: bytes(obstore.get(store, self.key).bytes()))
+        return self._request(lambda store: bytes(obstore.get(store, self.key).bytes()))
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
     def write_text(self, text: str) -> None:
-        self._ask(lambda store: obstore.put(store, self.key, text.encode(), use_multipart=False), writes=True)
+        self._request(
+            lambda store: obstore.put(store, self.key, text.encode(), use_multipart=False), writes=True
+        )
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove it. Most stores do not say whether it was there."""
         with suppress(FileNotFoundError):
-            self._ask(lambda store: obstore.delete(store, self.key))
+            self._request(lambda store: obstore.delete(store, self.key))
 
-    def below(self) -> list[Remote]:
+    def below(self) -> list[ObjectPath]:
         """All objects whose names begin with this one's and a slash, at any depth, sorted."""
-        pages = self._ask(lambda store: list(obstore.list(store, self.key)))
-        return sorted(Remote(f"{_root(self.url)}/{each['path']}") for page in pages for each in page)
+        pages = self._request(lambda store: list(obstore.list(store, self.key)))
+        return sorted(ObjectPath(f"{_root(self.url)}/{each['path']}") for page in pages for each in page)
 
     def version(self) -> tuple[int, str]:
         """Its size and its store's tag, which changes with the content."""
-        facts = self._ask(lambda store: obstore.head(store, self.key))
+        facts = self._request(lambda store: obstore.head(store, self.key))
         return facts["size"], str(facts["e_tag"])
 
     def stream(self) -> io.BufferedReader:
@@ -149,7 +151,7 @@ class Remote:
     def make_folder(self) -> None:
         """Nothing: an object's name makes its folders."""
 
-    def write(self, pieces: Sequence[memoryview]) -> Written:
+    def write(self, pieces: Sequence[memoryview]) -> FileDigest:
         """Put an object in parts of CHUNK, hashed on the way. S3 checks each part against the sha256 that its
         request is signed with.
         """
@@ -160,39 +162,39 @@ class Remote:
             digest = hashlib.sha256()  # a second try begins anew
             for piece in pieces:
                 for start in range(0, len(piece), storage.CHUNK):
-                    storage.operation("write", self)
+                    storage.before_write_hook("write", self)
                     part = bytes(piece[start : start + storage.CHUNK])
                     digest.update(part)
                     yield part
 
-        storage.operation("put", self)
+        storage.before_write_hook("put", self)
         if total <= storage.CHUNK:
-            self._ask(
+            self._request(
                 lambda store: obstore.put(store, self.key, b"".join(parts()), use_multipart=False),
                 writes=True,
             )
         else:
-            self._ask(
+            self._request(
                 lambda store: obstore.put(
                     store, self.key, parts(), chunk_size=max(storage.CHUNK, 5 << 20), max_concurrency=4
                 ),
                 writes=True,
             )
-        return Written(total, digest.hexdigest())
+        return FileDigest(total, digest.hexdigest())
 
-    def replace(self, content: bytes) -> Written:
+    def replace(self, content: bytes) -> FileDigest:
         """One put is one stroke."""
-        storage.operation("put", self)
-        self._ask(lambda store: obstore.put(store, self.key, content, use_multipart=False), writes=True)
-        return Written(len(content), hashlib.sha256(content).hexdigest())
+        storage.before_write_hook("put", self)
+        self._request(lambda store: obstore.put(store, self.key, content, use_multipart=False), writes=True)
+        return FileDigest(len(content), hashlib.sha256(content).hexdigest())
 
     def create(self, content: bytes) -> bool:
         """False for all but one, also for one whose put was done but whose answer was lost: it then takes the
         next number.
         """
-        storage.operation("create", self)
+        storage.before_write_hook("create", self)
         try:
-            self._ask(lambda store: obstore.put(store, self.key, content, mode="create"), writes=True)
+            self._request(lambda store: obstore.put(store, self.key, content, mode="create"), writes=True)
         except FileExistsError:
             return False
         return True
@@ -200,28 +202,28 @@ class Remote:
     def remove_folder(self, first: str) -> None:
         """Remove all objects below, the one named `first` before the others."""
         for path in sorted(self.entries(), key=lambda path: path.name != first):
-            storage.operation("remove", path)
+            storage.before_write_hook("remove", path)
             path.unlink()
 
     def entries(self) -> list[Location]:
-        found = self._ask(lambda store: obstore.list_with_delimiter(store, self.key))
+        found = self._request(lambda store: obstore.list_with_delimiter(store, self.key))
         paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
-        return sorted(Remote(f"{_root(self.url)}/{path}") for path in paths)
+        return sorted(ObjectPath(f"{_root(self.url)}/{path}") for path in paths)
 
     def size(self) -> int:
-        return int(self._ask(lambda store: obstore.head(store, self.key))["size"])
+        return int(self._request(lambda store: obstore.head(store, self.key))["size"])
 
     def read_at(self, start: int, stop: int) -> bytes:
-        return self._ask(lambda store: bytes(obstore.get_range(store, self.key, start=start, end=stop)))
+        return self._request(lambda store: bytes(obstore.get_range(store, self.key, start=start, end=stop)))
 
-    def measure(self) -> Written:
+    def measure(self) -> FileDigest:
         """Read a whole object back and hash it."""
         digest, total = hashlib.sha256(), self.size()
         for start in range(0, total, storage.CHUNK):
             digest.update(self.read_at(start, min(start + storage.CHUNK, total)))
-        return Written(total, digest.hexdigest())
+        return FileDigest(total, digest.hexdigest())
 
-    def _ask(self, request: Callable[[Any], T], writes: bool = False) -> T:
+    def _request(self, request: Callable[[Any], T], writes: bool = False) -> T:
         """What the store answers, after up to TRIES tries. Raises FileNotFoundError (reading),
         FileExistsError (creating).
         """
@@ -235,13 +237,15 @@ class Remote:
                 if isinstance(error, FileNotFoundError) and not writes and "NoSuchBucket" not in said:
                     raise FileNotFoundError(self.url) from None
                 if status and status[1] not in ("408", "409", "429"):
-                    raise Denied(f"{self.url} was refused: {said}") from None
+                    raise StorageDenied(f"{self.url} was refused: {said}") from None
                 if tries == TRIES:
-                    raise Unreachable(
+                    raise StorageUnreachable(
                         f"{self.url} could not be reached, tried {tries} times: {said}"
                     ) from None
             wait = min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
-            storage.told("request_failed", place=self.url, tries=tries, seconds=round(wait, 2), reason=said)
+            storage.on_retry(
+                "request_failed", place=self.url, tries=tries, seconds=round(wait, 2), reason=said
+            )
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
@@ -265,7 +269,7 @@ def _said(error: BaseException) -> str:
 
 
 class _Stream(io.RawIOBase):
-    def __init__(self, place: Remote) -> None:
+    def __init__(self, place: ObjectPath) -> None:
         self._place, self._at, self._size = place, 0, place.size()
 
     def readable(self) -> bool:

@@ -33,7 +33,7 @@ NAMED = {name: dtype for dtype, name in DTYPES.items()}
 AHEAD = 16 << 20
 
 
-def pieces(tensors: dict[str, Tensor]) -> list[memoryview]:
+def file_buffers(tensors: dict[str, Tensor]) -> list[memoryview]:
     """A safetensors file, in order: the header, then the tensors, widest type first so that each is
     aligned.
     """
@@ -54,7 +54,7 @@ def pieces(tensors: dict[str, Tensor]) -> list[memoryview]:
     ]
 
 
-class Tensors:
+class SafetensorsFile:
     """A file of flat tensors, open for range reads. Its content was verified before: what is read here is not
     checked again.
     """

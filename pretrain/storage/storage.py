@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
 if TYPE_CHECKING:
-    from trifold.pretrain.storage.object_store import Remote
+    from trifold.pretrain.storage.object_store import ObjectPath
 
-Location: TypeAlias = "Path | Remote"
+Location: TypeAlias = "Path | ObjectPath"
 CHUNK = 16 << 20  # bytes of one write
 
 
@@ -28,13 +28,13 @@ def _nothing(*args: Any, **facts: Any) -> None:
     """What `operation` does outside tests, and `told` outside runs."""
 
 
-operation: Callable[..., None] = _nothing  # operation(name, place)
-told: Callable[..., None] = (
+before_write_hook: Callable[..., None] = _nothing  # operation(name, place)
+on_retry: Callable[..., None] = (
     _nothing  # told("request_failed", **facts) hears of each request to an object store that is tried again
 )
 
 
-class Written(NamedTuple):
+class FileDigest(NamedTuple):
     """What a file holds: its size and the sha256 of its content, in hexadecimal."""
 
     bytes: int
@@ -42,19 +42,19 @@ class Written(NamedTuple):
 
 
 def location(name: str) -> Location:
-    """The path, or what a URL such as s3://bucket/prefix stands for. Raises Refused for a URL that no store
+    """The path, or what a URL such as s3://bucket/prefix stands for. Raises UserError for a URL that no store
     has.
     """
     if "://" not in name:
         return Path(name)
     from trifold.pretrain.storage.object_store import (
-        Remote,  # obstore is an extra, imported only where a URL is named
+        ObjectPath,  # obstore is an extra, imported only where a URL is named
     )
 
-    return Remote.open(name)
+    return ObjectPath.open(name)
 
 
-def home(run: Path, named: str | None) -> Location:
+def checkpoint_root(run: Path, named: str | None) -> Location:
     """Where a run keeps lease/ and checkpoints/: its own folder, or its name below the place that
     `checkpoints.storage` names.
     """
@@ -67,24 +67,24 @@ def make_folder(folder: Location) -> None:
         return folder.make_folder()
     if not folder.exists():
         make_folder(folder.parent)
-        operation("mkdir", folder)
+        before_write_hook("mkdir", folder)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
 
 
-def write(path: Location, pieces: Sequence[memoryview]) -> Written:
+def write(path: Location, pieces: Sequence[memoryview]) -> FileDigest:
     """Write a file that must not exist yet, hash it on the way, and force it to disk (its folder's entry is
     not: `sync_folder`).
     """
     if not isinstance(path, Path):
         return path.write(pieces)
     digest, size = hashlib.sha256(), 0
-    operation("open", path)
+    before_write_hook("open", path)
     with open(path, "xb", buffering=0) as file:
         for piece in pieces:
             for start in range(0, len(piece), CHUNK):
                 chunk = piece[start : start + CHUNK]
-                operation("write", path)
+                before_write_hook("write", path)
                 while len(
                     chunk
                 ):  # an unbuffered write may take only a part: the disk is nearly full, or a signal came
@@ -92,19 +92,19 @@ def write(path: Location, pieces: Sequence[memoryview]) -> Written:
                     digest.update(chunk[:done])
                     size += done
                     chunk = chunk[done:]
-        operation("fsync", path)
+        before_write_hook("fsync", path)
         os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
-def replace(path: Location, content: bytes) -> Written:
+def replace(path: Location, content: bytes) -> FileDigest:
     """Put a small file in place in one stroke: readers see nothing, or all of it."""
     if not isinstance(path, Path):
         return path.replace(content)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     written = write(temporary, [memoryview(content)])
     sync_folder(path.parent)  # what the new file speaks of is on disk before it
-    operation("rename", path)
+    before_write_hook("rename", path)
     os.replace(temporary, path)
     sync_folder(path.parent)
     return written
@@ -116,13 +116,13 @@ def create(path: Location, content: bytes) -> bool:
         return path.create(content)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     write(temporary, [memoryview(content)])
-    operation("link", path)
+    before_write_hook("link", path)
     try:
         os.link(temporary, path)
         first = True
     except FileExistsError:
         first = False
-    operation("remove", temporary)
+    before_write_hook("remove", temporary)
     temporary.unlink()
     sync_folder(path.parent)
     return first
@@ -139,11 +139,11 @@ def remove_folder(folder: Location, first: str) -> None:
         return folder.remove_folder(first)
     try:
         for path in sorted(folder.iterdir(), key=lambda path: path.name != first):
-            operation("remove", path)
+            before_write_hook("remove", path)
             path.unlink(missing_ok=True)
             if path.name == first:
                 sync_folder(folder)
-        operation("rmdir", folder)
+        before_write_hook("rmdir", folder)
         folder.rmdir()
         sync_folder(folder.parent)
     except OSError as error:
@@ -153,7 +153,7 @@ def remove_folder(folder: Location, first: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Force a folder's entries to disk."""
-    operation("fsync", folder)
+    before_write_hook("fsync", folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -161,13 +161,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(path: Location) -> Written:
+def measure(path: Location) -> FileDigest:
     """Read a whole file in bounded memory. FileNotFoundError where there is none."""
     if not isinstance(path, Path):
         return path.measure()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Written(file.tell(), digest)
+        return FileDigest(file.tell(), digest)
 
 
 def entries(folder: Location) -> list[Location]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.published import MODELS
-from trifold.finetune.config import Finetune
+from trifold.finetune.config import FinetuneConfig
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import build
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 from trifold.pretrain.publish import published_folder
 
@@ -47,8 +47,8 @@ def folder_of(where: Path, family: str, **changes: Any) -> Path:
     )
     folder = where / f"published-{family}"
     folder.mkdir()
-    published_folder.write(folder, config, build(config, 5).state_dict(), tokenizer)
-    published_folder.seal(folder, config, tokenizer, "no data", {})
+    published_folder.write_folder(folder, config, build(config, 5).state_dict(), tokenizer)
+    published_folder.write_record(folder, config, tokenizer, "no data", {})
     return folder
 
 
@@ -78,7 +78,7 @@ def write_pairs(path: Path, lines: int, seed: int) -> str:
     return f"{path.with_suffix('.a')},{path.with_suffix('.b')}"
 
 
-def recipe(run: Path, folder: Path, task: dict[str, Any], **changes: Any) -> Finetune:
+def recipe(run: Path, folder: Path, task: dict[str, Any], **changes: Any) -> FinetuneConfig:
     values = {
         "run": str(run),
         "model": {"from": str(folder)},
@@ -94,4 +94,4 @@ def recipe(run: Path, folder: Path, task: dict[str, Any], **changes: Any) -> Fin
         "evaluate_examples": 40,
         "generation": {"max_new": 24},
     }
-    return Finetune.model_validate_json(json.dumps(values | changes))
+    return FinetuneConfig.model_validate_json(json.dumps(values | changes))

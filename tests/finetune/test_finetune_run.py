@@ -13,14 +13,14 @@ import torch
 
 from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
 from tests.processes import run_processes
-from trifold.finetune.config import Finetune
-from trifold.finetune.evaluation.evaluate import Opened, scored
+from trifold.finetune.config import FinetuneConfig
+from trifold.finetune.evaluation.evaluate import LoadedModel, score_predictions
 from trifold.finetune.evaluation.model_selection import best_step
 from trifold.finetune.run import make_tokenizer, open_rows, open_tasks, prepare, train
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import open_checkpoint
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.lora_adapter import publish_adapter
@@ -35,11 +35,11 @@ def no_event(kind: str, **facts: object) -> None:
     raise AssertionError(f"{kind}: {facts}")
 
 
-def trained(place: Place, config: Finetune) -> None:
+def trained(place: RankInfo, config: FinetuneConfig) -> None:
     train(config, place)
 
 
-def killed_at(place: Place, config: Finetune, step: int) -> None:
+def killed_at(place: RankInfo, config: FinetuneConfig, step: int) -> None:
     """Train, and let the last rank be gone (SIGKILL) when the step begins."""
     train_step = Engine.train_step
 
@@ -55,11 +55,11 @@ def killed_at(place: Place, config: Finetune, step: int) -> None:
     train(config, place)
 
 
-def scores_of(config: Finetune) -> dict[str, Any]:
+def scores_of(config: FinetuneConfig) -> dict[str, Any]:
     return dict(json.loads((Path(config.run) / "scores.json").read_text()))
 
 
-def metrics(config: Finetune) -> dict[str, Any]:
+def metrics(config: FinetuneConfig) -> dict[str, Any]:
     """The last value of each step's loss, rows and scores."""
     names = ("loss", "rows", "rows_hash", "heldout_loss", "f1")
     return {
@@ -112,7 +112,7 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
     publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
 
 
-def _each(place: Place, configs: list[Finetune]) -> None:
+def _each(place: RankInfo, configs: list[FinetuneConfig]) -> None:
     for config in configs:
         train(config, place)
 
@@ -220,7 +220,7 @@ def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Pat
     assert sum("b: " in text for text in said) == 16
     run_processes(2, trained, config)
     [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*4-*")
-    before, after = published_folder.load(folder)[1], open_checkpoint(checkpoint)
+    before, after = published_folder.load_model(folder)[1], open_checkpoint(checkpoint)
     moved = {name: not torch.equal(before[name], after.full(name)) for name in before}
     assert not moved["embed.weight"] and not moved["encoder.blocks.0.mlp.f.up.weight"]
     assert moved["encoder.blocks.1.mlp.f.up.weight"] and moved["decoder.blocks.0.mlp.f.up.weight"]
@@ -237,7 +237,7 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
     found, run = scores_of(config), Path(config.run)
     assert found["scores"]["f1"] > 50 > found["trivial"]["scores"]["f1"]
     out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(run))
-    before, after = published_folder.load(folder)[1], published_folder.load(out)[1]
+    before, after = published_folder.load_model(folder)[1], published_folder.load_model(out)[1]
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert moved == {
         f"encoder.blocks.{i}.{part}.weight"
@@ -252,15 +252,17 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
     assert (peft / "adapter_model.safetensors").stat().st_size < 0.5 * (
         out / "model.safetensors"
     ).stat().st_size
-    opened = Opened(out)
+    opened = LoadedModel(out)
     task = open_tasks(config, opened.tokenizer, "encoder")[0]
     predictions = task.predict(opened, task.dev, config.generation, 256)
-    assert scored(task, predictions, task.dev) == found["scores"]  # merged, it says what it said adapted
+    assert (
+        score_predictions(task, predictions, task.dev) == found["scores"]
+    )  # merged, it says what it said adapted
 
 
 def test_examples_that_change_before_the_first_checkpoint_make_another_tokenizer(tmp_path: Path) -> None:
     new = {
-        "config": published_folder.load(folder_of(tmp_path, "encoder"))[0].model_dump(mode="json")
+        "config": published_folder.load_model(folder_of(tmp_path, "encoder"))[0].model_dump(mode="json")
         | {"vocab_size": 388}
     }
     config = recipe(tmp_path / "run", tmp_path, tags(tmp_path), model=new)
@@ -277,35 +279,35 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         "train": [write_pairs(tmp_path / "p", 4, 1)],
         "dev": [write_pairs(tmp_path / "p", 4, 1)],
     }
-    with pytest.raises(Refused, match="this task writes text, and an encoder cannot: give a decoder"):
+    with pytest.raises(UserError, match="this task writes text, and an encoder cannot: give a decoder"):
         prepare(recipe(tmp_path / "a", encoder, pairs), quiet)
-    with pytest.raises(Refused, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
+    with pytest.raises(UserError, match=r"row_length \(65\) exceeds the longest text .* \(64 tokens\)"):
         prepare(recipe(tmp_path / "b", both, pairs, row_length=65), quiet)
     for changes, said in (
         ({"freeze": ["*"]}, r"freeze: \* leave nothing to train"),
         ({"best": "heldout_loss"}, "`best` is 'heldout_loss'; the scores of this task are bleu, chrf"),
     ):
-        with pytest.raises(Refused, match=said):
+        with pytest.raises(UserError, match=said):
             config = recipe(tmp_path / "f", both, pairs, **changes)
             prepare(config, quiet)
-            train(config, Place(0, 1, 0, "cpu", None, 1))
+            train(config, RankInfo(0, 1, 0, "cpu", None, 1))
     words = {"path": str(tmp_path / "vocabulary")}
     for changes, said in (
         ({"vocab_size": 300}, "has 395 pieces, and model.config.vocab_size is 300"),
         ({"max_positions": 63}, "that model.config"),
     ):
-        new = {"config": published_folder.load(both)[0].model_dump(mode="json") | changes}
-        with pytest.raises(Refused, match=said):
+        new = {"config": published_folder.load_model(both)[0].model_dump(mode="json") | changes}
+        with pytest.raises(UserError, match=said):
             prepare(recipe(tmp_path / "n", both, pairs, model=new, tokenizer=words), quiet)
-    with pytest.raises(Refused, match="freeze: no parameter is named like 'embedding"):
+    with pytest.raises(UserError, match="freeze: no parameter is named like 'embedding"):
         config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
         prepare(config, quiet)
-        train(config, Place(0, 1, 0, "cpu", None, 1))
+        train(config, RankInfo(0, 1, 0, "cpu", None, 1))
     record = published_folder.read_json(both / published_folder.RECORD)
     published_folder.write_json(
         both / published_folder.RECORD, record | {"fingerprints": {"tokenizer": "another"}}
     )
     with pytest.raises(
-        Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with another"
+        UserError, match=r"its tokenizer's fingerprint is .*, its model was trained with another"
     ):
         prepare(recipe(tmp_path / "c", both, pairs), quiet)

@@ -11,8 +11,8 @@ import pytest
 from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
 from trifold.finetune.evaluation.model_selection import best_step
 from trifold.finetune.run import prepare, train
-from trifold.modeling.errors import Refused
-from trifold.pretrain.distributed import Place
+from trifold.modeling.errors import UserError
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.publish.publish import publish
 
 pytestmark = pytest.mark.proof
@@ -74,7 +74,7 @@ def test_every_cell_trains_and_publishes_verified(cell: str, family: str, tmp_pa
     folder = folder_of(tmp_path, family, max_positions=128)
     config = recipe(tmp_path / "run", folder, task, **changes)
     prepare(config, lambda what, done: None)
-    train(config, Place(0, 1, 0, "cpu", None, 1))
+    train(config, RankInfo(0, 1, 0, "cpu", None, 1))
     out = publish(
         tmp_path / "run",
         tmp_path / "out",
@@ -85,7 +85,7 @@ def test_every_cell_trains_and_publishes_verified(cell: str, family: str, tmp_pa
 
 
 def test_an_encoder_refuses_to_translate(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="an encoder cannot"):
+    with pytest.raises(UserError, match="an encoder cannot"):
         prepare(
             recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), _files(tmp_path, "translation")),
             lambda what, done: None,

@@ -10,19 +10,19 @@ import pytest
 from tests.finetune.small_tasks import folder_of, recipe, vocabulary, write_pairs
 from tests.finetune.test_finetune_run import killed_at, metrics, no_event, quiet, scores_of, tags, trained
 from tests.processes import run_processes
-from trifold.finetune.evaluation.evaluate import Opened
+from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.evaluation.model_selection import best_step
-from trifold.finetune.evaluation.predict import answers
+from trifold.finetune.evaluation.predict import predict
 from trifold.finetune.run import prepare, train
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import build
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.publish.verify import verify
 
-ALONE = Place(0, 1, 0, "cpu", None, 1)
+ALONE = RankInfo(0, 1, 0, "cpu", None, 1)
 
 
 def recurrent_folder(where: Path, family: str, **changes: Any) -> Path:
@@ -32,8 +32,8 @@ def recurrent_folder(where: Path, family: str, **changes: Any) -> Path:
     config = ModelConfig(family=family, cell="lstm", vocab_size=tokenizer.vocab_size, **sizes | changes)  # type: ignore[arg-type]
     folder = where / f"published-{family}"
     folder.mkdir()
-    published_folder.write(folder, config, build(config, 5).state_dict(), tokenizer)
-    published_folder.seal(folder, config, tokenizer, "no data", {})
+    published_folder.write_folder(folder, config, build(config, 5).state_dict(), tokenizer)
+    published_folder.write_record(folder, config, tokenizer, "no data", {})
     return folder
 
 
@@ -64,7 +64,7 @@ def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: 
         Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
     )
     assert verify(out).ok and "trifold generate" in (out / published_folder.CARD).read_text()
-    [said] = answers(Opened(out), ["Mr Ada sees Bob."], Generation(max_new=24, beams=3))
+    [said] = predict(LoadedModel(out), ["Mr Ada sees Bob."], Generation(max_new=24, beams=3))
     assert set(str(said["text"]).replace(".", "").split()) <= {
         *"Mr Ada Bob Cleo Dan Eve Finn Gus Hana sees calls knows likes".split()
     }
@@ -83,7 +83,7 @@ def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tm
         Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
     )
     assert verify(out).ok
-    said = list(answers(Opened(out), ["Mr Ada sees Bob", "In Ada we see Bob"], Generation()))
+    said = list(predict(LoadedModel(out), ["Mr Ada sees Bob", "In Ada we see Bob"], Generation()))
     assert [[(e["type"], e["text"]) for e in one["entities"]] for one in said] == [
         [("PER", "Ada")],
         [("LOC", "Ada")],
@@ -91,11 +91,11 @@ def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tm
 
 
 def test_a_crf_is_refused_where_it_could_not_be_published(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"task\.crf is for recurrent models"):
+    with pytest.raises(UserError, match=r"task\.crf is for recurrent models"):
         prepare(
             recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path) | {"crf": True}), quiet
         )
-    with pytest.raises(Refused, match="a model of cell lstm has none"):
+    with pytest.raises(UserError, match="a model of cell lstm has none"):
         config = recipe(
             tmp_path / "run", recurrent_folder(tmp_path / "run", "encoder"), tags(tmp_path), lora={"rank": 2}
         )

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.modeling.families import CONFIGS
 from tests.modeling.test_guards import batch
-from trifold.modeling.activation_memory import Held, held
+from trifold.modeling.activation_memory import MicroMemory, measure_micro_memory
 from trifold.modeling.batch import Batch
 from trifold.modeling.transformer import build
 
@@ -46,7 +46,7 @@ def really_kept(name: str, given: Batch, recompute: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
 
 
-def really_held(name: str, given: Batch, recompute: bool) -> Held:
+def really_held(name: str, given: Batch, recompute: bool) -> MicroMemory:
     """The same by torch's own allocator, as the profiler hears it."""
     model = build(CONFIGS[name], 0)
     model.recompute(recompute)
@@ -59,16 +59,19 @@ def really_held(name: str, given: Batch, recompute: bool) -> Held:
         (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
     )
     live = list(itertools.accumulate(size for _, size in changes))
-    return Held(0, max(live), live[-1])
+    return MicroMemory(0, max(live), live[-1])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_backward_will_read_is_what_torch_saves(name: str, recompute: bool) -> None:
     given = batch(name, 0)
-    counted, real = held(CONFIGS[name], given, "fp32", recompute, "cpu"), really_kept(name, given, recompute)
+    counted, real = (
+        measure_micro_memory(CONFIGS[name], given, "fp32", recompute, "cpu"),
+        really_kept(name, given, recompute),
+    )
     if recompute:  # saved by hand, past the hooks: the inputs of the blocks
-        assert counted.kept < held(CONFIGS[name], given, "fp32", False, "cpu").kept / 2
+        assert counted.kept < measure_micro_memory(CONFIGS[name], given, "fp32", False, "cpu").kept / 2
     else:
         assert counted.kept == pytest.approx(real, rel=0.02)
 
@@ -77,6 +80,9 @@ def test_what_backward_will_read_is_what_torch_saves(name: str, recompute: bool)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_peak_and_the_gradients_are_those_of_the_allocator(name: str, recompute: bool) -> None:
     given = rows(batch(name, 0), 16)
-    counted, real = held(CONFIGS[name], given, "fp32", recompute, "cpu"), really_held(name, given, recompute)
+    counted, real = (
+        measure_micro_memory(CONFIGS[name], given, "fp32", recompute, "cpu"),
+        really_held(name, given, recompute),
+    )
     assert counted.peak == pytest.approx(real.peak, rel=0.02)
     assert counted.gradients == pytest.approx(real.gradients, rel=0.02)

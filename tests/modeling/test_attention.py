@@ -123,7 +123,7 @@ def test_bf16_training_on_the_cpu_agrees_with_exact_arithmetic(
     groups: int, window: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The written-out path, in chunks of one row, forward and backward."""
-    monkeypatch.setattr(attention, "WRITTEN_OUT_SCORES", 1)
+    monkeypatch.setattr(attention, "EXPLICIT_MAX_SCORES", 1)
     exact = _qkv(2, 8, 8, groups)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     visibility = Visibility(causal, SEGMENTS, SEGMENTS, window)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.modeling.families import CONFIGS, documents, packed
 from trifold.modeling import attention
-from trifold.modeling.activation_memory import held
+from trifold.modeling.activation_memory import measure_micro_memory
 from trifold.modeling.attention import Visibility
 from trifold.modeling.batch import Batch
 from trifold.modeling.transformer import build
@@ -128,6 +128,9 @@ def test_a_layer_has_no_more_operations_than_were_recorded(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_keeps_no_more_bytes_for_its_backward_than_were_recorded(name: str) -> None:
-    shallow, deep = (held(deeper(name, more), batch(name, 0), "bf16", False, "cuda").kept for more in (0, 1))
+    shallow, deep = (
+        measure_micro_memory(deeper(name, more), batch(name, 0), "bf16", False, "cuda").kept
+        for more in (0, 1)
+    )
     print(name, (deep - shallow) / 3)
     assert (deep - shallow) / 3 <= KEPT[name]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.modeling.families import CONFIGS, SIZES
-from trifold.modeling.position import SCHEMES, Relative, Rope, Sinusoidal, rotate, within_documents
+from trifold.modeling.position import POSITION_SCHEMES, Relative, Rope, Sinusoidal, rotate, within_documents
 
 
 def test_positions_count_from_zero_in_every_document_and_padding_stands_at_zero() -> None:
@@ -71,9 +71,9 @@ def test_rotated_scores_depend_on_distance_alone() -> None:
 
 
 def test_only_learned_and_relative_positions_have_parameters() -> None:
-    names = {kind: [name for name, _ in _made(kind).named_parameters()] for kind in SCHEMES}
+    names = {kind: [name for name, _ in _made(kind).named_parameters()] for kind in POSITION_SCHEMES}
     assert names == {"rope": [], "sinusoidal": [], "learned": ["weight"], "relative": ["table.weight"]}
 
 
 def _made(kind: str) -> nn.Module:
-    return SCHEMES[kind](CONFIGS["llama"].model_copy(update={"position": kind, **SIZES}), True)
+    return POSITION_SCHEMES[kind](CONFIGS["llama"].model_copy(update={"position": kind, **SIZES}), True)

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from tests.modeling.families import CONFIGS, documents, packed
-from trifold.modeling.activation_memory import held
+from trifold.modeling.activation_memory import measure_micro_memory
 from trifold.modeling.batch import Batch
-from trifold.modeling.sequence_parallel import Shared, Swap
+from trifold.modeling.sequence_parallel import AllToAll, SequenceShard
 from trifold.modeling.transformer import Transformer, build
 
 
-def ranks(size: int) -> list[Shared]:
+def ranks(size: int) -> list[SequenceShard]:
     """As many ranks, each to be used in a thread of its own: on the CPU a backward runs in the thread that
     asked for it.
     """
     barrier, board = threading.Barrier(size), [torch.empty(0)] * size
 
-    def swap_of(rank: int) -> Swap:
+    def swap_of(rank: int) -> AllToAll:
         def swap(x: Tensor) -> Tensor:
             board[rank] = x.detach()
             barrier.wait(20)
@@ -35,10 +35,10 @@ def ranks(size: int) -> list[Shared]:
 
         return swap
 
-    return [Shared(rank, size, swap_of(rank)) for rank in range(size)]
+    return [SequenceShard(rank, size, swap_of(rank)) for rank in range(size)]
 
 
-def on_all(size: int, work: Callable[[Shared], Any]) -> list[Any]:
+def on_all(size: int, work: Callable[[SequenceShard], Any]) -> list[Any]:
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(work, ranks(size)))
 
@@ -77,11 +77,11 @@ def test_slices_have_the_losses_and_gradients_of_whole_rows(name: str, packs: bo
     batch = rows(name) if packs else replace(rows(name), segments=None, source_segments=None)
     whole_loss, whole_each, whole_grads = found(build(config, 0), batch)
 
-    def work(shared: Shared) -> Any:
+    def work(shared: SequenceShard) -> Any:
         model = build(config, 0)
         model.recompute(packs)
-        model.share(shared)
-        return found(model, shared.own(batch))
+        model.set_sequence_shard(shared)
+        return found(model, shared.local(batch))
 
     losses, each, grads = zip(*on_all(config.num_kv_heads, work), strict=True)
     torch.testing.assert_close(sum(losses), whole_loss, rtol=1e-5, atol=0)
@@ -96,7 +96,7 @@ def test_picks_of_a_slice_keep_their_targets_and_take_no_more_room_than_it_has()
     assert batch.picked is not None
     taken: list[tuple[int, int]] = []
     for shared in ranks(4):
-        own = shared.own(batch)
+        own = shared.local(batch)
         assert own.picked is not None and own.picked.shape == (2, 8)
         taken += [
             (row, 8 * shared.place + at) for row in (0, 1) for at in own.picked[row].tolist() if at >= 0
@@ -113,17 +113,17 @@ def test_activations_shrink_by_the_ranks_and_what_is_sent_is_counted(name: str) 
     )  # without masks, which the CPU makes for whole rows
     sent: list[int] = []
 
-    def work(shared: Shared) -> None:
+    def work(shared: SequenceShard) -> None:
         def counting(x: Tensor) -> Tensor:
             sent.append(x.nbytes // 2)
             return shared.swap(x)
 
         model = build(config, 0)
-        model.share(replace(shared, swap=counting))
-        model(shared.own(batch)).backward()
+        model.set_sequence_shard(replace(shared, swap=counting))
+        model(shared.local(batch)).backward()
 
     on_all(2, work)
-    one, two = (held(config, batch, "fp32", False, "cpu", sharing) for sharing in (1, 2))
+    one, two = (measure_micro_memory(config, batch, "fp32", False, "cpu", sharing) for sharing in (1, 2))
     assert one.sent == 0 and 2 * two.sent == sum(sent)
     # What attention found is kept twice: as its own backward and as that of the next map read it.
     assert two.kept < 0.54 * one.kept and two.peak < 0.56 * one.peak

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.modeling.families import CONFIGS, RECURRENT, documents, packed
 from trifold.modeling.attention import Visibility
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.block import View
+from trifold.modeling.block import AttentionContext
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import Transformer, build, initialise
 
@@ -315,7 +315,7 @@ def test_mimetic_global_layers_begin_by_looking_at_equal_tokens() -> None:
         q, k = block.attn.f.q.weight, block.attn.f.k.weight
         assert torch.equal(q.unflatten(0, (2, 2, 16))[:, 1], k.unflatten(0, (2, 16))) == (layer % 2 == 0)
     looks = model.encoder.blocks[0].attn.f.weights(
-        x, View(Visibility(False, torch.ones_like(tokens), torch.ones_like(tokens)))
+        x, AttentionContext(Visibility(False, torch.ones_like(tokens), torch.ones_like(tokens)))
     )
     equal = (tokens[0, :, None] == tokens[0]).float()
     assert (looks * equal).sum(-1).mean() > 0.4  # of 40 places 2: by chance 0.05

@@ -14,7 +14,7 @@ from trifold.pretrain.evaluate import unigram_loss
 def test_the_unigram_baseline_is_the_cross_entropy_of_smoothed_token_shares() -> None:
     vocabulary = SmallVocabulary(vocab_size=400)
     corpora = [SmallCorpus([3, 5, 2]), SmallCorpus([4, 1])]
-    config = recipe(dials.Causal(), row_length=16)
+    config = recipe(dials.CausalConfig(), row_length=16)
     rows, heldout = (
         Rows(config, vocabulary, [corpus], split)
         for corpus, split in zip(corpora, ("train", "heldout"), strict=True)

@@ -21,7 +21,7 @@ from tests.pretrain.test_run import (
     trained,
 )
 from tests.processes import run_processes
-from trifold.pretrain.config import pretraining as dials
+from trifold.pretrain.config import training
 
 pytestmark = pytest.mark.proof
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.proof
 def test_a_kill_at_a_random_step_changes_no_bit_of_any_loss(
     precision: str, stage: int, family: str, tmp_path: Path
 ) -> None:
-    engine = dials.Engine(zero_stage=stage, precision=precision)  # type: ignore[arg-type]
+    engine = training.EngineConfig(zero_stage=stage, precision=precision)  # type: ignore[arg-type]
     step = random.Random(f"{precision} {stage} {family}").randint(5, 19)
     straight, broken = (
         recipe(tmp_path, name, family, steps=20, engine=engine) for name in ("straight", "broken")
@@ -56,7 +56,7 @@ def test_workers_2_1_3_2_and_stages_1_3_2_1_see_the_same_rows_and_losses_within_
         prepare(config, 1, quiet)
     run_processes(2, trained, straight)
     for stop, world, stage in ((5, 2, 1), (10, 1, 3), (15, 3, 2), (20, 2, 1)):
-        leg = moved.model_copy(update={"engine": dials.Engine(zero_stage=stage)})  # type: ignore[arg-type]
+        leg = moved.model_copy(update={"engine": training.EngineConfig(zero_stage=stage)})  # type: ignore[arg-type]
         run_processes(world, _trained_until, leg, stop)
     assert [rows for _, rows in losses(straight.run).values()] == [
         rows for _, rows in losses(moved.run).values()

@@ -12,14 +12,14 @@ from tests.pretrain.test_run import _trained_until, losses, quiet, recipe, train
 from tests.processes import run_processes
 from tests.published import MODELS, random_model, tokenizer
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.objectives import Continuation, Infilling, Mixture, family
-from trifold.pretrain.config.pretraining import Start
+from trifold.pretrain.config.objectives import ContinuationConfig, InfillingConfig, MixtureConfig, family_of
+from trifold.pretrain.config.pretraining import InitialModelConfig
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.initial_model import begin, initialised
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.initial_model import build_initialised, load_initial_model
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.run import open_rows, prepare, train
@@ -33,19 +33,20 @@ def folder_of(place: Path, family: str, marks: Tokenizer | None = None) -> Path:
     marks = marks or tokenizer()
     place.mkdir(parents=True)
     config = MODELS[FAMILIES[family]].model_copy(update={"vocab_size": marks.vocab_size + 7})
-    published_folder.write(place, config, random_model(config).state_dict(), marks)
+    published_folder.write_folder(place, config, random_model(config).state_dict(), marks)
     return place
 
 
-def started(tmp_path: Path, run: str, family: str, folder: Path, **changes: Any) -> dials.Pretrain:
-    cache = dials.Data(
+def started(tmp_path: Path, run: str, family: str, folder: Path, **changes: Any) -> dials.PretrainConfig:
+    cache = dials.DataConfig(
         **recipe(tmp_path, run, family).data.model_dump() | {"cache": str(tmp_path / f"shards-{run}")}
     )
     return recipe(
         tmp_path,
         run,
         family,
-        **{"model": Start(folder=str(folder)), "data": cache, "steps": 4, "evaluate_rows": 1000} | changes,
+        **{"model": InitialModelConfig(folder=str(folder)), "data": cache, "steps": 4, "evaluate_rows": 1000}
+        | changes,
     )
 
 
@@ -75,9 +76,9 @@ def test_a_run_begins_with_the_loss_of_the_stock_model_and_what_it_becomes_is_pu
     )
 
     out = publish(Path(config.run), tmp_path / "out", on_event=lambda event, **facts: None)
-    shape, state = published_folder.load(out)
-    before = published_folder.load(folder)[1]
-    assert shape == published_folder.load(folder)[0] and all(
+    shape, state = published_folder.load_model(out)
+    before = published_folder.load_model(folder)[1]
+    assert shape == published_folder.load_model(folder)[0] and all(
         state[name].shape == before[name].shape for name in before
     )
     assert not torch.equal(state["embed.weight"], before["embed.weight"])
@@ -86,7 +87,7 @@ def test_a_run_begins_with_the_loss_of_the_stock_model_and_what_it_becomes_is_pu
 
 def test_a_run_continues_only_from_the_folder_it_started_from(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "folder", "encoder-decoder")
-    config = started(tmp_path, "run", "encoder-decoder", folder, objective=Infilling())
+    config = started(tmp_path, "run", "encoder-decoder", folder, objective=InfillingConfig())
     prepare(config, 1, quiet)
     run_processes(1, _trained_until, config, 2)
     weights = (folder / "model.safetensors").read_bytes()
@@ -94,11 +95,11 @@ def test_a_run_continues_only_from_the_folder_it_started_from(tmp_path: Path) ->
     assert len(losses(config.run)) == 4
 
 
-def _refused_and_continued(place: Place, config: dials.Pretrain, weights: bytes) -> None:
-    assert isinstance(config.model, Start) and config.model.folder is not None
+def _refused_and_continued(place: RankInfo, config: dials.PretrainConfig, weights: bytes) -> None:
+    assert isinstance(config.model, InitialModelConfig) and config.model.folder is not None
     file = Path(config.model.folder) / "model.safetensors"
     file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # one bit of one weight
-    with pytest.raises(Refused, match=r"started from weights of fingerprint .* restore that folder"):
+    with pytest.raises(UserError, match=r"started from weights of fingerprint .* restore that folder"):
         train(config, place)
     file.write_bytes(weights)
     train(config, place)
@@ -109,12 +110,12 @@ def test_all_weights_are_the_folder_s_and_a_random_start_has_its_shape_alone(
     family: str, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path / "folder", family)
-    shape, state = begin(Start(folder=str(folder), dropout=0.2), tmp_path)
+    shape, state = load_initial_model(InitialModelConfig(folder=str(folder), dropout=0.2), tmp_path)
     assert shape.dropout == 0.2 and shape.family == family
-    made = initialised(shape, state, seed=0).state_dict()
+    made = build_initialised(shape, state, seed=0).state_dict()
     stock = random_model(shape.model_copy(update={"dropout": 0.0})).state_dict()
     assert made.keys() == stock.keys() and all(torch.equal(made[name], stock[name]) for name in stock)
-    random, none = begin(Start(folder=str(folder), random=True), tmp_path)
+    random, none = load_initial_model(InitialModelConfig(folder=str(folder), random=True), tmp_path)
     assert none is None and random == shape.model_copy(update={"dropout": 0.0})
 
 
@@ -156,13 +157,13 @@ def test_rows_have_the_marks_of_a_published_tokenizer_and_the_run_keeps_it(
 
 
 OBJECTIVES = {
-    "bert": dials.Masked(rate=0.15, whole_words=True),
-    "roberta": dials.Masked(),
-    "gpt2": dials.Causal(),
-    "t5": Mixture(parts=(dials.Spans(density=0.3), Continuation(mode="S"))),
-    "bart": Infilling(),
-    "mbart": Infilling(),
-    "nllb": Infilling(permute_sentences=False),
+    "bert": dials.MaskedConfig(rate=0.15, whole_words=True),
+    "roberta": dials.MaskedConfig(),
+    "gpt2": dials.CausalConfig(),
+    "t5": MixtureConfig(parts=(dials.SpansConfig(density=0.3), ContinuationConfig(mode="S"))),
+    "bart": InfillingConfig(),
+    "mbart": InfillingConfig(),
+    "nllb": InfillingConfig(permute_sentences=False),
 }
 
 
@@ -172,11 +173,11 @@ def test_packed_rows_have_the_loss_that_the_stock_model_of_an_imported_folder_gi
 ) -> None:
     stock = stock_model(kind, tmp_path / "folder")
     config = started(
-        tmp_path, "run", family(OBJECTIVES[kind]), tmp_path / "folder", objective=OBJECTIVES[kind]
+        tmp_path, "run", family_of(OBJECTIVES[kind]), tmp_path / "folder", objective=OBJECTIVES[kind]
     )
     prepare(config, 1, quiet)
-    shape, state = begin(config.model, Path(config.run))
-    model, rows = initialised(shape, state, seed=0).eval(), open_rows(config)[1]
+    shape, state = load_initial_model(config.model, Path(config.run))
+    model, rows = build_initialised(shape, state, seed=0).eval(), open_rows(config)[1]
     with torch.no_grad():
         for row in (rows.row(i) for i in range(8)):
             mine = model(stack([row]), per_token=True)[0][0]
@@ -200,23 +201,30 @@ def test_a_start_that_does_not_suit_the_recipe_is_refused_before_anything_is_mad
     (tmp_path / "run-of-another").mkdir()
     (tmp_path / "run-of-another" / "config.yaml").touch()
     for changes, message in (
-        ({"objective": dials.Masked()}, "the masked objective trains a model of family encoder, not decoder"),
         (
-            {"data": dials.Data(sources=(dials.Source(path="x"),), heldout_fraction=0.1, row_length=65)},
+            {"objective": dials.MaskedConfig()},
+            "the masked objective trains a model of family encoder, not decoder",
+        ),
+        (
+            {
+                "data": dials.DataConfig(
+                    sources=(dials.SourceConfig(path="x"),), heldout_fraction=0.1, row_length=65
+                )
+            },
             r"row_length \(65\) exceeds .* \(64\)",
         ),
         (
-            {"model": Start(folder=str(tmp_path / "none"))},
+            {"model": InitialModelConfig(folder=str(tmp_path / "none"))},
             "there is no folder .*none: a published folder holds config.json",
         ),
         (
-            {"model": Start(folder=str(tmp_path / "run-of-another"))},
+            {"model": InitialModelConfig(folder=str(tmp_path / "run-of-another"))},
             "is the folder of a run: publish it first, trifold publish",
         ),
     ):
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(UserError, match=message):
             prepare(started(tmp_path, "run", "decoder", folder, **changes), 1, quiet)
         assert not (tmp_path / "run" / "tokenizer").exists()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(Refused, match="may be a pickle, which could run code"):
+    with pytest.raises(UserError, match="may be a pickle, which could run code"):
         prepare(started(tmp_path, "run", "decoder", folder), 1, quiet)

@@ -17,14 +17,15 @@ import torch
 
 from tests.processes import run_processes
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import COMMIT
 from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.objectives import Continuation, Infilling, Mixture
-from trifold.pretrain.config.pretraining import Pretrain
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config import training
+from trifold.pretrain.config.objectives import ContinuationConfig, InfillingConfig, MixtureConfig
+from trifold.pretrain.config.pretraining import PretrainConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.run import make_tokenizer, open_rows, prepare, train
 from trifold.pretrain.storage import storage
@@ -32,9 +33,9 @@ from trifold.pretrain.storage.jsonl import append_line, read_lines
 from trifold.pretrain.train import micro_seed
 
 OBJECTIVES = {
-    "decoder": dials.Causal(),
-    "encoder": dials.Masked(),
-    "encoder-decoder": dials.Spans(density=0.3),
+    "decoder": dials.CausalConfig(),
+    "encoder": dials.MaskedConfig(),
+    "encoder-decoder": dials.SpansConfig(density=0.3),
 }
 
 
@@ -52,7 +53,7 @@ def write_corpus(path: Path, documents: int = 300) -> None:
     path.write_text("\n\n".join(texts))
 
 
-def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> Pretrain:
+def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> PretrainConfig:
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         write_corpus(corpus)
@@ -67,22 +68,22 @@ def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> P
     model = ModelConfig(family=family, vocab_size=400, max_positions=64, dropout=0.1, **shape)
     values: dict[str, Any] = {
         "model": model,
-        "data": dials.Data(
-            sources=(dials.Source(path=str(corpus)),),
+        "data": dials.DataConfig(
+            sources=(dials.SourceConfig(path=str(corpus)),),
             heldout_fraction=0.1,
             row_length=48,
             cache=str(folder / f"shards-{family}"),
         ),
         "objective": OBJECTIVES[family],
-        "optimizer": dials.Optimizer(lr=3e-3),
-        "checkpoints": dials.Checkpoints(every=4, keep_last=3),
+        "optimizer": training.OptimizerConfig(lr=3e-3),
+        "checkpoints": training.CheckpointConfig(every=4, keep_last=3),
         "steps": 12,
         "step_rows": 6,
         "micro_rows": 2,
         "evaluate_every": 6,
         "evaluate_rows": 8,
     }
-    return Pretrain(run=str(folder / run), **(values | changes))
+    return PretrainConfig(run=str(folder / run), **(values | changes))
 
 
 def quiet(what: str, done: int) -> None:
@@ -96,7 +97,7 @@ def losses(run: str) -> dict[int, tuple[float, str]]:
     }
 
 
-def killed_at(place: Place, config: Pretrain, step: int) -> None:
+def killed_at(place: RankInfo, config: PretrainConfig, step: int) -> None:
     """Train, and let this process's last rank be gone (SIGKILL, no word to anyone) when the step begins."""
     train_step = Engine.train_step
 
@@ -109,13 +110,13 @@ def killed_at(place: Place, config: Pretrain, step: int) -> None:
     train(config, place)
 
 
-def trained(place: Place, config: Pretrain) -> None:
+def trained(place: RankInfo, config: PretrainConfig) -> None:
     train(config, place)
 
 
 @pytest.mark.parametrize("family", OBJECTIVES)
 def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: str, tmp_path: Path) -> None:
-    auto = dials.Engine(recompute="auto")
+    auto = training.EngineConfig(recompute="auto")
     straight, broken = (
         recipe(tmp_path, "straight", family, engine=auto),
         recipe(tmp_path, "broken", family, engine=auto),
@@ -137,7 +138,7 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
 
 
-def full_from(place: Place, config: Pretrain, step: int) -> str:
+def full_from(place: RankInfo, config: PretrainConfig, step: int) -> str:
     """What the run says whose disk has no room for the checkpoint of `step` and later ones."""
 
     def operation(name: str, path: Path) -> None:
@@ -146,10 +147,10 @@ def full_from(place: Place, config: Pretrain, step: int) -> str:
         ):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    storage.operation = operation
+    storage.before_write_hook = operation
     try:
         train(config, place)
-    except Refused as refusal:
+    except UserError as refusal:
         return str(refusal)
     return "trained to its end"
 
@@ -181,8 +182,13 @@ def parts_of(run: str) -> dict[int, dict[str, float]]:
 
 
 def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_path: Path) -> None:
-    mixture = Mixture(
-        parts=(dials.Spans(), dials.Spans(density=0.5, mode="X"), Continuation(mode="S"), Infilling())
+    mixture = MixtureConfig(
+        parts=(
+            dials.SpansConfig(),
+            dials.SpansConfig(density=0.5, mode="X"),
+            ContinuationConfig(mode="S"),
+            InfillingConfig(),
+        )
     )
     names = ("spans", "X", "S", "infilling")
     straight, broken, moved = (
@@ -192,7 +198,7 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     for config in (straight, broken, moved):
         prepare(config, 1, quiet)
     run_processes(2, _straight_and_in_legs, straight, broken, timeout=280)
-    run_processes(1, trained, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}))
+    run_processes(1, trained, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}))
     assert losses(straight.run) == losses(broken.run) and parts_of(straight.run) == parts_of(broken.run)
     for step, told in parts_of(straight.run).items():
         assert told == pytest.approx(parts_of(moved.run)[step], rel=1e-5)
@@ -207,7 +213,7 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     assert min(counts) > 0
 
 
-def _straight_and_in_legs(place: Place, straight: Pretrain, broken: Pretrain) -> None:
+def _straight_and_in_legs(place: RankInfo, straight: PretrainConfig, broken: PretrainConfig) -> None:
     train(straight, place)
     _in_legs(place, broken, (3, 4))
 
@@ -219,7 +225,7 @@ def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses
     moved = recipe(tmp_path, "moved")
     prepare(moved, 1, quiet)
     for stop, world, stage in ((4, 2, 1), (8, 1, 3), (12, 3, 2)):
-        leg = moved.model_copy(update={"engine": dials.Engine(zero_stage=stage)})
+        leg = moved.model_copy(update={"engine": training.EngineConfig(zero_stage=stage)})
         run_processes(world, _trained_until, leg, stop)
     assert [rows for _, rows in losses(straight.run).values()] == [
         rows for _, rows in losses(moved.run).values()
@@ -228,7 +234,7 @@ def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses
         assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
 
 
-def _trained_until(place: Place, config: Pretrain, stop: int) -> None:
+def _trained_until(place: RankInfo, config: PretrainConfig, stop: int) -> None:
     """Train, and ask the run to stop once the step was recorded."""
     record = Engine.train_step
 
@@ -246,7 +252,7 @@ def _trained_until(place: Place, config: Pretrain, stop: int) -> None:
     (Path(config.run) / "stop").unlink(missing_ok=True)
 
 
-def state_of(config: Pretrain) -> dict[str, torch.Tensor]:
+def state_of(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint holds of weights, moments and averages."""
     found = newest_verified(Path(config.run), lambda event, **facts: None)
     assert found is not None and found.state.step == config.steps
@@ -257,8 +263,8 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
     tmp_path: Path,
 ) -> None:
     stages = (
-        dials.Stage(steps=3, row_length=16, step_rows=4, micro_rows=1),
-        dials.Stage(steps=4, row_length=32),
+        dials.StageConfig(steps=3, row_length=16, step_rows=4, micro_rows=1),
+        dials.StageConfig(steps=4, row_length=32),
     )
     straight, broken, moved = (
         recipe(tmp_path, run, stages=stages, ema=0.8) for run in ("straight", "broken", "moved")
@@ -279,7 +285,9 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
     expected, found = state_of(straight), state_of(broken)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
-    run_processes(3, _trained_until, moved.model_copy(update={"engine": dials.Engine(zero_stage=3)}), 2)
+    run_processes(
+        3, _trained_until, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}), 2
+    )
     run_processes(1, trained, moved)
     assert [rows for _, rows in losses(moved.run).values()] == [
         rows for _, rows in losses(straight.run).values()
@@ -308,11 +316,11 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
         and scores[-1]["heldout_loss_ema"] != scores[-1]["heldout_loss"]
     )
 
-    with pytest.raises(AssertionError, match=r"Refused: .*rows of fingerprint"):
+    with pytest.raises(AssertionError, match=r"UserError: .*rows of fingerprint"):
         run_processes(1, trained, straight.model_copy(update={"stages": stages[:1]}))
 
 
-def _in_legs(place: Place, config: Pretrain, stops: tuple[int, ...], killed: int = 0) -> None:
+def _in_legs(place: RankInfo, config: PretrainConfig, stops: tuple[int, ...], killed: int = 0) -> None:
     """Train anew up to each of `stops`, then until `killed`."""
     for stop in stops:
         _trained_until(place, config, stop)
@@ -320,16 +328,16 @@ def _in_legs(place: Place, config: Pretrain, stops: tuple[int, ...], killed: int
         killed_at(place, config, killed)
 
 
-def _all_in_legs(place: Place, configs: list[Pretrain]) -> None:
+def _all_in_legs(place: RankInfo, configs: list[PretrainConfig]) -> None:
     for config in configs:
         _in_legs(place, config, (3, 7))
 
 
 def test_every_schedule_ends_at_its_final_rate_in_a_resumed_run(tmp_path: Path) -> None:
     kinds = [
-        dials.Schedule(kind="cosine", warmup_steps=2, final=0.2),
-        dials.Schedule(kind="wsd", warmup_steps=2, decay_steps=3, final=0.2),
-        dials.Schedule(kind="inverse_sqrt", warmup_steps=2, final=0.2),
+        training.ScheduleConfig(kind="cosine", warmup_steps=2, final=0.2),
+        training.ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=3, final=0.2),
+        training.ScheduleConfig(kind="inverse_sqrt", warmup_steps=2, final=0.2),
     ]
     configs = [recipe(tmp_path, schedule.kind, schedule=schedule, steps=7) for schedule in kinds]
     for config in configs:
@@ -356,7 +364,7 @@ def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
     assert read_lines(Path(config.run) / "events.jsonl")[-1]["event"] == "stopped"
 
 
-def _trained_on_nan(place: Place, config: Pretrain, bad: tuple[int, ...]) -> str:
+def _trained_on_nan(place: RankInfo, config: PretrainConfig, bad: tuple[int, ...]) -> str:
     forward = Engine.train_step
 
     def spoiled(self: Engine, micros: Any, *rest: Any) -> Any:
@@ -368,7 +376,7 @@ def _trained_on_nan(place: Place, config: Pretrain, bad: tuple[int, ...]) -> str
     Engine.train_step = spoiled  # type: ignore[method-assign]
     try:
         train(config, place)
-    except Refused as refusal:
+    except UserError as refusal:
         return str(refusal)
     return ""
 
@@ -396,13 +404,13 @@ def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
     run_processes(1, trained, config)
     with pytest.raises(
         AssertionError,
-        match=r"Refused: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many",
+        match=r"UserError: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many",
     ):
         run_processes(1, trained, config.model_copy(update={"step_rows": 8}))
     write_corpus(tmp_path / "corpus.txt", documents=200)
     prepare(config, 1, quiet)
     with pytest.raises(
-        AssertionError, match=r"Refused: .*fingerprint .* have changed\. Give another `run` folder"
+        AssertionError, match=r"UserError: .*fingerprint .* have changed\. Give another `run` folder"
     ):
         run_processes(1, trained, config)
 
@@ -412,7 +420,7 @@ def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_
 ) -> None:
     config, told = recipe(tmp_path, "run"), []
 
-    def made(config: Pretrain) -> str:
+    def made(config: PretrainConfig) -> str:
         told.clear()
         return make_tokenizer(config, lambda what, _: told.append(what)).fingerprint
 
@@ -421,9 +429,12 @@ def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_
     (tmp_path / "corpus.txt").write_text((tmp_path / "corpus.txt").read_text().replace("Anna", "Zoya"))
     second = made(config)
     assert second != first and told == ["making the tokenizer anew: what it is made of has changed"]
-    small = config.model_copy(update={"tokenizer": dials.Tokenizer(sample_bytes=9000)})
+    small = config.model_copy(update={"tokenizer": dials.TokenizerConfig(sample_bytes=9000)})
     taken = config.model_copy(
-        update={"tokenizer": dials.Tokenizer(path=f"{config.run}/tokenizer"), "run": str(tmp_path / "taken")}
+        update={
+            "tokenizer": dials.TokenizerConfig(path=f"{config.run}/tokenizer"),
+            "run": str(tmp_path / "taken"),
+        }
     )
     assert second != made(small) == made(taken)
     assert made(config) == second == made(taken)
@@ -437,7 +448,7 @@ def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_
 def test_heldout_loss_does_not_depend_on_the_world(tmp_path: Path) -> None:
     scores = []
     for world in (1, 3):
-        config = recipe(tmp_path, f"world-{world}", steps=1, checkpoints=dials.Checkpoints(every=1))
+        config = recipe(tmp_path, f"world-{world}", steps=1, checkpoints=training.CheckpointConfig(every=1))
         prepare(config, 1, quiet)
         run_processes(world, trained, config)
         scores.append(

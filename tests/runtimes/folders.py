@@ -14,5 +14,5 @@ def written(folder: Path, name: str, **dials: Any) -> Transformer:
     """A model of tests/published.py in a folder as `publish` writes it. Returns the model."""
     model = random_model(MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **dials}))
     folder.mkdir(parents=True)
-    published_folder.write(folder, model.config, model.state_dict(), tokenizer())
+    published_folder.write_folder(folder, model.config, model.state_dict(), tokenizer())
     return model

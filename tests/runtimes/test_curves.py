@@ -16,10 +16,10 @@ from tests.modeling.huggingface import stock
 from tests.paths import ROOT
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.config.objectives import Causal, Masked, Spans
-from trifold.pretrain.config.training import Optimizer
+from trifold.pretrain.config.objectives import CausalConfig, MaskedConfig, SpansConfig
+from trifold.pretrain.config.training import OptimizerConfig
 from trifold.pretrain.data import keyed_random
-from trifold.pretrain.data.objectives import Objective, Piece
+from trifold.pretrain.data.objectives import Chunk, ObjectiveMixture
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.engine.optimizer import make_optimizer
 from trifold.pretrain.publish import published_folder
@@ -32,12 +32,12 @@ pytestmark = [
     pytest.mark.skipif(not books.BOOKS.exists(), reason=f"no {books.BOOKS} (set TRIFOLD_DATA)"),
 ]
 FIGURE = ROOT / "docs" / "images" / "curves.svg"
-OBJECTIVES = {"BERT": Masked(rate=0.15), "GPT-2": Causal(), "T5": Spans()}
+OBJECTIVES = {"BERT": MaskedConfig(rate=0.15), "GPT-2": CausalConfig(), "T5": SpansConfig()}
 # In fp32 rounding grows with the steps, most where scores are not scaled (T5).
 # tests/modeling/huggingface/test_architectures.py bounds it in fp64.
 GAPS = {"BERT": 0.01, "GPT-2": 0.01, "T5": 0.1}
 STEPS, WARMUP, ROWS, LENGTH = 200, 20, 8, 128
-ADAM = Optimizer(
+ADAM = OptimizerConfig(
     lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6
 )  # above rounding, which must not become a step
 CURVES: dict[str, np.ndarray] = {}  # (2, steps): stock, Trifold
@@ -46,7 +46,7 @@ CURVES: dict[str, np.ndarray] = {}  # (2, steps): stock, Trifold
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_two_hundred_steps_have_the_losses_of_stock_and_torch(kind: str, tmp_path: Path) -> None:
     theirs = books.make(kind, tmp_path).train()
-    config, state = published_folder.load(tmp_path)
+    config, state = published_folder.load_model(tmp_path)
     ours = Transformer(config).train()
     ours.load_state_dict(state)
     matrices, rest = ([p for p in theirs.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
@@ -77,14 +77,14 @@ def _batches(kind: str, tokenizer: Tokenizer) -> Iterator[Batch]:
     """Rows that are each one document: as many tokens of the books as fit, under the objective of the
     kind.
     """
-    objective = Objective(OBJECTIVES[kind], tokenizer, LENGTH)
+    objective = ObjectiveMixture(OBJECTIVES[kind], tokenizer, LENGTH)
     marks = objective.parts[0].marks.count
     size = objective.longest - marks
     ids = np.concatenate(tokenizer.encode_batch(books.text(STEPS * ROWS * size * 6).split("\n")))
     for step in range(STEPS):
         documents = ids[step * ROWS * size :][: ROWS * size].reshape(ROWS, size)
-        pieces = [Piece(text, 0, size + marks) for text in documents]
-        keys = keyed_random.numbered(np.full(ROWS, step, np.uint64), np.arange(ROWS))
+        pieces = [Chunk(text, 0, size + marks) for text in documents]
+        keys = keyed_random.nth_random(np.full(ROWS, step, np.uint64), np.arange(ROWS))
         [(_, _, made)] = objective.segments(np.zeros(ROWS), pieces, keys)
         tokens, targets = (torch.from_numpy(array.reshape(ROWS, -1)) for array in (made.tokens, made.targets))
         yield Batch(

@@ -11,10 +11,10 @@ from tests.modeling.huggingface import stock
 from tests.published import batch_of, tokenizer
 from tests.runtimes.folders import written
 from trifold.modeling.config import Lora
-from trifold.modeling.lora import adapt
+from trifold.modeling.lora import add_lora
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import State
-from trifold.pretrain.checkpoint.saving import commit, origin, write_rank
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState
+from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish.lora_adapter import publish_adapter
 
@@ -42,14 +42,14 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
     )
     model = written(base, name)
     shape = model.config
-    adapt(model, lora, seed=1)
+    add_lora(model, lora, seed=1)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(".b"):
             parameter.normal_(generator=torch.Generator().manual_seed(0))
 
     tokenizer().save(run / "tokenizer", shape.family)
     held = lease.take_generation(run)
-    folder = lease.folder_of(run, 1, held.generation)
+    folder = lease.checkpoint_folder(run, 1, held.generation)
     write_rank(
         folder,
         held,
@@ -59,7 +59,7 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
     )
     recipe = {"run": str(run), "model": {"from": str(base)}, "lora": lora.model_dump(mode="json")}
     extra = {"model": shape.model_dump(mode="json"), "lora_scale": lora.scale}
-    commit(folder, held, 1, State(1, 1, 1, [], "rows", recipe, 1.0, extra), origin(), timeout=5)
+    commit(folder, held, 1, CheckpointState(1, 1, 1, [], "rows", recipe, 1.0, extra), provenance(), timeout=5)
 
     out = publish_adapter(run, tmp_path / "adapter", on_event=lambda kind, **facts: None)
     adapted = peft.PeftModel.from_pretrained(

@@ -23,7 +23,7 @@ def test_vectors_are_the_means_of_our_hidden_states(name: str, tmp_path: Path) -
         LINES, convert_to_tensor=True
     )
     for line, vector in zip(LINES, theirs, strict=True):
-        before, after = tokenizer().around("encoder")
+        before, after = tokenizer().special_prefix_suffix("encoder")
         tokens = torch.tensor([[*before, *tokenizer().encode_batch([line])[0].tolist(), *after]])
         ours = model.hidden(Batch(tokens, torch.ones_like(tokens), tokens))[0].mean(0)
         assert (ours - vector).abs().max() <= 1e-5 and ours.abs().max() > 0.1

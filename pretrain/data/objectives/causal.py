@@ -13,47 +13,47 @@ from trifold.modeling.config import IGNORE
 from trifold.pretrain.config import objectives
 from trifold.pretrain.data import keyed_random
 from trifold.pretrain.data.objectives.segments import (
-    Marks,
-    Piece,
+    Chunk,
+    ChunkSizes,
+    DocumentWithSpecials,
     Segments,
-    Sizes,
     Vocabulary,
-    needed_sentinels,
+    required_sentinels,
 )
-from trifold.pretrain.data.packing import Room
-from trifold.pretrain.data.ragged import other_than, spread
+from trifold.pretrain.data.packing import RowCapacity
+from trifold.pretrain.data.ragged import mask_except, ragged_arange
 
 
-class NextToken:
+class CausalLM:
     """Each position predicts the next token."""
 
     extra = 0  # positions of a row that are none of the document's
 
     def __init__(
         self,
-        dials: objectives.Causal | objectives.Prefix | objectives.Fim,
+        dials: objectives.CausalConfig | objectives.PrefixConfig | objectives.FimConfig,
         vocabulary: Vocabulary,
         row_length: int,
     ) -> None:
         self.eos = vocabulary.eos
-        self.document = Marks([vocabulary.bos], [self.eos])
-        self.marks = Marks([vocabulary.bos], [])  # EOS is predicted, and never read
+        self.document = DocumentWithSpecials([vocabulary.bos], [self.eos])
+        self.marks = DocumentWithSpecials([vocabulary.bos], [])  # EOS is predicted, and never read
         self.longest = row_length - self.extra
 
-    def room(self, longest: int) -> Room:
-        return Room(longest + self.extra)
+    def room(self, longest: int) -> RowCapacity:
+        return RowCapacity(longest + self.extra)
 
-    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
-        return Sizes(stop - start, np.zeros_like(start))
+    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
+        return ChunkSizes(stop - start, np.zeros_like(start))
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         tokens, begin, _, _, end = self.document.joined(
-            [Piece(document, start, stop + 1) for document, start, stop in pieces]
+            [Chunk(document, start, stop + 1) for document, start, stop in pieces]
         )
-        return predicted(tokens, begin, end)
+        return shifted(tokens, begin, end)
 
 
-class AfterPrefix(NextToken):
+class PrefixLM(CausalLM):
     """Prefix LM: the prefix ends at a point drawn uniformly, and only what follows it is predicted, one token
     at least.
 
@@ -61,14 +61,14 @@ class AfterPrefix(NextToken):
     differs, and what is published is an ordinary causal model.
     """
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         made = super().segments(pieces, keys)
-        prefixes = (keyed_random.shares(keys, np.ones_like(made.sizes)) * made.sizes).astype(np.int64)
-        made.targets[spread(made.sizes.cumsum() - made.sizes, prefixes)] = IGNORE
+        prefixes = (keyed_random.uniform(keys, np.ones_like(made.sizes)) * made.sizes).astype(np.int64)
+        made.targets[ragged_arange(made.sizes.cumsum() - made.sizes, prefixes)] = IGNORE
         return made
 
 
-class Middle(NextToken):
+class FillInTheMiddle(CausalLM):
     """A piece's text is cut at two points drawn uniformly; the middle is moved to the end (Bavarian et al.
     2022, section 3).
 
@@ -80,20 +80,20 @@ class Middle(NextToken):
 
     extra = 4
 
-    def __init__(self, dials: objectives.Fim, vocabulary: Vocabulary, row_length: int) -> None:
+    def __init__(self, dials: objectives.FimConfig, vocabulary: Vocabulary, row_length: int) -> None:
         super().__init__(dials, vocabulary, row_length)
         self.suffix_first = dials.suffix_first
-        self.pre, self.suf, self.mid = np.array(needed_sentinels(vocabulary, 3, dials.kind)[:3], np.int64)[
+        self.pre, self.suf, self.mid = np.array(required_sentinels(vocabulary, 3, dials.kind)[:3], np.int64)[
             :, None
         ]
 
-    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
-        return Sizes((start == 0) + 3 + np.minimum(stop, lengths) - start, np.zeros_like(start))
+    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
+        return ChunkSizes((start == 0) + 3 + np.minimum(stop, lengths) - start, np.zeros_like(start))
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         chunks: list[np.ndarray] = []
         sizes = []
-        draws = keyed_random.shares(keys, np.full(len(keys), 3)).reshape(-1, 3).tolist()
+        draws = keyed_random.uniform(keys, np.full(len(keys), 3)).reshape(-1, 3).tolist()
         for piece, (one, other, order) in zip(pieces, draws, strict=True):
             text = piece.document[
                 piece.start : piece.stop
@@ -109,13 +109,13 @@ class Middle(NextToken):
             chunks += bos, self.pre, *moved, middle, self.document.after
             sizes.append(len(bos) + len(text) + 4)
         end = np.cumsum(sizes)
-        return predicted(np.concatenate(chunks, dtype=np.int64), end - sizes, end)
+        return shifted(np.concatenate(chunks, dtype=np.int64), end - sizes, end)
 
 
-def predicted(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Segments:
+def shifted(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Segments:
     """Segments of one token less than they have from `begin` to `end`, in which each is predicted from those
     before it.
     """
     return Segments(
-        tokens[other_than(len(tokens), end - 1)], tokens[other_than(len(tokens), begin)], end - begin - 1
+        tokens[mask_except(len(tokens), end - 1)], tokens[mask_except(len(tokens), begin)], end - begin - 1
     )

@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.data.packing import Room
-from trifold.pretrain.data.ragged import NOTHING
+from trifold.modeling.errors import UserError
+from trifold.pretrain.data.packing import RowCapacity
+from trifold.pretrain.data.ragged import EMPTY
 
 
 class Vocabulary(Protocol):
@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
     fingerprint: str
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """From position `start` to `stop` of a document with its marks."""
 
     document: np.ndarray  # its text tokens
@@ -57,13 +57,13 @@ class Segments(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     sizes: np.ndarray
-    source: np.ndarray = NOTHING
-    source_sizes: np.ndarray = NOTHING
-    picked: np.ndarray = NOTHING
-    picked_sizes: np.ndarray = NOTHING
+    source: np.ndarray = EMPTY
+    source_sizes: np.ndarray = EMPTY
+    picked: np.ndarray = EMPTY
+    picked_sizes: np.ndarray = EMPTY
 
 
-class Joined(NamedTuple):
+class ConcatenatedChunks(NamedTuple):
     """The tokens of N pieces one after another; where each begins and ends (N,), and its text does."""
 
     tokens: np.ndarray
@@ -73,7 +73,7 @@ class Joined(NamedTuple):
     end: np.ndarray
 
 
-class Sizes(NamedTuple):
+class ChunkSizes(NamedTuple):
     """The room that pieces (N,) take: positions of tokens, and of source or picks; and how many deserved more
     sentinels than there are.
     """
@@ -83,31 +83,31 @@ class Sizes(NamedTuple):
     capped: int = 0
 
 
-class Part(Protocol):
+class Objective(Protocol):
     """One objective. Pure: the same piece and the same key give the same Segment, of exactly its `sizes`
     (picks: at most), whatever it is made together with. Many are, as numpy's calls cost more than their
     work.
     """
 
-    marks: "Marks"
+    marks: "DocumentWithSpecials"
     longest: int  # positions of the longest piece that fits into a row
 
-    def room(self, longest: int) -> Room:
+    def room(self, longest: int) -> RowCapacity:
         """What a row must hold for pieces of at most `longest` positions."""
         ...
 
-    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
+    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
         """The sizes of the pieces (N,) from `start` to `stop` of documents of `lengths` text tokens, before
         any text is read.
         """
         ...
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         """Of pieces, at least one; all that chance decides about each follows from its key (chance.py)."""
         ...
 
 
-class Marks:
+class DocumentWithSpecials:
     """A document's positions: what stands before its text, the text, what stands after it. A piece is some of
     them in a row.
     """
@@ -116,7 +116,7 @@ class Marks:
         self.before, self.after = np.array(before, np.int64), np.array(after, np.int64)
         self.count = len(before) + len(after)
 
-    def joined(self, pieces: Sequence[Piece], lead: np.ndarray = NOTHING) -> Joined:
+    def joined(self, pieces: Sequence[Chunk], lead: np.ndarray = EMPTY) -> ConcatenatedChunks:
         """The tokens of pieces, as a new array, with `lead` before each piece."""
         chunks: list[np.ndarray] = []
         shift = len(self.before)
@@ -136,7 +136,7 @@ class Marks:
         ends = (stops - starts + len(lead)).cumsum()
         first, last = (np.minimum(np.maximum(edges, starts), stops) for edges in (shift, text_ends))
         moved = ends - stops  # from places in the document to places here
-        return Joined(
+        return ConcatenatedChunks(
             np.concatenate(chunks, dtype=np.int64),
             moved + starts - len(lead),
             moved + first,
@@ -150,21 +150,21 @@ class Marks:
         return np.maximum(np.minimum(stop, lengths + shift) - np.maximum(start, shift), 0)
 
 
-def needed_mask(vocabulary: Vocabulary, objective: str) -> int:
-    """The mask token. Raises Refused where the tokenizer has none."""
+def required_mask(vocabulary: Vocabulary, objective: str) -> int:
+    """The mask token. Raises UserError where the tokenizer has none."""
     if vocabulary.mask is None:
-        raise Refused(
+        raise UserError(
             f"the {objective} objective needs a tokenizer with a mask token, and this one has none: take"
             " another of the two."
         )
     return vocabulary.mask
 
 
-def needed_sentinels(vocabulary: Vocabulary, number: int, objective: str) -> Sequence[int]:
-    """All sentinels, at least `number` of them. Raises Refused where the tokenizer has fewer."""
+def required_sentinels(vocabulary: Vocabulary, number: int, objective: str) -> Sequence[int]:
+    """All sentinels, at least `number` of them. Raises UserError where the tokenizer has fewer."""
     if len(vocabulary.sentinels) < number:
         found = len(vocabulary.sentinels)
-        raise Refused(
+        raise UserError(
             f"the {objective} objective needs a tokenizer with {number} sentinels or more (<extra_id_0>,"
             f" ...), and this one has {found}:"
             " take another of the two."

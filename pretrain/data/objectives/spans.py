@@ -14,21 +14,21 @@ import numpy as np
 from trifold.pretrain.config import objectives
 from trifold.pretrain.data import keyed_random
 from trifold.pretrain.data.objectives.segments import (
-    Marks,
-    Piece,
+    Chunk,
+    ChunkSizes,
+    DocumentWithSpecials,
     Segments,
-    Sizes,
     Vocabulary,
-    needed_mask,
-    needed_sentinels,
+    required_mask,
+    required_sentinels,
 )
-from trifold.pretrain.data.packing import Room
-from trifold.pretrain.data.ragged import NOTHING, eights, other_than, runs, spread
+from trifold.pretrain.data.packing import RowCapacity
+from trifold.pretrain.data.ragged import EMPTY, mask_except, ragged_arange, round_up_to_8, split_runs
 
 MODES = {"R": -1, "S": -2, "X": -3}  # places among the sentinels
 
 
-class HiddenSpans:
+class SpanCorruption:
     """Span corruption (T5, Raffel et al. 2020): of a piece's n text tokens round(density * n), at least 1,
     are hidden in round(hidden / mean_length) spans, at least 1 and at most the sentinels there are (longer
     spans then, counted as `capped`).
@@ -41,11 +41,14 @@ class HiddenSpans:
     """
 
     def __init__(
-        self, dials: objectives.Spans | objectives.Continuation, vocabulary: Vocabulary, row_length: int
+        self,
+        dials: objectives.SpansConfig | objectives.ContinuationConfig,
+        vocabulary: Vocabulary,
+        row_length: int,
     ) -> None:
         self.start, self.eos = vocabulary.start, vocabulary.eos
-        self.marks = Marks(vocabulary.before, vocabulary.after)
-        sentinels = np.array(needed_sentinels(vocabulary, 1 + len(MODES), dials.kind), np.int64)
+        self.marks = DocumentWithSpecials(vocabulary.before, vocabulary.after)
+        sentinels = np.array(required_sentinels(vocabulary, 1 + len(MODES), dials.kind), np.int64)
         self.mode = sentinels[[MODES[dials.mode]]] if dials.mode else sentinels[:0]
         self.sentinels = sentinels[: -len(MODES)] if dials.mode else sentinels
         self.numbers = np.arange(len(self.sentinels))
@@ -54,7 +57,7 @@ class HiddenSpans:
             int((row_length + 1) / (1 - dials.density)) + 4
         )  # beyond what any source of row_length can stand for
         self.hidden = np.where(n > 0, np.maximum(np.rint(dials.density * n), 1), 0).astype(np.int64)
-        wanted = self._wanted(dials, n)
+        wanted = self._count_spans(dials, n)
         self.spans = np.minimum(wanted, len(self.sentinels))
         self.too_many = wanted > self.spans
         self.shrinks = (
@@ -63,9 +66,11 @@ class HiddenSpans:
         sources = [n - self.shrinks[np.maximum(n - marks, 0)] for marks in range(self.marks.count + 1)]
         self.longest = int(np.argmax(np.max(sources, axis=0) > row_length)) - 1
 
-    def _wanted(self, dials: objectives.Spans | objectives.Continuation, n: np.ndarray) -> np.ndarray:
+    def _count_spans(
+        self, dials: objectives.SpansConfig | objectives.ContinuationConfig, n: np.ndarray
+    ) -> np.ndarray:
         """The spans of pieces of n text tokens, were there sentinels enough."""
-        if isinstance(dials, objectives.Continuation):
+        if isinstance(dials, objectives.ContinuationConfig):
             return np.minimum(n, 1)
         return np.minimum(
             np.maximum(np.rint(self.hidden / dials.mean_length), n > 0), n - self.hidden + 1
@@ -74,29 +79,33 @@ class HiddenSpans:
     def _target(self, text: np.ndarray) -> np.ndarray:
         return self.hidden[text] + self.spans[text] + 1
 
-    def room(self, longest: int) -> Room:
-        return Room(eights(int(self._target(np.arange(longest + 1)).max())), source=self.row_length)
+    def room(self, longest: int) -> RowCapacity:
+        return RowCapacity(
+            round_up_to_8(int(self._target(np.arange(longest + 1)).max())), source=self.row_length
+        )
 
-    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
+    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
         text = self.marks.text(lengths, start, stop)
-        return Sizes(
+        return ChunkSizes(
             self._target(text), stop - start - self.shrinks[text], capped=int(self.too_many[text].sum())
         )
 
-    def _drawn(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _sample_spans(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of pieces of `text` tokens (N,), in any order: where in the hidden text each span but the first
         begins; how much of the text is shown before each span.
         """
         hidden, spans = self.hidden[text], self.spans[text]
         inner, outer = keyed_random.split(keys, 2)
         cuts = np.maximum(hidden - 1, 0), np.maximum(spans - 1, 0)
-        return keyed_random.chosen(inner, *cuts) + 1, keyed_random.chosen(outer, text - hidden + 1, spans)
+        return keyed_random.sample_without_replacement(
+            inner, *cuts
+        ) + 1, keyed_random.sample_without_replacement(outer, text - hidden + 1, spans)
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         marked, begin, first, last, end = self.marks.joined(pieces, self.mode)
         hidden, spans = self.hidden[last - first], self.spans[last - first]
         before = hidden.cumsum() - hidden
-        inner, outer = self._drawn(last - first, keys)
+        inner, outer = self._sample_spans(last - first, keys)
         # Spans stand between hidden tokens and shown ones, both counted over all pieces: sorted, those of a
         # piece stay together.
         unseen = np.concatenate([before[spans > 0], inner + np.repeat(before, np.maximum(spans - 1, 0))])
@@ -104,16 +113,16 @@ class HiddenSpans:
         unseen.sort()
         shown.sort()
         begins = unseen + shown
-        covered = spread(begins, np.diff(unseen, append=hidden.sum()))
+        covered = ragged_arange(begins, np.diff(unseen, append=hidden.sum()))
         text, names = marked[covered], np.concatenate([self.sentinels[:number] for number in spans.tolist()])
         marked[begins] = names
-        is_source = other_than(len(marked), covered)
+        is_source = mask_except(len(marked), covered)
         is_source[begins] = True
         sizes = hidden + spans + 1
         stops = sizes.cumsum()
         at = unseen + np.arange(len(unseen)) + np.repeat(np.arange(len(spans)), spans)
         targets = np.empty(stops[-1], np.int64)
-        targets[other_than(len(targets), at, stops - 1)] = text
+        targets[mask_except(len(targets), at, stops - 1)] = text
         targets[at], targets[stops - 1] = names, self.eos
         return Segments(
             _read(targets, stops - sizes, self.start),
@@ -124,11 +133,11 @@ class HiddenSpans:
         )
 
 
-class Continuation(HiddenSpans):
+class Continuation(SpanCorruption):
     """UL2's S-denoiser: one span, which reaches to the end of the text."""
 
-    def _drawn(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return NOTHING, np.repeat(text - self.hidden[text], self.spans[text])
+    def _sample_spans(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return EMPTY, np.repeat(text - self.hidden[text], self.spans[text])
 
 
 class Infilling:
@@ -142,13 +151,13 @@ class Infilling:
     ends one; all of a piece's are shuffled first. Room: `row_length` is the target's.
     """
 
-    def __init__(self, dials: objectives.Infilling, vocabulary: Vocabulary, row_length: int) -> None:
+    def __init__(self, dials: objectives.InfillingConfig, vocabulary: Vocabulary, row_length: int) -> None:
         self.dials, self.marks, self.sentence_ends = (
             dials,
-            Marks(vocabulary.before, vocabulary.after),
+            DocumentWithSpecials(vocabulary.before, vocabulary.after),
             vocabulary.sentence_ends,
         )
-        self.mask, self.start = needed_mask(vocabulary, dials.kind), vocabulary.start
+        self.mask, self.start = required_mask(vocabulary, dials.kind), vocabulary.start
         self.repeats = self.marks.before[:1].tolist() == [
             self.start
         ]  # BART's own start is EOS; where it is BOS, it comes once
@@ -159,38 +168,38 @@ class Infilling:
             np.maximum(np.rint(self.hidden / dials.mean_length), n > 0), n - self.hidden + 1
         ).astype(np.int64)
 
-    def room(self, longest: int) -> Room:
+    def room(self, longest: int) -> RowCapacity:
         n = np.arange(longest + 1)
         sources = [
             n - (self.hidden - self.spans)[np.maximum(n - marks, 0)] for marks in range(self.marks.count + 1)
         ]
-        return Room(longest, source=eights(int(np.max(sources))))
+        return RowCapacity(longest, source=round_up_to_8(int(np.max(sources))))
 
-    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sizes:
+    def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
         text = self.marks.text(lengths, start, stop)
-        return Sizes(
+        return ChunkSizes(
             stop - start - (self.repeats & (start == 0)), stop - start - self.hidden[text] + self.spans[text]
         )
 
-    def segments(self, pieces: Sequence[Piece], keys: np.ndarray) -> Segments:
+    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
         whole, begin, first, last, end = self.marks.joined(pieces)
         hidden, spans = self.hidden[last - first], self.spans[last - first]
         orders, bins, outer = keyed_random.split(keys, 3)
-        span_of = (keyed_random.shares(bins, hidden) * np.repeat(spans, hidden)).astype(
+        span_of = (keyed_random.uniform(bins, hidden) * np.repeat(spans, hidden)).astype(
             np.int64
         )  # each hidden token falls into some span
         lengths = np.bincount(span_of + np.repeat(spans.cumsum() - spans, hidden), minlength=spans.sum())
-        shown = keyed_random.chosen(outer, last - first - hidden + 1, spans) + np.repeat(
+        shown = keyed_random.sample_without_replacement(outer, last - first - hidden + 1, spans) + np.repeat(
             first - (hidden.cumsum() - hidden), spans
         )
         shown.sort()
-        covered = spread(shown + lengths.cumsum() - lengths, lengths)
+        covered = ragged_arange(shown + lengths.cumsum() - lengths, lengths)
         told = self._permuted(whole, first, last - first, orders) if self.dials.permute_sentences else whole
-        kept = told[other_than(len(whole), covered)]
+        kept = told[mask_except(len(whole), covered)]
         source = np.full(len(kept) + len(shown), self.mask)
-        source[other_than(len(source), shown + np.arange(len(shown)))] = kept
+        source[mask_except(len(source), shown + np.arange(len(shown)))] = kept
         repeats = np.array([self.repeats and piece.start == 0 for piece in pieces], bool)
-        given = other_than(len(whole), begin[repeats])
+        given = mask_except(len(whole), begin[repeats])
         tokens = _read(whole, begin[begin < end], self.start)[given]
         sizes = end - begin - repeats
         return Segments(tokens, whole[given], sizes, source, end - begin - hidden + spans)
@@ -201,11 +210,11 @@ class Infilling:
         """`whole`, with the sentences of each of the texts of `text` tokens that begin at `first` in random
         order.
         """
-        at = spread(first, text)
-        starts, sizes, counts = runs(self.sentence_ends[whole[at - 1]], text)
+        at = ragged_arange(first, text)
+        starts, sizes, counts = split_runs(self.sentence_ends[whole[at - 1]], text)
         order = keyed_random.shuffled(keys, counts) + np.repeat(counts.cumsum() - counts, counts)
         permuted = whole.copy()
-        permuted[at] = whole[spread(at[starts[order]], sizes[order])]
+        permuted[at] = whole[ragged_arange(at[starts[order]], sizes[order])]
         return permuted
 
 

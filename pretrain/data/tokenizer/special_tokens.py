@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 # the settings that name it, the first that there is; and the usual names, for folders that name none at all
 _ROLES = {
@@ -27,7 +27,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, in which every mark is a string and START says what starts a
     decoder, where known.
 
-    Raises Refused where one is missing or broken, names a mark that tokenizer.json has not, or none that ends
+    Raises UserError where one is missing or broken, names a mark that tokenizer.json has not, or none that ends
     a text.
     """
     spec, settings = (_read_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -36,22 +36,22 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(mark := settings.get(name), dict):
             settings[name] = mark = mark["content"]
         if mark is not None and mark not in added.values():
-            raise Refused(
+            raise UserError(
                 f"{folder}: tokenizer_config.json gives {mark!r} as {name}, which is no added token of"
                 " tokenizer.json"
             )
     if (folder / "config.json").exists():
         start = _read_json(folder / "config.json").get("decoder_start_token_id")
         settings |= {START: added[start]} if start in added else {}
-    if played(spec, settings)["eos"] is None:
-        raise Refused(
+    if special_tokens(spec, settings)["eos"] is None:
+        raise UserError(
             f"{folder}: tokenizer_config.json names no token that ends a text (eos_token or sep_token), and"
             " all training needs one"
         )
     return spec, settings
 
 
-def played(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, str | None]:
+def special_tokens(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, str | None]:
     """The token of each role: pad, bos, eos, unk, mask and start (of a decoder that reads a source); None
     where there is none.
 
@@ -75,16 +75,16 @@ def played(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, str | No
     }
 
 
-def absent(path: Path, holds: str) -> Refused:
+def missing_file_error(path: Path, holds: str) -> UserError:
     """What is said of a file that is not there; `holds`: what kind of folder it belongs to."""
     if not path.parent.exists():
-        return Refused(f"there is no folder {path.parent}: {holds}")
+        return UserError(f"there is no folder {path.parent}: {holds}")
     if (path.parent / "config.yaml").exists():
-        return Refused(
+        return UserError(
             f"{path.parent} is the folder of a run: publish it first, trifold publish {path.parent} --out"
             " FOLDER"
         )
-    return Refused(f"there is no {path}: {holds}")
+    return UserError(f"there is no {path}: {holds}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -92,6 +92,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
-        raise absent(path, "a tokenizer folder holds tokenizer.json and tokenizer_config.json") from None
+        raise missing_file_error(
+            path, "a tokenizer folder holds tokenizer.json and tokenizer_config.json"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None
+        raise UserError(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None

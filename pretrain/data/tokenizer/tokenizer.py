@@ -28,11 +28,11 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from trifold.modeling.config import Family
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.tokenizer import special_tokens
 from trifold.pretrain.data.tokenizer.piece_tables import BYTE, sentence_ends, word_starts
-from trifold.pretrain.data.tokenizer.word_cache import Words, apart
+from trifold.pretrain.data.tokenizer.word_cache import WordCache, can_split_words
 
 _MARKS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -74,7 +74,7 @@ class Tokenizer:
     special: Sequence[int]  # all tokens that are no text
     word_starts: np.ndarray  # (V,) bool: the piece begins a word
     sentence_ends: np.ndarray  # (V,) bool: the piece ends a sentence
-    ours: bool  # trained by `train`, so that decoding gives every text back
+    is_trained_here: bool  # trained by `train`, so that decoding gives every text back
     dtype: np.dtype[Any]  # of ids: the smallest unsigned one that holds them all
     fingerprint: str  # of all that decides ids, and of a published tokenizer's own template
 
@@ -82,32 +82,36 @@ class Tokenizer:
         """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file."""
         self._spec, self._settings, self._model = spec, settings, model
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
-        self.ours = (spec["normalizer"], spec["pre_tokenizer"]) == (_SPACES, _CUT)
+        self.is_trained_here = (spec["normalizer"], spec["pre_tokenizer"]) == (_SPACES, _CUT)
         ids = self._fast.get_vocab()
         pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self._words = Words(self._fast, spec, self.dtype) if self.ours and apart(spec) else None
+        self._words = (
+            WordCache(self._fast, spec, self.dtype)
+            if self.is_trained_here and can_split_words(spec)
+            else None
+        )
         marks = {
             role: ids[token]
-            for role, token in special_tokens.played(spec, settings).items()
+            for role, token in special_tokens.special_tokens(spec, settings).items()
             if token is not None
         }
         self.pad, self.bos, self.eos, self.start = (marks[role] for role in ("pad", "bos", "eos", "start"))
         self.unk, self.mask = marks.get("unk"), marks.get("mask")
-        self.before, self.after = self.around("encoder")
+        self.before, self.after = self.special_prefix_suffix("encoder")
         self.sentinels = [ids[name] for name in _SENTINELS if name in ids]
         added = [token["id"] for token in spec["added_tokens"] if token["special"]]
         self.special = sorted({*added, *marks.values()})
         self.word_starts, self.sentence_ends = word_starts(spec, pieces), sentence_ends(spec, pieces)
         rules = (
-            [] if self.ours else [self.before, self.after, self.start]
+            [] if self.is_trained_here else [self.before, self.after, self.start]
         )  # of ours they follow from the marks
         self.fingerprint = _fingerprint(spec, [self.pad, self.bos, self.eos, self.unk, self.mask], rules)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Tokenizer":
-        """Raises Refused where tokenizer.json or tokenizer_config.json is missing or broken, or names a
+        """Raises UserError where tokenizer.json or tokenizer_config.json is missing or broken, or names a
         special token that there is not.
         """
         folder = Path(folder)
@@ -115,28 +119,28 @@ class Tokenizer:
         try:
             spec, settings = special_tokens.read(folder)
             return cls(spec, settings, model.read_bytes() if model.exists() else None)
-        except (Refused, OSError):
+        except (UserError, OSError):
             raise
         except Exception as error:  # `tokenizers` raises nothing narrower for what it cannot read
             said = f"{type(error).__name__}: {error}"
-            raise Refused(
+            raise UserError(
                 f"{folder / 'tokenizer.json'} is JSON, but no tokenizer ({said}); train or copy the"
                 " tokenizer again"
             ) from error
 
-    def around(self, family: Family) -> tuple[list[int], list[int]]:
+    def special_prefix_suffix(self, family: Family) -> tuple[list[int], list[int]]:
         """What stands before and after a text that a model of this family reads: as the published tokenizer
         puts it; of ours BOS, and EOS where there is an encoder.
         """
-        if self.ours:
+        if self.is_trained_here:
             return [self.bos], [] if family == "decoder" else [self.eos]
         return self._template()
 
-    def written(self, ids: Sequence[int]) -> list[int]:
+    def decoder_target(self, ids: Sequence[int]) -> list[int]:
         """What a decoder that reads a source writes after `start`: the text as `around` marks it; a mark that
         is the start comes once.
         """
-        before, after = self.around("encoder-decoder")
+        before, after = self.special_prefix_suffix("encoder-decoder")
         return [*before[before[:1] == [self.start] :], *ids, *after]
 
     def _template(self) -> tuple[list[int], list[int]]:
@@ -185,7 +189,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spec = self._spec | ({"post_processor": self._marking(family)} if self.ours else {})
+        spec = self._spec | ({"post_processor": self._marking(family)} if self.is_trained_here else {})
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
         if self._model:
@@ -206,12 +210,12 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
     """Train a unigram model (Kudo 2018) of exactly `vocab_size` pieces on a sample of the texts, and write it
     to `folder`.
 
-    The same texts give the same bytes. Raises Refused where the texts do not support that many pieces, or the
+    The same texts give the same bytes. Raises UserError where the texts do not support that many pieces, or the
     fixed ones need more.
     """
     lines = _sample(texts, config.sample_bytes)
     if not lines:
-        raise Refused("there is no text to train a tokenizer on: the corpus holds 0 lines")
+        raise UserError("there is no text to train a tokenizer on: the corpus holds 0 lines")
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -268,12 +272,12 @@ def _refusal(error: RuntimeError, vocab_size: int, lines: list[str]) -> Exceptio
     """SentencePiece's complaint about the vocabulary's size, as a sentence with both numbers."""
     text = f"{len(lines):,} lines of training text"
     if most := re.search(r"<= (\d+)", str(error)):
-        return Refused(
+        return UserError(
             f"{text} support at most {most[1]} pieces, not {vocab_size}: set model.vocab_size to at most"
             f" {most[1]}, or add text"
         )
     if least := re.search(r"(\d+) vs (\d+)", str(error)):
-        return Refused(
+        return UserError(
             f"special tokens, bytes and the text's characters alone need {least[2]} pieces, not"
             f" {vocab_size}: set model.vocab_size above"
             f" {least[2]}, or lower tokenizer.character_coverage"

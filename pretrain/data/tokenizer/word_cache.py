@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow
 import tokenizers
 
-from trifold.pretrain.data.ragged import other_than, runs, spread
+from trifold.pretrain.data.ragged import mask_except, ragged_arange, split_runs
 from trifold.pretrain.data.tokenizer.viterbi import Viterbi
 
-REMEMBERED = 4_000_000  # characters of words: 80 to 120 MB
+MAX_CACHED = 4_000_000  # characters of words: 80 to 120 MB
 _PLACES = 2**19  # of the table of pairs
 
 
-def apart(spec: dict[str, Any]) -> bool:
+def can_split_words(spec: dict[str, Any]) -> bool:
     """Whether words have ids of their own under a tokenizer.json that cuts as ours do: none of its pieces
     crosses a space or a line end, unknown characters become bytes, and scores are multiples of 2**-26, so
     that float64 adds up those of any line.
@@ -38,7 +38,7 @@ def apart(spec: dict[str, Any]) -> bool:
     )
 
 
-class Words:
+class WordCache:
     """The ids of all words seen so far, until they are too many."""
 
     def __init__(self, fast: tokenizers.Tokenizer, spec: dict[str, Any], dtype: np.dtype[Any]) -> None:
@@ -72,9 +72,9 @@ class Words:
         if len(new := (numbers < 0).nonzero()[0]):
             numbers[new] = self._learn([different[place] for place in new])
         sizes = self.sizes[numbers][places]
-        ids = self.ids[spread(self.starts[numbers][places], sizes)]
+        ids = self.ids[ragged_arange(self.starts[numbers][places], sizes)]
         ends = np.append(0, sizes.cumsum())[np.append(0, counts.cumsum())].tolist()
-        if self.characters > REMEMBERED:
+        if self.characters > MAX_CACHED:
             self.forget()
         return [ids[start:end] for start, end in pairwise(ends)]
 
@@ -83,7 +83,7 @@ class Words:
         text = _characters("".join(texts).replace(" ", "▁"))
         begins = np.ones(len(text), bool)
         begins[1:] = ~self.joined[_place(text[:-1], text[1:])]
-        starts, _, counts = runs(begins, np.fromiter(map(len, texts), np.int64, len(texts)))
+        starts, _, counts = split_runs(begins, np.fromiter(map(len, texts), np.int64, len(texts)))
         offsets = np.append(starts, len(text)) * text.itemsize
         buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(text)]
         return pyarrow.Array.from_buffers(
@@ -95,7 +95,7 @@ class Words:
         text = np.frombuffer(b"".join(words), "<u4")
         lengths = np.fromiter(map(len, words), np.int64, len(words)) // text.itemsize
         which, ids, sizes = self.viterbi.encode(text, lengths)
-        rest = other_than(len(words), which)
+        rest = mask_except(len(words), which)
         others = [
             self.fast.encode(word.decode("utf-32-le"), add_special_tokens=False).ids
             for word in compress(words, rest)

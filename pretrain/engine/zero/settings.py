@@ -5,12 +5,12 @@
 from typing import Any
 
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.config.training import Training
+from trifold.pretrain.config.training import TrainingConfig
 
 BUCKET = 500_000_000  # elements: the most that DeepSpeed reduces at a time
 
 
-def settings(config: Training, model: Transformer, device: str) -> dict[str, Any]:
+def deepspeed_config(config: TrainingConfig, model: Transformer, device: str) -> dict[str, Any]:
     """What DeepSpeed is started with. Accumulation is ours (set_gradient_accumulation_boundary), hence 1
     here.
     """

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.slice import Read, Slice
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.slice import ReadSlice, Slice
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Elements [start, start + numel) of a parameter, which lie at [offset, offset + numel) of `flat`."""
 
     name: str
@@ -28,12 +28,12 @@ class Piece:
     flat: Tensor
     offset: int
 
-    def of(self, flat: Tensor) -> Tensor:
+    def view(self, flat: Tensor) -> Tensor:
         """This piece's view of `flat` or of a moment of the same size."""
         return flat.detach()[self.offset : self.offset + self.numel]
 
 
-def flats(zero: Any, stage: int) -> list[tuple[Tensor, dict[str, Any]]]:
+def flat_tensors(zero: Any, stage: int) -> list[tuple[Tensor, dict[str, Any]]]:
     """The fp32 tensors that this rank's optimizer updates, with the parameter group of each; alike in number
     and order on all ranks.
     """
@@ -46,11 +46,11 @@ def flats(zero: Any, stage: int) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(group["params"][0], group) for group in groups]
 
 
-def pieces(zero: Any, module: nn.Module, stage: int) -> list[Piece]:
+def fragments(zero: Any, module: nn.Module, stage: int) -> list[Fragment]:
     """What this rank owns, in the module's order; a parameter without elements here has no piece. Frozen ones
     are held apart: whole on rank 0 at stages 1 and 2, in every rank's share at stage 3.
     """
-    found = _piece_z3 if stage == 3 else _piece_z12
+    found = _fragment_zero3 if stage == 3 else _fragment_zero12
     return [
         piece
         for name, p in module.named_parameters()
@@ -58,9 +58,9 @@ def pieces(zero: Any, module: nn.Module, stage: int) -> list[Piece]:
     ]
 
 
-def _piece_z12(zero: Any, name: str, p: Any) -> Piece | None:
+def _fragment_zero12(zero: Any, name: str, p: Any) -> Fragment | None:
     if not p.requires_grad:
-        return Piece(
+        return Fragment(
             name, p, tuple(p.shape), 0, p.numel() if dist.get_rank() == 0 else 0, p.detach().view(-1), 0
         )
     link = p._hp_mapping
@@ -68,45 +68,47 @@ def _piece_z12(zero: Any, name: str, p: Any) -> Piece | None:
         return None
     flat = zero.optimizer.param_groups[link.param_group_index]["params"][0]
     here, there = link.lp_fragment_address, link.hp_fragment_address
-    return Piece(name, p, tuple(p.shape), here.start, here.numel, flat, there.start)
+    return Fragment(name, p, tuple(p.shape), here.start, here.numel, flat, there.start)
 
 
-def _piece_z3(zero: Any, name: str, p: Any) -> Piece:
+def _fragment_zero3(zero: Any, name: str, p: Any) -> Fragment:
     share = p.ds_tensor.numel()  # every rank has as much; the last ones are padded
     start = min(dist.get_rank() * share, p.ds_numel)
     numel = min(share, p.ds_numel - start)
     if not p.requires_grad:
-        return Piece(name, p, tuple(p.ds_shape), start, numel, p.ds_tensor.view(-1), 0)
+        return Fragment(name, p, tuple(p.ds_shape), start, numel, p.ds_tensor.view(-1), 0)
     group, offset, _ = zero.grad_position[zero.get_param_id(p)]
-    return Piece(name, p, tuple(p.ds_shape), start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+    return Fragment(
+        name, p, tuple(p.ds_shape), start, numel, zero.fp32_partitioned_groups_flat[group], offset
+    )
 
 
-def read_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Slice]:
+def read_slices(owned: list[Fragment], state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Slice]:
     """Copies in host memory: what is trained on after this call does not change them."""
     return {
-        p.name: Slice(p.start, p.shape, {key: _snapshot(p.of(t)) for key, t in _tensors(p, state).items()})
+        p.name: Slice(p.start, p.shape, {key: _snapshot(p.view(t)) for key, t in _tensors(p, state).items()})
         for p in owned
     }
 
 
 @torch.no_grad()
-def write_slices(owned: list[Piece], state: dict[Tensor, dict[str, Tensor]], read: Read) -> None:
-    """Fill the pieces from `read`. Raises Refused where a moment is missing there."""
+def write_slices(owned: list[Fragment], state: dict[Tensor, dict[str, Tensor]], read: ReadSlice) -> None:
+    """Fill the pieces from `read`. Raises UserError where a moment is missing there."""
     for p in owned:
         values = read(p.name, p.start, p.start + p.numel)
         values = {"ema": values["fp32"], **values}  # where no average was kept, it starts from here
         for key, tensor in _tensors(p, state).items():
             if key not in values:
-                raise Refused(
+                raise UserError(
                     f"the checkpoint holds {sorted(values)} of {p.name}, and this recipe needs its {key}"
                     " too: it was frozen, or trained by"
                     " another optimizer.kind. Continue with the recipe that wrote it, or start a new run"
                     " from its weights."
                 )
-            p.of(tensor).copy_(values[key])
+            p.view(tensor).copy_(values[key])
 
 
-def _tensors(piece: Piece, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _tensors(piece: Fragment, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
     moments = state.get(piece.flat, {})
     return {
         "fp32": piece.flat,

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trifold.pretrain.engine.spikes import Limits
+from trifold.pretrain.engine.spikes import StepLimits
 
 
-class Veto:
+class StepGuard:
     """`norm`: that of the last step's gradients, where it was measured here, else infinite."""
 
     def __init__(self, zero: Any, stage: int) -> None:
         """`zero`: DeepSpeed's optimizer."""
-        self.limits, self.loss_allowed, self.norm = Limits(), True, math.inf
+        self.limits, self.loss_allowed, self.norm = StepLimits(), True, math.inf
 
         def early(*_: Any, **__: Any) -> bool:
             zero.overflow = not self.loss_allowed
@@ -31,18 +31,18 @@ class Veto:
         if stage == 3:
             norms = zero._get_norm_groups
             zero._overflow_check_and_loss_scale_update = early
-            zero._get_norm_groups = lambda: self._shown(norms())
+            zero._get_norm_groups = lambda: self._mask_if_over_limit(norms())
         else:
             norm = zero.scaled_global_norm
             zero.check_grad_overflow, zero.check_overflow = True, early
-            zero.scaled_global_norm = lambda: self._shown([norm()])[0]
+            zero.scaled_global_norm = lambda: self._mask_if_over_limit([norm()])[0]
 
-    def expect(self, loss: float, limits: Limits) -> None:
+    def set_loss_and_limits(self, loss: float, limits: StepLimits) -> None:
         """Before the optimizer's step."""
         self.limits, self.norm = limits, math.inf
         self.loss_allowed = math.isfinite(loss) and loss <= limits.loss
 
-    def _shown(self, norms: list[Tensor]) -> list[Tensor]:
+    def _mask_if_over_limit(self, norms: list[Tensor]) -> list[Tensor]:
         """Norms of the gradient's parts as they are, or NaN where the whole is beyond the limit."""
         return norms if self._allows(lambda: norms) else [norm * torch.nan for norm in norms]
 

@@ -17,10 +17,10 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from trifold.pretrain.engine.spikes import Limits
+from trifold.pretrain.engine.spikes import StepLimits
 
 
-class Lean:
+class FlatZero1Step:
     """`outcome` (2,) float64: the last step's gradient norm, infinite where that is not finite or its loss
     was bad already, and 1 where it was not applied.
     """
@@ -38,7 +38,7 @@ class Lean:
                 dist.reduce_scatter_tensor(share, flat)
                 mine.copy_(share.div_(world))
 
-    def expect(self, loss: Tensor, limits: Limits) -> None:
+    def set_loss_and_limits(self, loss: Tensor, limits: StepLimits) -> None:
         """Before the step: its loss, on the device."""
         self.loss, self.limits = loss, limits
 
@@ -71,7 +71,7 @@ class Lean:
         return norm
 
 
-class LeanBF16(Lean, BF16_Optimizer):
+class FlatZero1StepBF16(FlatZero1Step, BF16_Optimizer):
     """bf16 weights, whose gradients add up in fp32."""
 
     accumulates = False  # the fp32 gradients hold those of earlier micro batches of the step
@@ -92,14 +92,16 @@ class LeanBF16(Lean, BF16_Optimizer):
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
         """A step's first micro batch overwrites the fp32 gradients, so nobody has to clear them."""
         pairs = zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
-        _gather((pair for lps, hps in pairs for pair in zip(lps, hps, strict=True)), self.accumulates)
+        _collect_gradients(
+            (pair for lps, hps in pairs for pair in zip(lps, hps, strict=True)), self.accumulates
+        )
         self.accumulates = True
 
     def clear_hp_grads(self) -> None:
         self.accumulates = False
 
 
-class LeanFP32(Lean, DeepSpeedZeroOptimizer):
+class FlatZero1StepFP32(FlatZero1Step, DeepSpeedZeroOptimizer):
     """fp32 weights, whose gradients add up where autograd puts them and are gathered once a step."""
 
     def adopt(self, engine: Any) -> None:
@@ -118,12 +120,12 @@ class LeanFP32(Lean, DeepSpeedZeroOptimizer):
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """After the backward of a step's last micro batch."""
-        _gather(self.pairs)
+        _collect_gradients(self.pairs)
         self.zero_grad()
         self.reduce()
 
 
-def _gather(pairs: Iterable[tuple[nn.Parameter, Tensor]], add: bool = False) -> None:
+def _collect_gradients(pairs: Iterable[tuple[nn.Parameter, Tensor]], add: bool = False) -> None:
     """Each parameter's gradient into, or onto, its flat place beside it."""
     pairs = list(pairs)
     given = [(flat, p.grad.flatten()) for p, flat in pairs if p.grad is not None]
@@ -135,7 +137,7 @@ def _gather(pairs: Iterable[tuple[nn.Parameter, Tensor]], add: bool = False) -> 
             flat.zero_()
 
 
-def lean(engine: Any, zero: BF16_Optimizer | DeepSpeedZeroOptimizer) -> None:
+def install_fused_zero1_step(engine: Any, zero: BF16_Optimizer | DeepSpeedZeroOptimizer) -> None:
     """Make DeepSpeed's engine and optimizer take their steps so."""
-    zero.__class__ = LeanBF16 if isinstance(zero, BF16_Optimizer) else LeanFP32
+    zero.__class__ = FlatZero1StepBF16 if isinstance(zero, BF16_Optimizer) else FlatZero1StepFP32
     zero.adopt(engine)

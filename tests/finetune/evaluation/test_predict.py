@@ -8,47 +8,47 @@ import torch
 from typer.testing import CliRunner
 
 from tests.finetune.small_tasks import folder_of
-from trifold.finetune.evaluation.evaluate import Opened
-from trifold.finetune.evaluation.predict import answers, plain
-from trifold.finetune.tasks.task import placed
+from trifold.finetune.evaluation.evaluate import LoadedModel
+from trifold.finetune.evaluation.predict import as_text, predict
+from trifold.finetune.tasks.task import align_to_tokens
 from trifold.launch.cli import app
 from trifold.launch.commands.finetune import generate
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 
 def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
-    opened = Opened(folder_of(tmp_path, "encoder", labels=("O", "B-PER", "I-PER")))
+    opened = LoadedModel(folder_of(tmp_path, "encoder", labels=("O", "B-PER", "I-PER")))
     text = "yes, Ada sees (Bob)."
-    _, places = placed(opened.tokenizer, "encoder", text, [5, 15])
+    _, places = align_to_tokens(opened.tokenizer, "encoder", text, [5, 15])
 
     def logits(batch):  # type: ignore[no-untyped-def]
         hit = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor(places))[None]
         return torch.stack([~hit, hit, torch.zeros_like(hit)], dim=-1).float()
 
     opened.logits = logits  # type: ignore[method-assign]
-    [said] = answers(opened, [text], Generation())
+    [said] = predict(opened, [text], Generation())
     assert said == {
         "entities": [
             {"text": t, "type": "PER", "start": s, "end": s + 3} for t, s in (("Ada", 5), ("Bob", 15))
         ]
     }
-    assert plain(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
+    assert as_text(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
     opened.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)  # type: ignore[method-assign]
-    [said] = answers(opened, [text], Generation())
-    assert said == {"entities": []} and plain(said) == "(no entities)"
+    [said] = predict(opened, [text], Generation())
+    assert said == {"entities": []} and as_text(said) == "(no entities)"
 
 
 def test_a_span_head_answers_with_place_and_score_and_wants_a_context(tmp_path: Path) -> None:
-    opened = Opened(folder_of(tmp_path, "decoder", spans=True))
-    [said] = answers(opened, ["Who?\tMr Ada sees Bob."], Generation())
+    opened = LoadedModel(folder_of(tmp_path, "decoder", spans=True))
+    [said] = predict(opened, ["Who?\tMr Ada sees Bob."], Generation())
     assert (
         said["answer"]
         and "Mr Ada sees Bob."[said["start"] :].startswith(said["answer"])
         and isinstance(said["score"], float)
     )
-    with pytest.raises(Refused, match="give `question<TAB>context`"):
-        list(answers(opened, ["Who?"], Generation()))
+    with pytest.raises(UserError, match="give `question<TAB>context`"):
+        list(predict(opened, ["Who?"], Generation()))
 
 
 def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path) -> None:
@@ -68,19 +68,19 @@ def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path
     result = CliRunner().invoke(app, given, catch_exceptions=False)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(lines) == 2 and all(set(line) == {"text"} for line in lines)
-    with pytest.raises(Refused, match="did you mean `beams`"):
+    with pytest.raises(UserError, match="did you mean `beams`"):
         CliRunner().invoke(app, ["generate", str(folder), "x", "--how", "beam=3"], catch_exceptions=False)
-    with pytest.raises(Refused, match=r"there is no file .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no file .*nowhere"):
         CliRunner().invoke(
             app, ["generate", str(folder), "--file", str(tmp_path / "nowhere")], catch_exceptions=False
         )
     (tmp_path / "texts").write_bytes(b"Ada\ncaf\xe9\n")
-    with pytest.raises(Refused, match="texts is not UTF-8: byte 7 is 0xe9"):
+    with pytest.raises(UserError, match="texts is not UTF-8: byte 7 is 0xe9"):
         CliRunner().invoke(
             app, ["generate", str(folder), "--file", str(tmp_path / "texts")], catch_exceptions=False
         )
     with pytest.raises(
-        Refused, match="text 2: character 3 of it is half of a surrogate pair, or a byte that is not UTF-8"
+        UserError, match="text 2: character 3 of it is half of a surrogate pair, or a byte that is not UTF-8"
     ):
         CliRunner().invoke(app, ["generate", str(folder)], input=b"Ada\ncaf\xe9\n", catch_exceptions=False)
 
@@ -93,8 +93,8 @@ def test_another_tokenizer_of_as_many_pieces_is_refused(tmp_path: Path) -> None:
         spec["model"]["vocab"][-1][0],
     )
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(Refused, match=r"its tokenizer's fingerprint is .*, its model was trained with"):
-        Opened(folder)
+    with pytest.raises(UserError, match=r"its tokenizer's fingerprint is .*, its model was trained with"):
+        LoadedModel(folder)
 
 
 def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_p
     new is said.
     """
     folder = folder_of(tmp_path, "decoder")
-    opened = Opened(folder)
+    opened = LoadedModel(folder)
     asked = "Ada sees Bob.\n=>\n"
-    [plain] = answers(opened, [asked], Generation(max_new=12))
+    [plain] = predict(opened, [asked], Generation(max_new=12))
     record = json.loads((folder / "trifold.json").read_text())
     (folder / "trifold.json").write_text(
         json.dumps(record | {"task": {"kind": "translation", "prompt": "{source}\n=>\n"}})
@@ -124,9 +124,9 @@ def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(t
     (folder / "trifold.json").write_text(
         json.dumps(record | {"task": {"kind": "summarization", "prompt": None, "picks": 2}})
     )
-    opened = Opened(folder)
+    opened = LoadedModel(folder)
     text = "Ada sees Bob. In Cleo we see Dan. Mr Eve likes Finn. Yes."
-    _, places = placed(opened.tokenizer, "encoder", text, [0, 14, 34, 53])
+    _, places = align_to_tokens(opened.tokenizer, "encoder", text, [0, 14, 34, 53])
 
     def logits(batch):  # type: ignore[no-untyped-def]
         wanted = torch.isin(
@@ -135,4 +135,4 @@ def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(t
         return torch.stack([1 - wanted, wanted], dim=-1)
 
     opened.logits = logits  # type: ignore[method-assign]
-    assert list(answers(opened, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]
+    assert list(predict(opened, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]

@@ -84,7 +84,7 @@ def test_made_questions_are_learned_along_with_the_asked_ones(tmp_path: Path) ->
         ENGLISH,
         ("When did Ada Brook build the bridge?", [(ENGLISH.index("1843"), "1843")]),
     )
-    qa = Qa(config.Qa(train=(place,), dev=(place,), cloze=7), vocabulary(tmp_path), "encoder", 120)
+    qa = Qa(config.QaConfig(train=(place,), dev=(place,), cloze=7), vocabulary(tmp_path), "encoder", 120)
     assert [question.id for question in qa.train] == ["0", *(f"cloze-{i}" for i in range(7))]
     assert len(qa.dev) == 1
 
@@ -120,7 +120,7 @@ class Reading:
 def test_matching_asks_of_each_token_of_a_context_whether_it_is_in_the_question(tmp_path: Path) -> None:
     place = squad(tmp_path / "q.json", ENGLISH, ("the mills 1843 zebra", [(ENGLISH.index("1843"), "1843")]))
     words = vocabulary(tmp_path)
-    task = Matching(config.Matching(train=(place,), dev=(place,), stride=20), words, "encoder", 80)
+    task = Matching(config.MatchingConfig(train=(place,), dev=(place,), stride=20), words, "encoder", 80)
     segments = task.segments(task.dev)
     assert len(segments) > 1  # windows
     for segment in segments:
@@ -130,7 +130,7 @@ def test_matching_asks_of_each_token_of_a_context_whether_it_is_in_the_question(
         assert (segment.targets[:first] == IGNORE).all() and segment.targets[-1] == IGNORE
     said = task.predict(Reading(words.eos), task.dev, Generation(), 160)
     assert task.scores(task.statistics(said, task.dev).sum(0)) == {"f1": 100, "precision": 100, "recall": 100}
-    name, everything = task.trivial()
+    name, everything = task.baseline()
     scores = task.scores(task.statistics(everything, task.dev).sum(0))
     share = np.concatenate([segment.targets[segment.targets != IGNORE] for segment in segments]).mean()
     assert (

@@ -11,7 +11,7 @@ from trifold.finetune import config
 from trifold.finetune.examples.pairs import read_pairs
 from trifold.finetune.tasks.translation import Translation
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 
 def test_the_same_pairs_from_every_format(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_bad_pairs_are_refused_by_file_and_line(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         read_pairs([",".join(f"{tmp_path}/{part}" for part in place.split(","))], "source", "target")
 
 
@@ -91,12 +91,12 @@ def test_a_decoder_is_asked_for_the_target_alone_and_long_pairs_are_refused_or_c
     (tmp_path / "p.jsonl").write_text(json.dumps({"source": "Ada met Bob", "target": "by the river"}) + "\n")
     place = (f"{tmp_path}/p.jsonl",)
     marks = tokenizer()
-    task = Translation(config.Translation(train=place, dev=place), marks, "decoder", 64)
+    task = Translation(config.TranslationConfig(train=place, dev=place), marks, "decoder", 64)
     [segment] = task.segments(task.train)
     assert marks.decode(segment.tokens) == "<s>Ada met Bob\n=>\nby the river"
     assert marks.decode(segment.targets[segment.targets != IGNORE]) == "by the river</s>"
     assert segment.tokens.tolist()[: len(task.prompts(task.dev)[0])] == task.prompts(task.dev)[0]
-    task = Translation(config.Translation(train=place, dev=place), marks, "encoder-decoder", 64)
+    task = Translation(config.TranslationConfig(train=place, dev=place), marks, "encoder-decoder", 64)
     [segment] = task.segments(task.train)
     assert segment.source is not None and marks.decode(segment.source) == "<s>Ada met Bob</s>"
     assert (marks.decode(segment.tokens), marks.decode(segment.targets)) == (
@@ -104,11 +104,13 @@ def test_a_decoder_is_asked_for_the_target_alone_and_long_pairs_are_refused_or_c
         "by the river</s>",
     )
     with pytest.raises(
-        Refused, match=r"p\.jsonl, line 1: source and target need \d+ tokens, and row_length is 6"
+        UserError, match=r"p\.jsonl, line 1: source and target need \d+ tokens, and row_length is 6"
     ):
-        short = Translation(config.Translation(train=place, dev=place), marks, "encoder-decoder", 6)
+        short = Translation(config.TranslationConfig(train=place, dev=place), marks, "encoder-decoder", 6)
         short.segments(short.train)
-    cut = Translation(config.Translation(train=place, dev=place, truncate=True), marks, "encoder-decoder", 6)
+    cut = Translation(
+        config.TranslationConfig(train=place, dev=place, truncate=True), marks, "encoder-decoder", 6
+    )
     [segment] = cut.segments(cut.train)
     assert (
         segment.source is not None

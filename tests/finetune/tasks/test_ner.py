@@ -9,11 +9,11 @@ import torch
 
 from tests.published import tokenizer
 from trifold.finetune import config
-from trifold.finetune.examples.conll import iob2, read_conll, read_tagged
-from trifold.finetune.tasks.ner import Ner, Written, read_back
+from trifold.finetune.examples.conll import iob2, read_conll, read_tagged_sentences
+from trifold.finetune.tasks.ner import Ner, WrittenNer, read_back
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import Family
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.data.objectives import Segment
 
 SCHEMES = {  # three entities, two of one type side by side
@@ -58,28 +58,28 @@ def test_files_of_two_and_four_columns_read_alike(tmp_path: Path) -> None:
     ],
 )
 def test_bad_lines_are_refused_by_file_and_line(text: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         list(read_conll(conll(tmp_path / "bad", text)))
 
 
 def test_a_file_without_a_sentence_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="none holds no sentence"):
-        list(read_tagged(conll(tmp_path / "none", "-DOCSTART- O\n\n\n")))
+    with pytest.raises(UserError, match="none holds no sentence"):
+        list(read_tagged_sentences(conll(tmp_path / "none", "-DOCSTART- O\n\n\n")))
 
 
 @pytest.mark.parametrize("family", ["encoder", "decoder"])
 def test_a_sentence_of_empty_words_is_tagged_outside(family: Family, tmp_path: Path) -> None:
     place = conll(tmp_path / "empty", "Ada\tB-PER\n\n\tO\n\n\tO\n\tO\n")
-    ner = Ner(config.Ner(train=(place,), dev=(place,)), tokenizer(), family, 32)
+    ner = Ner(config.NerConfig(train=(place,), dev=(place,)), tokenizer(), family, 32)
     assert all((segment.targets != IGNORE).any() for segment in ner.segments(ner.train))
 
 
 def test_a_type_that_training_never_saw_is_refused(tmp_path: Path) -> None:
     train, dev = conll(tmp_path / "train", "Ada\tB-PER\n"), conll(tmp_path / "dev", "Bob\tO\n\nUlm\tB-LOC\n")
     with pytest.raises(
-        Refused, match="dev, line 3: the type LOC was never seen in the training files, which have PER"
+        UserError, match="dev, line 3: the type LOC was never seen in the training files, which have PER"
     ):
-        Ner(config.Ner(train=(train,), dev=(dev,)), tokenizer(), "encoder", 32)
+        Ner(config.NerConfig(train=(train,), dev=(dev,)), tokenizer(), "encoder", 32)
 
 
 class Knowing:
@@ -115,7 +115,7 @@ def test_a_words_first_piece_carries_its_label_and_nothing_else_does(tmp_path: P
         "".join(f"{w}\t{t}\n" for w, t in zip(words, tags, strict=True)) + "\nUlm\tB-LOC\nmet\tO\n",
     )
     for family in ("encoder", "decoder"):
-        ner = Ner(config.Ner(train=(place,), dev=(place,)), tokenizer(), family, 128)  # type: ignore[arg-type]
+        ner = Ner(config.NerConfig(train=(place,), dev=(place,)), tokenizer(), family, 128)  # type: ignore[arg-type]
         segment, other = ner.segments(ner.train)
         labelled = {
             int(i): ner.labels[int(segment.targets[i])] for i in np.flatnonzero(segment.targets != IGNORE)
@@ -135,8 +135,8 @@ def test_a_words_first_piece_carries_its_label_and_nothing_else_does(tmp_path: P
 
 def test_the_usual_tag_is_the_trivial_system(tmp_path: Path) -> None:
     place = conll(tmp_path / "train", "May\tB-PER\n\nMay\tB-PER\n\nMay\tO\nnew\tO\n")
-    ner = Ner(config.Ner(train=(place,), dev=(place,)), tokenizer(), "encoder", 64)
-    name, guesses = ner.trivial()
+    ner = Ner(config.NerConfig(train=(place,), dev=(place,)), tokenizer(), "encoder", 64)
+    name, guesses = ner.baseline()
     assert name == "usual tag" and guesses == [("B-PER",), ("B-PER",), ("B-PER", "O")]
     assert ner.scores(ner.statistics(guesses, ner.dev).sum(axis=0))["f1"] == pytest.approx(80)
 
@@ -145,8 +145,8 @@ def test_entities_are_written_and_read_back_as_the_same_tags(tmp_path: Path) -> 
     place = conll(
         tmp_path / "train", "Ada\tB-PER\nmet\tO\nNew\tB-LOC\nYork\tI-LOC\nAda\tB-PER\n\nnobody\tO\n"
     )
-    written = Written(
-        config.Ner(train=(place,), dev=(place,), written=True), tokenizer(), "encoder-decoder", 64
+    written = WrittenNer(
+        config.NerConfig(train=(place,), dev=(place,), written=True), tokenizer(), "encoder-decoder", 64
     )
     first, second = written.segments(written.train)
     assert (
@@ -173,7 +173,7 @@ def test_a_hub_sets_tags_are_read_by_their_names(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(
         {"tokens": [["Ada", "Eve", "met"]], "ner_tags": [[1, 2, 0]]}, features=features
     ).to_parquet(tmp_path / "train.parquet")
-    [sentence] = read_tagged(f"hub:{tmp_path}:train")
+    [sentence] = read_tagged_sentences(f"hub:{tmp_path}:train")
     assert sentence.words == ("Ada", "Eve", "met") and sentence.tags == ("B-PER", "I-PER", "O")
-    with pytest.raises(Refused, match="cannot be read"):
-        list(read_tagged(f"hub:{tmp_path}/nothing:train"))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_tagged_sentences(f"hub:{tmp_path}/nothing:train"))

@@ -15,10 +15,10 @@ import torch
 
 from tests.published import tokenizer
 from trifold.finetune import config
-from trifold.finetune.examples.squad import read_squad
+from trifold.finetune.examples.squad import read_questions
 from trifold.finetune.tasks.qa import Qa, open_qa
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 
@@ -87,12 +87,12 @@ def test_what_the_targets_mark_is_the_answer_letter_for_letter(family: Any, tmp_
     answers = ["Ada", "town number 7", "Éva", "東京", "東", "京", "train", "Éva came to 東京 by train"]
     questions = [(f"what is {i}?", [(CONTEXT.index(text), text)]) for i, text in enumerate(answers)]
     place = squad(tmp_path / "train.json", CONTEXT, *questions, ("and nothing?", []))
-    qa = Qa(config.Qa(train=(place,), dev=(place,), stride=30), vocabulary(tmp_path), family, 80)
+    qa = Qa(config.QaConfig(train=(place,), dev=(place,), stride=30), vocabulary(tmp_path), family, 80)
     segments = qa.segments(qa.train)
     assert len(segments) >= 3 * len(qa.train) and max(len(s.tokens) for s in segments) <= 80
     marks = qa.pointer.tokenizer
     for length in range(60, 100, 4):  # windows that end before, in and after the answers
-        cut = Qa(config.Qa(train=(place,), dev=(place,), stride=30), marks, family, length)
+        cut = Qa(config.QaConfig(train=(place,), dev=(place,), stride=30), marks, family, length)
         spelled = {
             marks.decode(s.tokens[s.targets[0] : s.targets[1] + 1]).strip() for s in cut.segments(cut.train)
         }
@@ -106,33 +106,35 @@ def test_what_the_targets_mark_is_the_answer_letter_for_letter(family: Any, tmp_
 
 def test_windows_cover_the_context_and_share_the_stride(tmp_path: Path) -> None:
     place = squad(tmp_path / "train.json", CONTEXT, ("who?", [(0, "Ada")]))
-    qa = Qa(config.Qa(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 40)
+    qa = Qa(config.QaConfig(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 40)
     windows = [window for _, window in qa.pointer.windows(qa.train[:1])]
     ids = tokenizer().encode_batch([CONTEXT])[0].tolist()
     parts = [window.tokens[window.first : -1].tolist() for window in windows]
     assert all(before[-7:] == after[:7] for before, after in pairwise(parts))
     assert [i for n, part in enumerate(parts) for i in (part[7:] if n else part)] == ids
-    with pytest.raises(Refused, match=r"question 0: the question has \d+ tokens; row_length \(12\)"):
-        Qa(config.Qa(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 12).segments(qa.train)
+    with pytest.raises(UserError, match=r"question 0: the question has \d+ tokens; row_length \(12\)"):
+        Qa(config.QaConfig(train=(place,), dev=(place,), stride=7), tokenizer(), "encoder", 12).segments(
+            qa.train
+        )
 
 
 def test_an_answer_that_is_not_at_its_offset_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"a\.json, question 0: its answer 'Bob' is not at character 3 of the context, where ' an'"
         r" stands",
     ):
-        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(3, "Bob")]))))
-    with pytest.raises(Refused, match=r"question 0: .* each answer_start a whole number from 0 on"):
-        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who?", [(-6, CONTEXT[-6:-3])]))))
-    with pytest.raises(Refused, match=r"question 0: character 3 .* half of a surrogate pair"):
-        list(read_squad(squad(tmp_path / "a.json", CONTEXT, ("who\ud83d?", []))))
+        list(read_questions(squad(tmp_path / "a.json", CONTEXT, ("who?", [(3, "Bob")]))))
+    with pytest.raises(UserError, match=r"question 0: .* each answer_start a whole number from 0 on"):
+        list(read_questions(squad(tmp_path / "a.json", CONTEXT, ("who?", [(-6, CONTEXT[-6:-3])]))))
+    with pytest.raises(UserError, match=r"question 0: character 3 .* half of a surrogate pair"):
+        list(read_questions(squad(tmp_path / "a.json", CONTEXT, ("who\ud83d?", []))))
     (tmp_path / "b.json").write_text('{"data": [{"paragraphs": [{"context": "c", "qas": ["who?"]}]}]}')
-    with pytest.raises(Refused, match="is no SQuAD file"):
-        list(read_squad(str(tmp_path / "b.json")))
+    with pytest.raises(UserError, match="is no SQuAD file"):
+        list(read_questions(str(tmp_path / "b.json")))
     (tmp_path / "b.json").write_text("[1]")
-    with pytest.raises(Refused, match="is no SQuAD file"):
-        list(read_squad(str(tmp_path / "b.json")))
+    with pytest.raises(UserError, match="is no SQuAD file"):
+        list(read_questions(str(tmp_path / "b.json")))
 
 
 def test_an_encoder_decoder_writes_and_the_trivial_system_picks_a_sentence(tmp_path: Path) -> None:
@@ -142,10 +144,10 @@ def test_an_encoder_decoder_writes_and_the_trivial_system_picks_a_sentence(tmp_p
         ("Who came to 東京?", [(CONTEXT.index("Éva"), "Éva")]),
         ("and nothing?", []),
     )
-    qa = open_qa(config.Qa(train=(place,), dev=(place,)), tokenizer(), "encoder-decoder", 300)
+    qa = open_qa(config.QaConfig(train=(place,), dev=(place,)), tokenizer(), "encoder-decoder", 300)
     segments = qa.segments(qa.train)
     assert [tokenizer().decode(s.targets[:-1]) for s in segments] == ["Éva", "no answer"]
-    assert qa.trivial()[1][0].text == "Then Éva came to 東京 by train."
+    assert qa.baseline()[1][0].text == "Then Éva came to 東京 by train."
 
 
 def test_a_hub_set_of_questions_reads_as_the_file_does(tmp_path: Path) -> None:
@@ -167,6 +169,6 @@ def test_a_hub_set_of_questions_reads_as_the_file_does(tmp_path: Path) -> None:
     ]
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
-    said = [(q.id, q.question, q.context, q.answers) for q in read_squad(f"hub:{tmp_path}/hub:train")]
-    assert said == [(q.id, q.question, q.context, q.answers) for q in read_squad(place)]
+    said = [(q.id, q.question, q.context, q.answers) for q in read_questions(f"hub:{tmp_path}/hub:train")]
+    assert said == [(q.id, q.question, q.context, q.answers) for q in read_questions(place)]
     assert said[1][3] == ()

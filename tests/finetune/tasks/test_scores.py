@@ -7,12 +7,12 @@ import pytest
 
 from trifold.finetune.tasks.scores import (
     Rouge,
-    Sacre,
+    SacreBleu,
     answer_scores,
     answer_statistics,
+    bootstrap_intervals,
     entity_scores,
     entity_statistics,
-    intervals,
 )
 
 SAID = [
@@ -38,7 +38,7 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     streams = [[texts[0] for texts in TRUE], [texts[1] if len(texts) > 1 else None for texts in TRUE]]
     for name, corpus in (("BLEU", sacrebleu.corpus_bleu), ("CHRF", sacrebleu.corpus_chrf)):
-        metric = Sacre(name)
+        metric = SacreBleu(name)
         assert metric.score(metric.statistics(SAID, TRUE).sum(axis=0)) == pytest.approx(
             corpus(SAID, streams).score
         )
@@ -94,7 +94,9 @@ def test_answers_are_judged_by_squads_rules(
 def test_intervals_hold_the_score_and_shrink_with_more_examples() -> None:
     draw = np.random.default_rng(0)
     wide, narrow = (
-        intervals(np.stack([np.ones(n), hits := draw.random(n) < 0.7, hits], axis=1), answer_scores)["f1"]
+        bootstrap_intervals(
+            np.stack([np.ones(n), hits := draw.random(n) < 0.7, hits], axis=1), answer_scores
+        )["f1"]
         for n in (50, 5000)
     )
     assert wide[0] == pytest.approx(70 - 196 * (0.21 / 50) ** 0.5, abs=6)

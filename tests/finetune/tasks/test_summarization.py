@@ -10,8 +10,8 @@ import torch
 from tests.finetune.tasks.test_qa import Knowing
 from tests.published import tokenizer
 from trifold.finetune import config
-from trifold.finetune.examples.sentences import sentences
-from trifold.finetune.tasks.summarization import Extraction, Summarization, most_alike, open_summarization
+from trifold.finetune.examples.sentences import split_sentences
+from trifold.finetune.tasks.summarization import Extraction, Summarization, most_similar, open_summarization
 from trifold.modeling.batch import IGNORE
 
 DOCUMENT = "Ada met Bob. Nobody knows why!\nThe river was cold? 東京は大きい。Gus was in town."
@@ -23,12 +23,12 @@ def task(tmp_path: Path, family: Any, row_length: int = 200) -> Any:
         json.dumps({"document": DOCUMENT, "summary": "Ada met Bob when Gus was in town."}) + "\n"
     )
     return open_summarization(
-        config.Summarization(train=(str(place),), dev=(str(place),)), tokenizer(), family, row_length
+        config.SummarizationConfig(train=(str(place),), dev=(str(place),)), tokenizer(), family, row_length
     )
 
 
 def test_sentences_end_at_stops_and_lines_in_any_language() -> None:
-    found = [DOCUMENT[a:b] for a, b in sentences(DOCUMENT)]
+    found = [DOCUMENT[a:b] for a, b in split_sentences(DOCUMENT)]
     assert found == [
         "Ada met Bob.",
         "Nobody knows why!",
@@ -42,7 +42,7 @@ def test_the_oracle_picks_what_the_summary_says_and_an_encoder_is_taught_it(tmp_
     extraction = task(tmp_path, "encoder")
     assert (
         isinstance(extraction, Extraction)
-        and most_alike(extraction.train[0]) == {0, 4}
+        and most_similar(extraction.train[0]) == {0, 4}
         and extraction.number == 2
     )
     [segment] = extraction.segments(extraction.train)
@@ -56,7 +56,7 @@ def test_the_oracle_picks_what_the_summary_says_and_an_encoder_is_taught_it(tmp_
 
     [said] = extraction.predict(Taught([]), extraction.dev, None, 200)  # type: ignore[arg-type]
     assert said == "Ada met Bob. Gus was in town."
-    assert extraction.trivial() == ("lead-3", ["Ada met Bob. Nobody knows why! The river was cold?"])
+    assert extraction.baseline() == ("lead-3", ["Ada met Bob. Nobody knows why! The river was cold?"])
     assert extraction.scores(extraction.statistics([said], extraction.dev).sum(axis=0))["rouge1"] > 85
     assert len(task(tmp_path, "encoder", 12).segments(extraction.train)[0].tokens) == 12
 

@@ -14,18 +14,18 @@ from tests.processes import run_processes
 from trifold.launch.bench import contenders, data, gpu, rows
 from trifold.launch.bench.report import show
 from trifold.launch.recipe.reader import resolve
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.huggingface import export
 from trifold.modeling.transformer import build
-from trifold.pretrain.config.objectives import Causal
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config.objectives import CausalConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.storage.jsonl import read_lines
 
-HERE = Place(0, 1, 0, "cpu", None, 1)
+HERE = RankInfo(0, 1, 0, "cpu", None, 1)
 
 
-def small(family: str) -> Recipe:
+def small(family: str) -> PretrainRecipe:
     return resolve(f"configs/demo/{family}.yaml", ["micro_rows=2", "step_rows=2", "engine.precision=fp32"])
 
 
@@ -79,7 +79,7 @@ def test_a_contender_that_fails_is_a_result_and_the_others_go_on() -> None:
 
 def test_rows_of_an_objective_are_made_at_a_measured_rate() -> None:
     found = data.making(
-        resolve("configs/demo/decoder.yaml", ["step_rows=2", "micro_rows=1"]), "causal", Causal(), 3
+        resolve("configs/demo/decoder.yaml", ["step_rows=2", "micro_rows=1"]), "causal", CausalConfig(), 3
     )
     assert found["tokens/s"] > 0 and found["tokens"] > 0.9 * data.STEPS * 2 * 128
 
@@ -100,7 +100,7 @@ def test_a_table_is_also_a_json_file_and_a_chart(tmp_path: Path) -> None:
     assert (tmp_path / "nothing.json").exists() and not (tmp_path / "nothing.png").exists()
 
 
-def _contender(place: Place, name: str, i: int, out: str) -> list[dict[str, Any]]:
+def _contender(place: RankInfo, name: str, i: int, out: str) -> list[dict[str, Any]]:
     gpu.measure(name, i, Path(out), steps=1, tiny=True, place=place)
     return read_lines(Path(out))
 

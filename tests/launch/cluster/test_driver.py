@@ -17,8 +17,8 @@ import pytest
 from trifold.launch.cluster import capacity, driver
 from trifold.launch.cluster.attempt import Failure
 from trifold.launch.commands.pretrain import stopping
-from trifold.launch.recipe.schema import Recipe
-from trifold.modeling.errors import Refused
+from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.modeling.errors import UserError
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 
@@ -35,7 +35,7 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
         import torch
         import torch.distributed as dist
 
-        from trifold.modeling.errors import Refused
+        from trifold.modeling.errors import UserError
         from trifold.pretrain.monitor import heartbeat
         from trifold.pretrain.monitor.stop_request import StopRequest
         from trifold.pretrain.storage.jsonl import append_line
@@ -52,10 +52,10 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
                 {"time": time.time(), "event": "started", "step": first, "world": place.world},
             )
         for step in range(first + 1, recipe.steps + 1):
-            heartbeat.at("pretending", step=step, rows=(step, step))
+            heartbeat.set_phase("pretending", step=step, rows=(step, step))
             time.sleep(0.05 if step != sleep_at or place.rank == 0 else 1000)
             if step == refuse_at and place.rank == 1:
-                raise Refused("the disk is full: 0 bytes left")
+                raise UserError("the disk is full: 0 bytes left")
             if crash and place.rank == 1:
                 raise RuntimeError("something broke")
             stop = torch.tensor([float(request.asked())])
@@ -76,8 +76,8 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
     return train
 
 
-def recipe(run: Path, steps: int = 40, **cluster_keys: object) -> Recipe:
-    return Recipe.model_validate_json(
+def recipe(run: Path, steps: int = 40, **cluster_keys: object) -> PretrainRecipe:
+    return PretrainRecipe.model_validate_json(
         json.dumps(
             {
                 "run": str(run),
@@ -162,7 +162,7 @@ def test_a_run_on_this_machine_listens_on_its_loopback_alone(ray_cluster, tmp_pa
 
 
 def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to_go_on(ray_cluster, tmp_path):
-    with pytest.raises(Refused) as verdict:
+    with pytest.raises(UserError) as verdict:
         driver.run(recipe(tmp_path, max_restarts=0), stand_in(crash=True))
     said = str(verdict.value)
     assert (
@@ -180,7 +180,7 @@ def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to
 
 
 def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack_and_ended(ray_cluster, tmp_path):
-    with pytest.raises(Refused) as verdict:
+    with pytest.raises(UserError) as verdict:
         driver.run(recipe(tmp_path, max_restarts=0, step_timeout=6), stand_in(sleep_at=7))
     said = str(verdict.value)
     assert "rank 1 of 2 failed on" in said and "no rank came forward for 6 s, and this one is behind" in said
@@ -195,7 +195,7 @@ def test_a_host_that_comes_is_taken_in_and_one_that_goes_is_left_both_after_a_sa
     ray_cluster, tmp_path, monkeypatch
 ):
     room = [1]
-    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(room[0], room[0]))
+    monkeypatch.setattr(capacity, "free_workers", lambda *_: capacity.FreeWorkers(room[0], room[0]))
     monkeypatch.setattr(capacity, "SETTLED", 0.0)
 
     def events(kind: str) -> list[dict[str, object]]:
@@ -231,7 +231,7 @@ def test_a_run_begins_beside_another_with_what_is_free_and_takes_the_rest_in_whe
 
     other = Other.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
     ray.get(other.__ray_ready__.remote())
-    with pytest.raises(Refused, match=r"2 workers need 2 CPUs \(\d there, 1 of them free\): 1 fit"):
+    with pytest.raises(UserError, match=r"2 workers need 2 CPUs \(\d there, 1 of them free\): 1 fit"):
         driver.run(recipe(tmp_path), stand_in())
 
     def end_it() -> None:
@@ -248,7 +248,7 @@ def test_a_run_begins_beside_another_with_what_is_free_and_takes_the_rest_in_whe
 
 
 def test_a_refusal_inside_a_worker_is_told_as_it_is_and_not_tried_again(ray_cluster, tmp_path):
-    with pytest.raises(Refused, match=r"^the disk is full: 0 bytes left$"):
+    with pytest.raises(UserError, match=r"^the disk is full: 0 bytes left$"):
         driver.run(recipe(tmp_path), stand_in(refuse_at=3))
     assert kinds(tmp_path) == ["started"]
 
@@ -275,7 +275,7 @@ def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
 def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_cluster, tmp_path):
     driver.join()
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"900 workers need 900 CPUs \(\d+ there, \d+ of them free\): \d+"
         r" fit.*cluster.wait_at_start=600",
     ):
@@ -286,7 +286,7 @@ def test_a_run_that_saves_between_its_failures_outlives_more_of_them_than_max_re
     lost = Failure(0, RuntimeError("lost"), died=False)
     saves = iter([False, True, True, False, False])
     monkeypatch.setattr(driver, "join", lambda *_: None)
-    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(2, 2))
+    monkeypatch.setattr(capacity, "free_workers", lambda *_: capacity.FreeWorkers(2, 2))
 
     def ends(*_: object) -> Failure:
         if next(saves):
@@ -294,7 +294,7 @@ def test_a_run_that_saves_between_its_failures_outlives_more_of_them_than_max_re
         return lost
 
     monkeypatch.setattr(driver, "attempt", ends)
-    with pytest.raises(Refused, match=r"1 restarts of 1 were used: RuntimeError: lost"):
+    with pytest.raises(UserError, match=r"1 restarts of 1 were used: RuntimeError: lost"):
         driver.run(recipe(tmp_path, max_restarts=1), stand_in())
     assert kinds(tmp_path).count("failed") == 4 and next(saves) is False
 
@@ -307,7 +307,7 @@ def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path,
     monkeypatch.setattr(
         driver, "join", lambda *_: None
     )  # no Ray and no training: what the driver makes of hosts and ends
-    monkeypatch.setattr(capacity, "room", lambda *_: capacity.Room(fit := next(rooms), fit))
+    monkeypatch.setattr(capacity, "free_workers", lambda *_: capacity.FreeWorkers(fit := next(rooms), fit))
     for which in ("cluster_resources", "available_resources"):
         monkeypatch.setattr(capacity.ray, which, lambda: {"CPU": 1.0})
     monkeypatch.setattr(driver, "attempt", lambda *_: next(ends))
@@ -315,7 +315,7 @@ def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path,
         driver.run(recipe(tmp_path, wait_after_loss=limit), stand_in())
     else:
         with pytest.raises(
-            Refused,
+            UserError,
             match=r"(?s)2 workers need 2 CPUs .* after 0.6 s: 1 fit.*rank 0 of 2 failed.*lost.*Continue"
             r" with: trifold",
         ):
@@ -325,7 +325,7 @@ def test_below_its_least_workers_a_run_waits_for_hosts_until_its_limit(tmp_path,
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "no-port"])
 def test_an_address_where_nobody_answers_is_refused_at_once(tmp_path, address):
-    with pytest.raises(Refused, match=f"no Ray cluster answers at {address} "):
+    with pytest.raises(UserError, match=f"no Ray cluster answers at {address} "):
         driver.join(address)
 
 
@@ -333,7 +333,7 @@ def test_a_job_server_given_for_a_head_is_told_apart_at_once():
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"that is a web server, such as the one for jobs \(trifold submit\); a head listens at port"
         r" 6379",
     ):
@@ -358,11 +358,11 @@ def test_a_head_of_another_release_and_what_is_no_head_are_told_in_one_sentence(
         monkeypatch.setattr("ray._raylet.GcsClient", lambda **_: None)
         monkeypatch.setattr("ray.init", of_another_release)
         with pytest.raises(
-            Refused,
+            UserError,
             match=r"it runs Ray 2\.9\.3 and Python 3\.10\.1, and here are Ray 2\.\S+ and Python 3\.\S+:"
             r" install the same",
         ):
             driver.join(address)
         monkeypatch.setattr("ray._raylet.GcsClient", unheard)
-        with pytest.raises(Refused, match=r": what listens there is no Ray head\.$"):
+        with pytest.raises(UserError, match=r": what listens there is no Ray head\.$"):
             driver.join(address)

@@ -18,7 +18,7 @@ import yaml
 
 from tests.hosts import Hosts
 from tests.launch.jobs.test_jobs import step, until, write_recipe
-from trifold.pretrain.checkpoint.lease import counts, folders
+from trifold.pretrain.checkpoint.lease import all_folders, is_valid
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -146,7 +146,7 @@ def test_a_lost_host_costs_no_row_and_a_returned_one_is_used_again(
         (run / "stop").touch()
         assert driver.wait(60) == 143
     _say(run, way, gone)
-    assert all(counts(folder) for folder in folders(run) if (folder / "commit.json").exists())
+    assert all(is_valid(folder) for folder in all_folders(run) if (folder / "commit.json").exists())
     mine = losses(run)
     straight = undisturbed(recipe, max(mine))
     assert [mine[step][1] for step in sorted(mine)] == [straight[step][1] for step in sorted(mine)]
@@ -190,7 +190,7 @@ SLEEPS = """
 import sys
 from launch import cluster
 from trifold.launch.recipe.reader import resolve
-from trifold.modeling.config import Refused
+from trifold.modeling.config import UserError
 from pretrain import run
 
 def train(recipe, place):
@@ -210,7 +210,7 @@ recipe = resolve(sys.argv[1])
 run.prepare(recipe, 1, lambda what, done: None)
 try:
     cluster.run(recipe, train, sys.argv[2])
-except Refused as refusal:
+except UserError as refusal:
     sys.exit(str(refusal))
 """
 

@@ -28,12 +28,12 @@ from tests.processes import run_processes
 from tests.published import MODELS
 from trifold.launch.cluster import capacity, scorer
 from trifold.launch.recipe.reader import CLONE, resolve, write
-from trifold.launch.recipe.schema import Cluster, FinetuneRecipe, Recipe
-from trifold.launch.watch.progress import standing
-from trifold.modeling.errors import Refused
-from trifold.pretrain.distributed import Place
+from trifold.launch.recipe.schema import ClusterConfig, FinetuneRecipe, PretrainRecipe
+from trifold.launch.watch.progress import run_status
+from trifold.modeling.errors import UserError
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.monitor.metrics import Recorder
-from trifold.pretrain.monitor.run_folder import hand_over, waiting
+from trifold.pretrain.monitor.run_folder import queue_scores, queued_scores
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -62,7 +62,7 @@ MODEL = MODELS["modernbert"].model_dump(mode="json") | {
 }
 
 
-def recipe(folder: Path, run: str, **changes: Any) -> Recipe:
+def recipe(folder: Path, run: str, **changes: Any) -> PretrainRecipe:
     """Twelve steps with a checkpoint every four; its held-out text is the one that training is evaluated on
     too.
     """
@@ -94,10 +94,10 @@ def recipe(folder: Path, run: str, **changes: Any) -> Recipe:
         "cluster": {"workers": 1, "threads_per_worker": 1},
         "scoring": {"held_out": {"people": [{"path": f"{folder}/heldout.txt"}]}},
     }
-    return Recipe.model_validate_json(json.dumps(values | changes))
+    return PretrainRecipe.model_validate_json(json.dumps(values | changes))
 
 
-def pretrain(config: Recipe) -> str:
+def pretrain(config: PretrainRecipe) -> str:
     shown = io.StringIO()
     trifold.launch.commands.pretrain.pretrain(config, Console(file=shown, width=200))
     return shown.getvalue()
@@ -118,7 +118,7 @@ def waiting_at(step: int, scores: int):
 
         from trifold.pretrain import run
         from trifold.pretrain.engine.engine import Engine
-        from trifold.pretrain.monitor.run_folder import scored
+        from trifold.pretrain.monitor.run_folder import scored_checkpoints
         from trifold.pretrain.storage.jsonl import read_lines
 
         train_step, deadline = Engine.train_step, time.monotonic() + 90
@@ -129,7 +129,7 @@ def waiting_at(step: int, scores: int):
             ]
             while (
                 len(done) + 1 == step
-                and len(scored(run.Path(config.run))) < scores
+                and len(scored_checkpoints(run.Path(config.run))) < scores
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.1)
@@ -205,7 +205,7 @@ def test_scores_of_checkpoints_join_metrics_while_training_goes_on_and_those_of_
         lines[-1] == last
         and last["checkpoint"] == "step-00000012-g0001"
         and not failures(run)
-        and not waiting(run)
+        and not queued_scores(run)
     )
     (evaluated,) = (line for line in lines if line["step"] == 12 and "heldout_loss" in line)
     for name in ("heldout_loss", "accuracy", "heldout_targets"):
@@ -213,7 +213,7 @@ def test_scores_of_checkpoints_join_metrics_while_training_goes_on_and_those_of_
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     assert {event.step for event in board.Scalars("people/heldout_loss")} >= {first["step"], 12}
     said = f"step 12: people/heldout_loss {last['people/heldout_loss']:.3f}"
-    assert said in (beside / "said").read_text() and standing(run, False)["scores"] == said
+    assert said in (beside / "said").read_text() and run_status(run, False)["scores"] == said
 
 
 @pytest.mark.proof
@@ -287,22 +287,22 @@ def test_a_scorer_that_is_killed_comes_back_and_the_run_goes_on(ray_cluster, tmp
 def test_a_checkpoint_that_was_deleted_or_damaged_is_named_and_not_scored(beside):
     run = beside / "beside"
     alone = scorer.Scorer(recipe(beside, "beside"), {}, 1)
-    with pytest.raises(Refused, match="deleted before it was read"):
+    with pytest.raises(UserError, match="deleted before it was read"):
         alone.score("step-00000004-g0001")  # two are kept
     file = run / "checkpoints" / "step-00000008-g0001" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(Refused, match=r"rank-00000.safetensors: its sha256 is"):
+    with pytest.raises(UserError, match=r"rank-00000.safetensors: its sha256 is"):
         alone.score("step-00000008-g0001")
 
 
 def test_scores_that_a_cut_off_group_finds_too_are_one_line_of_the_metrics(tmp_path):
-    places = [Place(rank, 2, rank, "cpu", None, 1) for rank in (1, 0, 0)]
-    hand_over(tmp_path, {"step": 8, "checkpoint": "step-00000008-g0001", "tags/f1": 50.0})
+    places = [RankInfo(rank, 2, rank, "cpu", None, 1) for rank in (1, 0, 0)]
+    queue_scores(tmp_path, {"step": 8, "checkpoint": "step-00000008-g0001", "tags/f1": 50.0})
     for generation, place in enumerate(places, 1):
         with closing(Recorder(tmp_path, place, generation)) as recorder:
-            recorder.join_scores()
+            recorder.take_queued_scores()
     assert read_lines(tmp_path / "metrics.jsonl") == [
         {"step": 8, "checkpoint": "step-00000008-g0001", "tags/f1": 50.0, "generation": 2}
     ]
@@ -312,7 +312,10 @@ def test_a_host_that_came_back_and_took_the_scorer_in_is_room_for_a_worker(tmp_p
     hosts = [{"NodeID": name, "Resources": {"CPU": 1.0}} for name in ("one", "two", "back")]
     monkeypatch.setattr(capacity, "hosts", lambda: hosts)
     monkeypatch.setattr(capacity.ray._private.state, "available_resources_per_node", lambda: {"back": {}})
-    growth, mine = capacity.Growth(Cluster(workers=3, min_workers=2), 1, 2), Counter(["one", "two"])
+    growth, mine = (
+        capacity.ResizePolicy(ClusterConfig(workers=3, min_workers=2), 1, 2),
+        Counter(["one", "two"]),
+    )
     monkeypatch.setattr(capacity, "SETTLED", 0.0)
     assert growth.wanted(mine, {}) is None
     assert growth.wanted(mine, {"back": {"CPU": 1.0, "GPU": 0.0}}) == 3
@@ -326,16 +329,16 @@ def test_there_is_room_for_whole_groups_of_ranks_that_share_rows(monkeypatch):
         "available_resources_per_node",
         lambda: {"one": {"CPU": 2.0}, "two": {"CPU": 1.0}},
     )
-    assert capacity.room(Cluster(workers=8), 1) == (3, 5)
-    assert capacity.room(Cluster(workers=8), 2) == (2, 4)
-    assert capacity.room(Cluster(workers=8), 4) == (0, 4)
+    assert capacity.free_workers(ClusterConfig(workers=8), 1) == (3, 5)
+    assert capacity.free_workers(ClusterConfig(workers=8), 2) == (2, 4)
+    assert capacity.free_workers(ClusterConfig(workers=8), 4) == (0, 4)
 
 
 def test_what_cannot_be_scored_is_refused_before_the_run_starts(tmp_path):
     def refused(why: str, model: dict[str, Any] = MODEL, **scoring: Any) -> None:
         config = recipe(tmp_path, "refused", model=model, scoring=scoring)
-        with pytest.raises(Refused, match=why):
-            tasks = scorer.asked(config)
+        with pytest.raises(UserError, match=why):
+            tasks = scorer.resolve_tasks(config)
             trifold.launch.commands.pretrain.run.make_tokenizer(config, lambda what, done: None)
             scorer.prepare(config, tasks, 1, lambda what, done: None)
 

@@ -15,8 +15,8 @@ from tests.launch.jobs.test_jobs import trifold, write_recipe
 from trifold.launch.cluster import driver
 from trifold.launch.cluster.tokenize_tasks import over_cluster
 from trifold.launch.recipe.reader import CLONE
-from trifold.pretrain.config.pretraining import Source
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.config.pretraining import SourceConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data import prepare as module
 from trifold.pretrain.data.prepare import Tokenize, over_processes, prepare
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
@@ -28,9 +28,9 @@ TEXTS = [
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> SourceConfig:
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
-    return Source(path=str(tmp_path / "text.txt"))
+    return SourceConfig(path=str(tmp_path / "text.txt"))
 
 
 @pytest.fixture

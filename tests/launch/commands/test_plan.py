@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trifold.launch.commands.plan import Where, beside, plan, predict, rate_of
+from trifold.launch.commands.plan import Machine, compare_to_measured, plan, predict, rate_of
 from trifold.launch.recipe.reader import resolve
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
-from trifold.pretrain.engine.memory_estimate import Memory
+from trifold.modeling.errors import UserError
+from trifold.pretrain.engine.memory_estimate import RankMemory
 from trifold.pretrain.storage.jsonl import append_line
 
-GIVEN = Where(
+GIVEN = Machine(
     4,
     "cpu",
     memory=2**34,
@@ -27,13 +27,13 @@ GIVEN = Where(
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe(tmp_path: Path) -> PretrainRecipe:
     return resolve(
         "configs/demo/decoder.yaml", [f"run={tmp_path}", "micro_rows=4", "step_rows=64", "steps=1000"]
     )
 
 
-def test_seconds_price_and_failures_follow_from_the_rate(recipe: Recipe) -> None:
+def test_seconds_price_and_failures_follow_from_the_rate(recipe: PretrainRecipe) -> None:
     found = predict(recipe, GIVEN)
     assert found["step_seconds"] == 64 * recipe.data.row_length / 4000
     assert found["micros_of_a_rank"] == 4
@@ -47,7 +47,7 @@ def test_seconds_price_and_failures_follow_from_the_rate(recipe: Recipe) -> None
 
 
 def test_ranks_that_share_rows_hold_less_take_half_as_long_for_a_micro_and_send_each_other_heads(
-    recipe: Recipe,
+    recipe: PretrainRecipe,
 ) -> None:
     shared = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"sequence_parallel": 2})})
     alone, found = predict(recipe, GIVEN), predict(shared, GIVEN)
@@ -72,14 +72,14 @@ def test_ranks_that_share_rows_hold_less_take_half_as_long_for_a_micro_and_send_
     assert sent == found["micros_of_a_rank"] * 2 * model.num_layers * 4 * positions * heads / 2
 
 
-def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: PretrainRecipe, tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as said:
         found = plan(recipe, replace(GIVEN, memory=30 * 2**20), Console(file=said, width=200))
     assert found["memory_peak_bytes"] > 30 * 2**20 and 0 < found["largest_micro_rows"] < 4
     assert f"micro_rows to {found['largest_micro_rows']} at most" in (tmp_path / "said").read_text()
 
 
-def test_a_plan_says_whether_blocks_are_recomputed(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_plan_says_whether_blocks_are_recomputed(recipe: PretrainRecipe, tmp_path: Path) -> None:
     auto = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": "auto"})})
     with (tmp_path / "said").open("w") as said:
         ample, tight = (
@@ -94,33 +94,35 @@ def test_a_plan_says_whether_blocks_are_recomputed(recipe: Recipe, tmp_path: Pat
 
 
 def test_what_a_process_holds_besides_is_not_known_from_a_rate_and_none_of_it_is_a_gpus(
-    recipe: Recipe, tmp_path: Path
+    recipe: PretrainRecipe, tmp_path: Path
 ) -> None:
     with (tmp_path / "said").open("w") as said:
         found = plan(recipe, GIVEN, Console(file=said, width=200))
     assert found["memory_process_bytes"] is None
-    assert found["memory_peak_bytes"] == sum(found[f"memory_{part}_bytes"] for part in Memory._fields)
+    assert found["memory_peak_bytes"] == sum(found[f"memory_{part}_bytes"] for part in RankMemory._fields)
     [line] = [line for line in (tmp_path / "said").read_text().splitlines() if "memory: process" in line]
     assert "not known without steps here" in line
     assert predict(recipe, replace(GIVEN, device="cuda"))["memory_process_bytes"] == 0
 
 
-def test_fp8_is_planned_for_a_gpu_alone(recipe: Recipe) -> None:
+def test_fp8_is_planned_for_a_gpu_alone(recipe: PretrainRecipe) -> None:
     fp8 = recipe.model_copy(
         update={"engine": recipe.engine.model_copy(update={"fp8": True, "precision": "bf16"})}
     )
-    with pytest.raises(Refused, match="on the CPU"):
+    with pytest.raises(UserError, match="on the CPU"):
         predict(fp8, GIVEN)
     assert predict(fp8, replace(GIVEN, device="cuda"))["step_seconds"] > 0
 
 
-def test_a_rate_cannot_be_measured_on_a_device_that_is_not_here(recipe: Recipe) -> None:
-    with pytest.raises(Refused, match="--tokens-per-second"):
+def test_a_rate_cannot_be_measured_on_a_device_that_is_not_here(recipe: PretrainRecipe) -> None:
+    with pytest.raises(UserError, match="--tokens-per-second"):
         predict(recipe, replace(GIVEN, device="cuda", tokens_per_second=None))
 
 
-def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(recipe: Recipe, tmp_path: Path) -> None:
-    assert beside(recipe) is None
+def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(
+    recipe: PretrainRecipe, tmp_path: Path
+) -> None:
+    assert compare_to_measured(recipe) is None
     with (tmp_path / "said").open("w") as said:
         plan(recipe, GIVEN, Console(file=said))
     append_line(tmp_path / "events.jsonl", {"event": "started", "world": 2})
@@ -130,7 +132,7 @@ def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(recipe: Rec
             {"step": step, "seconds": seconds, "tokens_per_s": 4096 / seconds, "peak_bytes": 2**25},
         )
     append_line(tmp_path / "events.jsonl", {"event": "save_committed", "bytes": 1000, "seconds": 0.5})
-    table = beside(recipe)
+    table = compare_to_measured(recipe)
     assert table is not None and table.row_count == 4
     written = json.loads((tmp_path / "plan.json").read_text())
     assert (

@@ -25,7 +25,7 @@ from trifold.launch.compare.report import write
 from trifold.launch.recipe.reader import resolve_any
 from trifold.launch.recipe.schema import FinetuneRecipe
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import build
 from trifold.pretrain.data.collate import Row, stack
 from trifold.pretrain.publish import published_folder
@@ -113,14 +113,14 @@ def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: 
         }
     )
     with pytest.raises(
-        Refused, match=r"transformer has 6\d,\d+ parameters and .*gru \d\d,\d+, .*% more: .* up to 10%"
+        UserError, match=r"transformer has 6\d,\d+ parameters and .*gru \d\d,\d+, .*% more: .* up to 10%"
     ):
         compare([a, large], tmp_path, None, None, console)
-    with pytest.raises(Refused, match=r"steps is 2 in .*gru and 3 in .*transformer"):
+    with pytest.raises(UserError, match=r"steps is 2 in .*gru and 3 in .*transformer"):
         compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, None, console)
-    with pytest.raises(Refused, match=r"--word 'it' is no word of the sentence 'A white dog\.'"):
+    with pytest.raises(UserError, match=r"--word 'it' is no word of the sentence 'A white dog\.'"):
         compare([a, b], tmp_path, "A white dog.", "it", console)
-    with pytest.raises(Refused, match="two recipes have the run folder"):
+    with pytest.raises(UserError, match="two recipes have the run folder"):
         compare([a, a], tmp_path, None, None, console)
 
 
@@ -130,7 +130,7 @@ def test_a_finished_run_of_another_recipe_is_refused_or_scored_anew(
     monkeypatch.setattr(probes, "POSITIONS", 64)
     console, out, events = Console(quiet=True), tmp_path / "out", tmp_path / "gru" / "events.jsonl"
     compare(recipes(tmp_path, ["gru"]), out, None, None, console)
-    with pytest.raises(Refused, match=r"optimizer\.lr: 0\.001 there, 0\.5 here"):
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 there, 0\.5 here"):
         compare(recipes(tmp_path, ["gru"], optimizer={"lr": 0.5}), out, None, None, console)
     assert all(_finished(recipe) for recipe in recipes(tmp_path, ["gru"], engine={"recompute": True}))
     compare(recipes(tmp_path, ["gru"], generation={"max_new": 1}), out, None, None, console)
@@ -149,7 +149,7 @@ def test_models_that_learned_from_unlike_files_are_refused_and_what_is_finished_
     compare([gru], out, None, None, console)
     for _ in range(2):  # once it was trained, and at once
         with pytest.raises(
-            Refused,
+            UserError,
             match=r"gru has rows of \w*fingerprint \w+, and .*transformer of \w+: .* Give one another `run`",
         ):
             compare([gru, transformer], out, None, None, console)
@@ -162,13 +162,13 @@ def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path:
     with pytest.raises(FileExistsError):
         compare([a, b], tmp_path / "file", None, None, console)
     alike = [r.model_copy(update={"run": str(tmp_path / part / "same")}) for r, part in ((a, "p"), (b, "q"))]
-    with pytest.raises(Refused, match=r"p/same and .*q/same end in the same name"):
+    with pytest.raises(UserError, match=r"p/same and .*q/same end in the same name"):
         compare(alike, tmp_path / "out", None, None, console)
-    with pytest.raises(Refused, match="two recipes have the run folder"):
+    with pytest.raises(UserError, match="two recipes have the run folder"):
         compare(
             [a, a.model_copy(update={"run": f"{tmp_path}/x/../gru"})], tmp_path / "out", None, None, console
         )
-    with pytest.raises(Refused, match="there is no recipe"):
+    with pytest.raises(UserError, match="there is no recipe"):
         compare([], tmp_path / "out", None, None, console)
     assert not {"gru", "gru-attention", "p", "q"} & {path.name for path in tmp_path.iterdir()}
 
@@ -213,8 +213,8 @@ def test_the_shipped_recipes_are_comparable(
             shape = resolve_any(file.with_name(file.name.replace("wnut17", "broad-twitter"))).model.config  # type: ignore[union-attr]
             folder, words = Path(recipe.model.folder), vocabulary(tmp_path)
             folder.mkdir(parents=True)
-            published_folder.write(folder, shape, build(shape, 1).state_dict(), words)
-            published_folder.seal(folder, shape, words, "no data", {})
+            published_folder.write_folder(folder, shape, build(shape, 1).state_dict(), words)
+            published_folder.write_record(folder, shape, words, "no data", {})
     comparable(found)
 
 

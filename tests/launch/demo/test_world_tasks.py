@@ -9,8 +9,8 @@ import pytest
 
 from trifold.finetune.examples.conll import read_conll
 from trifold.finetune.examples.pairs import read_pairs
-from trifold.finetune.examples.sentences import sentences
-from trifold.finetune.examples.squad import read_squad
+from trifold.finetune.examples.sentences import split_sentences
+from trifold.finetune.examples.squad import read_questions
 from trifold.launch.demo.world import SENTENCES, Fact, make_world, name, sentence
 from trifold.launch.demo.world_language import GLOSSES, stem, translated
 from trifold.launch.demo.world_tasks import QUESTIONS, TELLINGS, write_tasks
@@ -123,7 +123,7 @@ def test_tags_mark_all_names_and_dev_has_names_of_its_own(folder: Path):
 def test_a_summary_tells_of_the_one_who_is_told_of_most(folder: Path):
     for line in (folder / "summaries" / "dev.jsonl").read_text().splitlines():
         record = json.loads(line)
-        told = [record["document"][slice(*span)] for span in sentences(record["document"])]
+        told = [record["document"][slice(*span)] for span in split_sentences(record["document"])]
         people = [entity.name for entity in make_world(0) if entity.kind == "person"]
         subject = record["summary"].split(",")[0]
         counts = {person: sum(person in one for one in told) for person in people}
@@ -141,12 +141,12 @@ def test_a_summary_tells_of_the_one_who_is_told_of_most(folder: Path):
 
 def test_an_answer_stands_where_it_is_said_to_and_its_sentence_is_longer(folder: Path):
     questions = list(
-        read_squad(str(folder / "questions" / "dev.json"))
+        read_questions(str(folder / "questions" / "dev.json"))
     )  # refuses an answer that is not at its offset
     assert len(questions) == 150
     for question in questions:
         [(start, text)] = question.answers
-        [around] = [(a, b) for a, b in sentences(question.context) if a <= start < b]
+        [around] = [(a, b) for a, b in split_sentences(question.context) if a <= start < b]
         assert (
             start + len(text) <= around[1]
             and len(question.context[slice(*around)].split()) > len(text.split()) + 1

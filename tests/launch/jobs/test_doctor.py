@@ -147,7 +147,7 @@ def test_what_is_wrong_is_one_sentence_that_says_where_and_what_to_do(case):
     found = healthy()
     break_it(found)
     (finding,) = diagnose(found)
-    assert finding.mend == mend
+    assert finding.fix == mend
     assert re.search(sentence, finding.sentence), finding.sentence
 
 

@@ -24,8 +24,8 @@ from rich.console import Console
 
 from tests.hosts import Hosts, missing
 from trifold.launch.jobs.jobs import Jobs
-from trifold.modeling.errors import Refused
-from trifold.pretrain.checkpoint.lease import committed
+from trifold.modeling.errors import UserError
+from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 RECIPE = {
@@ -131,9 +131,9 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
     stopped = trifold(hosts, "stop", "run-left")
     assert stopped.returncode == 0, stopped.stderr
     last = step(run)
-    assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and committed(run)[-1].name.startswith(
-        f"step-{last:08d}"
-    )
+    assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and valid_folders(run)[
+        -1
+    ].name.startswith(f"step-{last:08d}")
     assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left").stdout
     assert "does not run any more" in trifold(hosts, "stop", "run-left").stderr
 
@@ -195,7 +195,7 @@ def test_an_address_where_nobody_takes_jobs_is_refused_within_seconds():
         ("127.0.0.1:1", "that is no http:// address"),
     ):
         with pytest.raises(
-            Refused,
+            UserError,
             match=rf"^no Ray cluster takes jobs at {address}: {why}\. Give its head's job server, such as"
             r" http://",
         ):
@@ -221,7 +221,7 @@ def test_another_ray_release_is_refused_with_both_versions():
     server = HTTPServer(("127.0.0.1", 0), Old)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.raises(
-        Refused, match=r"runs Ray 2\.9\.3, and here is 2\.\d+\.\d+: install the same release on both sides"
+        UserError, match=r"runs Ray 2\.9\.3, and here is 2\.\d+\.\d+: install the same release on both sides"
     ):
         Jobs(f"http://127.0.0.1:{server.server_port}")
     server.shutdown()

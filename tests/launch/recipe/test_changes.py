@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from trifold.launch.recipe.changes import SAFE, differences, settle
+from trifold.launch.recipe.changes import SAFE, differences, reconcile_run_folder
 from trifold.launch.recipe.reader import flatten, resolve
-from trifold.launch.recipe.schema import FinetuneRecipe, Recipe
-from trifold.modeling.errors import Refused
+from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import render_marker
 from trifold.pretrain.checkpoint.lease import COMMIT
 from trifold.pretrain.storage.jsonl import append_line
@@ -33,7 +33,7 @@ BASE = {
 }
 
 
-def recipe(**changed: object) -> Recipe:
+def recipe(**changed: object) -> PretrainRecipe:
     values = json.loads(json.dumps(BASE))
     for key, value in changed.items():
         *parents, last = key.split("__")
@@ -41,10 +41,10 @@ def recipe(**changed: object) -> Recipe:
         for parent in parents:
             target = target.setdefault(parent, {})
         target[last] = value
-    return Recipe.model_validate_json(json.dumps(values))
+    return PretrainRecipe.model_validate_json(json.dumps(values))
 
 
-def verdict(step: int = 10, old: Recipe | None = None, **changed: object) -> bool:
+def verdict(step: int = 10, old: PretrainRecipe | None = None, **changed: object) -> bool:
     [change] = differences(old or recipe(), recipe(**changed), step)
     return change.safe
 
@@ -129,19 +129,21 @@ def test_every_line_of_the_table_names_a_key_that_exists(monkeypatch):
 
 def test_an_existing_folder_refuses_each_unsafe_key_and_keeps_its_recipe(tmp_path):
     run = str(tmp_path / "run")
-    settle(recipe(run=run))
-    assert settle(recipe(run=run, seed=7)) == []  # nothing was made yet
-    settle(recipe(run=run))
+    reconcile_run_folder(recipe(run=run))
+    assert reconcile_run_folder(recipe(run=run, seed=7)) == []  # nothing was made yet
+    reconcile_run_folder(recipe(run=run))
     (tmp_path / "run" / "tokenizer").mkdir()
     append_line(tmp_path / "run" / "metrics.jsonl", {"step": 3})
-    with pytest.raises(Refused) as refusal:
-        settle(recipe(run=run, seed=5, step_rows=8, cluster__workers=4))
+    with pytest.raises(UserError) as refusal:
+        reconcile_run_folder(recipe(run=run, seed=5, step_rows=8, cluster__workers=4))
     assert "seed: 0 there, 5 here" in str(refusal.value) and "step_rows: 4 there, 8 here" in str(
         refusal.value
     )
     assert "cluster" not in str(refusal.value)
     assert resolve(tmp_path / "run" / "config.yaml").seed == 0
-    assert [change.key for change in settle(recipe(run=run, cluster__workers=4))] == ["cluster.workers"]
+    assert [change.key for change in reconcile_run_folder(recipe(run=run, cluster__workers=4))] == [
+        "cluster.workers"
+    ]
     assert resolve(tmp_path / "run" / "config.yaml").cluster.workers == 4
 
 
@@ -149,14 +151,14 @@ def test_a_folder_that_was_only_prepared_here_is_compared_with_the_checkpoint_th
     tmp_path,
 ):
     there = {"run": str(tmp_path / "run"), "checkpoints__storage": str(tmp_path / "store")}
-    settle(recipe(**there))
+    reconcile_run_folder(recipe(**there))
     (tmp_path / "run" / "tokenizer").mkdir()
-    assert [change.key for change in settle(recipe(**there, seed=7))] == [
+    assert [change.key for change in reconcile_run_folder(recipe(**there, seed=7))] == [
         "seed"
     ]  # nothing is trained anywhere
     checkpoint = tmp_path / "store" / "run" / "checkpoints" / "step-00000010-g0001"
     checkpoint.mkdir(parents=True)
     state = {"step": 10, "config": recipe(**there).model_dump(mode="json")}
     (checkpoint / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
-    with pytest.raises(Refused, match="seed: 0 there, 7 here"):
-        settle(recipe(**there, seed=7))
+    with pytest.raises(UserError, match="seed: 0 there, 7 here"):
+        reconcile_run_folder(recipe(**there, seed=7))

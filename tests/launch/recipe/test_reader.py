@@ -10,7 +10,7 @@ import yaml
 
 from trifold.launch.recipe.reader import CLONE, resolve, write
 from trifold.launch.recipe.schema import FinetuneRecipe
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 
 RECIPE = """
 run: runs/x
@@ -121,7 +121,7 @@ def recipe(tmp_path) -> Path:
     ],
 )
 def test_each_mistake_is_refused_in_one_sentence(recipe, override, message):
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         resolve(recipe, [override])
     assert message in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
@@ -129,7 +129,7 @@ def test_each_mistake_is_refused_in_one_sentence(recipe, override, message):
 
 def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
     monkeypatch.setenv("TRIFOLD_DATA", "data")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         resolve("configs/finetune/multi30k.yaml", ["task.prompt=Translate"], FinetuneRecipe)
     assert "`task.prompt`: 'Translate' has no {source} in it, where each text is to stand." in str(
         refusal.value
@@ -138,13 +138,13 @@ def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
 
 def test_a_recipe_of_the_other_command_is_refused_with_the_name_of_its_own():
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"tags\.yaml is a recipe of `trifold finetune`, and one of `trifold pretrain` is wanted"
         r" here\.$",
     ):
         resolve("configs/demo/tags.yaml")
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"encoder\.yaml is a recipe of `trifold pretrain`, and one of `trifold finetune` is wanted"
         r" here\.$",
     ):
@@ -154,7 +154,7 @@ def test_a_recipe_of_the_other_command_is_refused_with_the_name_of_its_own():
 def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text("extends: recipe.yaml\noptimizer: {lrr: 3}\n")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         resolve(child, ["steps=0"])
     lines = sorted(str(refusal.value).splitlines())
     assert lines[0].startswith(f"{child}: there is no key `optimizer.lrr`")
@@ -177,16 +177,16 @@ def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
 )
 def test_broken_files_are_refused_by_name_and_line(tmp_path, text, message):
     (tmp_path / "broken.yaml").write_text(text)
-    with pytest.raises(Refused, match=re.escape(message)) as refusal:
+    with pytest.raises(UserError, match=re.escape(message)) as refusal:
         resolve(tmp_path / "broken.yaml")
     assert "broken.yaml" in str(refusal.value)
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):
-    with pytest.raises(Refused, match="there is no recipe"):
+    with pytest.raises(UserError, match="there is no recipe"):
         resolve(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Refused, match=r"binary\.yaml cannot be read as UTF-8"):
+    with pytest.raises(UserError, match=r"binary\.yaml cannot be read as UTF-8"):
         resolve(tmp_path / "binary.yaml")
 
 
@@ -275,7 +275,7 @@ def test_every_shipped_task_resolves_and_reads_back(file, monkeypatch, tmp_path)
     write(made, tmp_path / "config.yaml")
     assert resolve(tmp_path / "config.yaml", kind=FinetuneRecipe) == made
     assert (CLONE / file).read_text().startswith("# ")
-    with pytest.raises(Refused, match=r"no key `model.form`; did you mean `model.from`"):
+    with pytest.raises(UserError, match=r"no key `model.form`; did you mean `model.from`"):
         resolve(file, ["model.form=x"], FinetuneRecipe)
 
 

@@ -16,10 +16,10 @@ from trifold.launch.demo.world import write_world
 from trifold.launch.recipe.reader import resolve_any
 from trifold.launch.rehearse import verify_resume
 from trifold.launch.rehearse.verify_resume import WINDOW, Leg, differences, draw_legs
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.data.loader import Loader
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.storage.jsonl import append_line
 
 OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "spans"}
@@ -84,20 +84,20 @@ def verify(config: str, kills: int) -> str:
     console = Console(width=140, file=StringIO(), record=True)
     try:
         verify_resume.verify_resume(config, [], kills, 0, console)
-    except Refused as refusal:
+    except UserError as refusal:
         console.print(f"REFUSED: {refusal}", markup=False, soft_wrap=True)
     said = console.export_text()
     print(said)
     return said
 
 
-def other_seed(recipe: Any, place: Place) -> None:
+def other_seed(recipe: Any, place: RankInfo) -> None:
     """Training whose continuation is broken: dropout and rows are drawn anew."""
     resumes = newest_verified(Path(recipe.run), lambda event, **facts: None) is not None
     trifold.pretrain.run.train(recipe.model_copy(update={"seed": 1}) if resumes else recipe, place)
 
 
-def other_cursor(recipe: Any, place: Place) -> None:
+def other_cursor(recipe: Any, place: RankInfo) -> None:
     """Training whose continuation reads each step's rows one row late."""
     make = Loader.__init__
 

@@ -12,8 +12,8 @@ from tests.launch.cluster.test_driver import recipe
 from tests.launch.test_cli import place as place
 from tests.launch.test_cli import start
 from trifold.launch.watch import trackers
-from trifold.launch.watch.trackers import told
-from trifold.modeling.errors import Refused
+from trifold.launch.watch.trackers import tracking
+from trifold.modeling.errors import UserError
 from trifold.pretrain.storage.jsonl import append_line
 
 SECRET = "0123456789abcdef" * 3
@@ -36,7 +36,7 @@ def run_to(run: Path, first: int, last: int, event: str = "stopped") -> None:
 def told_of(
     run: Path, name: str, first: int, last: int, event: str = "stopped", console: Console | None = None
 ) -> None:
-    with told(recipe(run).model_copy(update={"trackers": (name,)}), console or Console()):
+    with tracking(recipe(run).model_copy(update={"trackers": (name,)}), console or Console()):
         run_to(run, first, last, event)
 
 
@@ -109,7 +109,8 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", absent)
     with pytest.raises(
-        Refused, match=r"trackers: wandb is not installed .* pip install -c constraints\.txt -e '\.\[wandb\]'"
+        UserError,
+        match=r"trackers: wandb is not installed .* pip install -c constraints\.txt -e '\.\[wandb\]'",
     ):
         told_of(tmp_path, "wandb", 1, 1)
 

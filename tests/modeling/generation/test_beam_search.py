@@ -12,7 +12,7 @@ from tests.modeling.families import RECURRENT
 from tests.published import MODELS, SPECIAL, random_model
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate, hypotheses
 from trifold.modeling.huggingface import export
 from trifold.modeling.transformer import build
@@ -60,7 +60,7 @@ def test_the_best_beams_come_in_order_with_their_true_scores() -> None:
     scores = [score for _, score in beams]
     assert len({tuple(tokens) for tokens, _ in beams}) == 3 and scores == sorted(scores, reverse=True)
     assert [beams[0][0]] == generate(model, [[5, 6]], Generation(max_new=4, beams=3), **SPECIAL)
-    with pytest.raises(Refused, match="3 beams cannot give 4 texts"):
+    with pytest.raises(UserError, match="3 beams cannot give 4 texts"):
         hypotheses(model, [[5]], Generation(beams=3, num_best=4), **SPECIAL)
 
 

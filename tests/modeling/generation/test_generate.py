@@ -6,7 +6,7 @@ import torch
 from tests.modeling.families import CONFIGS, RECURRENT
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer, build
 
@@ -104,7 +104,7 @@ def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
 
 
 def test_an_encoder_and_a_full_table_of_positions_are_refused() -> None:
-    with pytest.raises(Refused, match="encoder does not generate"):
+    with pytest.raises(UserError, match="encoder does not generate"):
         generate(build(CONFIGS["modernbert"], 0), PROMPTS, Generation(max_new=2), bos=BOS, eos=EOS, pad=PAD)
-    with pytest.raises(Refused, match="35 positions, and this model has learned 32"):
+    with pytest.raises(UserError, match="35 positions, and this model has learned 32"):
         generate(build(CONFIGS["gpt2"], 0), PROMPTS, Generation(max_new=28), bos=BOS, eos=EOS, pad=PAD)

@@ -14,7 +14,7 @@ from tests.published import MODELS, SPECIAL, batch_of
 from trifold.modeling.config import Lora
 from trifold.modeling.huggingface import export
 from trifold.modeling.huggingface.adapters import adapters
-from trifold.modeling.lora import adapt, merged
+from trifold.modeling.lora import add_lora, merge_lora
 from trifold.modeling.transformer import build
 
 NAMES = ["llama, biases, two groups", "modernbert", "modernbert, tags", "t5gemma", "t5gemma's encoder, tags"]
@@ -24,14 +24,14 @@ NAMES = ["llama, biases, two groups", "modernbert", "modernbert, tags", "t5gemma
 def test_stock_weights_plus_adapters_are_the_merged_weights(name: str, tmp_path: Path) -> None:
     config, lora = MODELS[name], Lora(rank=3, alpha=5.0, targets=("q", "v", "o", "up"))
     model = build(config, 1)
-    adapt(model, lora, seed=1)
+    add_lora(model, lora, seed=1)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(".b"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     state = model.state_dict()
     settings, tensors = adapters(config, state, lora, SPECIAL, "base")
     hf, base = export(config, {n: t for n, t in state.items() if not n.endswith((".a", ".b"))}, SPECIAL)
-    wanted = export(config, merged(state, lora.scale), SPECIAL)[1]
+    wanted = export(config, merge_lora(state, lora.scale), SPECIAL)[1]
     for module in settings["target_modules"]:
         a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
         rank = settings["rank_pattern"].get(module, settings["r"])

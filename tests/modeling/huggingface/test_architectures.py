@@ -18,11 +18,11 @@ from tests.modeling.huggingface.stock import MODELS, TASKS, batch_of, make, read
 from tests.paths import ROOT
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface import decoding, export, recognise, restore
 from trifold.modeling.huggingface.tables import gradients, to_stock
-from trifold.pretrain.config.training import Optimizer
+from trifold.pretrain.config.training import OptimizerConfig
 from trifold.pretrain.engine.optimizer import make_optimizer
 
 pytest.importorskip("transformers")
@@ -123,7 +123,7 @@ def test_a_training_step_from_the_same_folder_and_batch_gives_the_loss_and_the_w
     ours, found = read(model, tmp_path)
     batch = batch_of(ours.config, 30)
     stock.share_copies(model)
-    settings = Optimizer(lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6)
+    settings = OptimizerConfig(lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6)
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1}]
     groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     for module, optimizer, loss in (
@@ -388,7 +388,7 @@ def test_a_setting_that_trifold_does_not_have_is_refused_by_name(
     name: str, field: str, value: Any, tmp_path: Path
 ) -> None:
     hf, tensors = saved(make(name), tmp_path)
-    with pytest.raises(Refused, match=field):
+    with pytest.raises(UserError, match=field):
         recognise(hf | {field: value}, tensors)
 
 

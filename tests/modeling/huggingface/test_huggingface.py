@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.published import MODELS, SPECIAL, batch_of, random_model
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import ARCHITECTURES, export, restore
 from trifold.modeling.huggingface.tables import from_stock, to_stock
 
@@ -126,18 +126,18 @@ def test_each_op_of_a_table_by_hand() -> None:
         ("row", torch.ones(1, 3), r"row has the shape \(1, 3\)"),
         ("gone", torch.ones(1), "unexpected gone"),
     ]:
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(UserError, match=message):
             from_stock(table, config, shapes, {**stock, name: changed})
 
 
 def test_missing_and_unexpected_tensors_are_named() -> None:
     hf, tensors = export(MODELS["llama"], random_model(MODELS["llama"]).state_dict(), SPECIAL)
     tensors["model.norm.wait"] = tensors.pop("model.norm.weight")
-    with pytest.raises(Refused, match=r"missing model\.norm\.weight; unexpected model\.norm\.wait"):
+    with pytest.raises(UserError, match=r"missing model\.norm\.weight; unexpected model\.norm\.wait"):
         restore(hf, tensors)
     state = random_model(MODELS["llama"]).state_dict()
     state["decoder.blocks.0.attn.f.gate"] = torch.zeros(1)
-    with pytest.raises(Refused, match=r"decoder\.blocks\.0\.attn\.f\.gate"):
+    with pytest.raises(UserError, match=r"decoder\.blocks\.0\.attn\.f\.gate"):
         export(MODELS["llama"], state, SPECIAL)
 
 
@@ -145,7 +145,7 @@ def test_embeddings_that_differ_between_the_stacks_are_refused() -> None:
     hf, tensors = export(MODELS["t5gemma"], random_model(MODELS["t5gemma"]).state_dict(), SPECIAL)
     tensors["model.decoder.embed_tokens.weight"] = tensors["model.decoder.embed_tokens.weight"] + 1
     with pytest.raises(
-        Refused, match=r"model\.decoder\.embed_tokens\.weight is a second copy of embed\.weight"
+        UserError, match=r"model\.decoder\.embed_tokens\.weight is a second copy of embed\.weight"
     ):
         restore(hf, tensors)
 
@@ -189,13 +189,13 @@ def test_a_dial_that_no_architecture_has_is_refused_by_name(name: str, dial: str
         update={dial: value, **({"global_every": 2} if dial == "local_window" else {})}
     )
     with pytest.raises(
-        Refused, match=rf"nearest.* {dial if dial != 'local_window' else 'local_layers'} .*has"
+        UserError, match=rf"nearest.* {dial if dial != 'local_window' else 'local_layers'} .*has"
     ):
         export(config, {}, SPECIAL)
 
 
 def test_a_dim_that_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(Refused, match=r"dim \(25\) is not a multiple of num_heads \(3\)"):
+    with pytest.raises(UserError, match=r"dim \(25\) is not a multiple of num_heads \(3\)"):
         export(MODELS["llama"].model_copy(update={"dim": 25}), {}, SPECIAL)
 
 
@@ -229,7 +229,7 @@ def test_a_stock_setting_that_trifold_does_not_have_is_refused_by_name(
     *path, last = field.split(".")
     (hf[path[0]] if path else hf)[last] = value
     with pytest.raises(
-        Refused, match=field if not isinstance(value, dict) else f"{field}|sets {field.split('_')[0]}"
+        UserError, match=field if not isinstance(value, dict) else f"{field}|sets {field.split('_')[0]}"
     ):
         restore(hf, {})
 
@@ -240,7 +240,7 @@ def test_a_stock_setting_that_trifold_does_not_have_is_refused_by_name(
 def test_settings_that_the_stock_class_would_fill_in_otherwise_may_not_be_missing(field: str) -> None:
     hf = export(MODELS["t5gemma"], random_model(MODELS["t5gemma"]).state_dict(), SPECIAL)[0]
     del hf["decoder"][field]
-    with pytest.raises(Refused, match=f"lacks .*{field}"):
+    with pytest.raises(UserError, match=f"lacks .*{field}"):
         restore(hf, {})
 
 
@@ -260,7 +260,7 @@ def test_configs_as_transformers_4_wrote_them_are_read() -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(Refused, match=r"MambaForCausalLM; Trifold reads .*LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"MambaForCausalLM; Trifold reads .*LlamaForCausalLM"):
         restore({"architectures": ["MambaForCausalLM"]}, {})
     assert len({architecture.stock_class for architecture in ARCHITECTURES}) == len(ARCHITECTURES)
 

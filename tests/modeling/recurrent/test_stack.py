@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.modeling.families import RECURRENT, documents, packed
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
-from trifold.modeling.recurrent.stack import Additive, RecurrentStack, Sources, State
+from trifold.modeling.errors import UserError
+from trifold.modeling.recurrent.stack import Additive, AlignmentSources, CellState, RecurrentStack
 from trifold.modeling.transformer import Transformer, build
 
 LENGTHS = [(7, 6), (1, 3), (9, 10), (4, 1)]  # 21 target and 20 source tokens
@@ -199,7 +199,7 @@ def test_hard_attention_draws_by_the_generator_in_training_and_takes_the_likelie
     assert isinstance(model.decoder, RecurrentStack) and model.decoder.align is not None
     states = torch.randn(1, 3, 4).double()
     _, _, weights = model.decoder.align(
-        torch.zeros(1, 4).double(), Sources(states, states, torch.tensor([[True, True, False]]))
+        torch.zeros(1, 4).double(), AlignmentSources(states, states, torch.tensor([[True, True, False]]))
     )
     assert weights[0, 2] == 0
 
@@ -226,7 +226,7 @@ def test_what_generation_keeps_has_one_size_however_long_the_text_is() -> None:
         model.decoder(model.embedded(tokens), torch.ones(2, end, dtype=torch.long), caches=caches)
         assert (
             cache.used == end
-            and isinstance(cache.state, State)
+            and isinstance(cache.state, CellState)
             and [s.shape for s in cache.state.cells] == [(2, 2, 32)] * 2
         )
 
@@ -246,7 +246,7 @@ def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             ModelConfig(**good | change)
-    with pytest.raises(Refused, match=r"engine\.recompute goes block by block"):
+    with pytest.raises(UserError, match=r"engine\.recompute goes block by block"):
         build(RECURRENT["gru decoder"], 0).recompute(True)
 
 

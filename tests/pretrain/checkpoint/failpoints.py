@@ -81,7 +81,7 @@ def _main(
         elif name == "fsync":
             unsafe.discard(path)
 
-    storage.operation = operation
+    storage.before_write_hook = operation
     work(*args)
 
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pretrain.checkpoint.failpoints import killed, note, notes, started, until_paused
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import (
     Checkpoint,
-    Damaged,
-    State,
+    CheckpointState,
+    CorruptCheckpoint,
     newest_verified,
     open_checkpoint,
     read_marker,
@@ -38,20 +38,20 @@ from trifold.pretrain.checkpoint.lease import (
     COMMIT,
     Lease,
     Superseded,
-    committed,
-    folder_of,
-    folders,
+    all_folders,
+    checkpoint_folder,
     take_generation,
+    valid_folders,
 )
-from trifold.pretrain.checkpoint.retention import kept, retain
+from trifold.pretrain.checkpoint.retention import folders_to_keep, retain
 from trifold.pretrain.checkpoint.saving import Checkpointer, commit, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
-from trifold.pretrain.config.training import Checkpoints
+from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.safetensors_file import DTYPES
 from trifold.pretrain.storage.storage import Location
 
-KEEP_ONE, KEEP_TWO = (Checkpoints(keep_last=last, keep_best=False) for last in (1, 2))
+KEEP_ONE, KEEP_TWO = (CheckpointConfig(keep_last=last, keep_best=False) for last in (1, 2))
 EVERY = pytest.mark.parametrize(
     "stride", [7, pytest.param(1, marks=pytest.mark.proof)]
 )  # all failpoints are a proof, some a test
@@ -69,8 +69,8 @@ class Events(list[dict[str, Any]]):
         return [event for event in self if event["kind"] == kind]
 
 
-def state_of(step: int, heldout_loss: float | None = None) -> State:
-    return State(
+def state_of(step: int, heldout_loss: float | None = None) -> CheckpointState:
+    return CheckpointState(
         step,
         step * 8,
         step - 1,
@@ -106,10 +106,10 @@ def slices_of(step: int, rank: int, world: int) -> dict[str, Slice]:
 
 
 def save(
-    lease: Lease, step: int, keep: Checkpoints = KEEP_TWO, on_event: Any = nothing, world: int = 2
+    lease: Lease, step: int, keep: CheckpointConfig = KEEP_TWO, on_event: Any = nothing, world: int = 2
 ) -> None:
     """A save by `world` ranks, in a fixed order: rank 0 last."""
-    folder = folder_of(lease.run, step, lease.generation)
+    folder = checkpoint_folder(lease.run, step, lease.generation)
     for rank in range(1, world):
         write_rank(folder, lease, rank, world, slices_of(step, rank, world))
     checkpointer = Checkpointer(lease, 0, world, keep, on_event, timeout=5)
@@ -166,7 +166,7 @@ def begun(run: Path) -> Path:
 
 def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: Path) -> None:
     assert step_found(run) == 10
-    folder = folder_of(run, 10, 1)
+    folder = checkpoint_folder(run, 10, 1)
     assert sorted(os.listdir(folder)) == [
         "commit.json",
         *(f"rank-0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")),
@@ -182,7 +182,7 @@ def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: Path) -> Non
 
 
 def test_a_checkpoint_says_where_it_came_from(run: Path) -> None:
-    record = read_marker(folder_of(run, 10, 1))
+    record = read_marker(checkpoint_folder(run, 10, 1))
     assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {
         "python",
         "deepspeed",
@@ -203,11 +203,11 @@ def left_whole(run: Location, told: Path) -> None:
     lease, kinds = take_generation(run), {event["kind"] for event in notes(told)}
     assert "save_failed" not in kinds
     assert step_found(run) == 20 if "save_committed" in kinds else step_found(run) in (10, 20)
-    for folder in committed(run):
+    for folder in valid_folders(run):
         verify(folder)  # what counts is whole, also while it is being deleted
     save(lease, 30, KEEP_ONE)
     assert step_found(run) == 30
-    assert folders(run) == [folder_of(run, 30, lease.generation)]
+    assert all_folders(run) == [checkpoint_folder(run, 30, lease.generation)]
 
 
 def cut_off(run: Location, process: BaseProcess, pause: Path, told: Path) -> bool:
@@ -215,14 +215,14 @@ def cut_off(run: Location, process: BaseProcess, pause: Path, told: Path) -> boo
     afterwards; whether its marker was written, too late.
     """
     take_generation(run)
-    step, counting = step_found(run), committed(run)
+    step, counting = step_found(run), valid_folders(run)
     pause.unlink()
     process.join(60)
     assert process.exitcode == 0
     assert step_found(run) == step
-    assert set(committed(run)) <= set(counting)
+    assert set(valid_folders(run)) <= set(counting)
     assert "superseded" in {event["kind"] for event in notes(told)} or step == 20
-    return step == 10 and (folder_of(run, 20, 1) / COMMIT).exists()
+    return step == 10 and (checkpoint_folder(run, 20, 1) / COMMIT).exists()
 
 
 @EVERY
@@ -232,7 +232,7 @@ def test_a_process_killed_at_any_file_operation_leaves_a_verified_checkpoint(
     for at in itertools.count(0, stride):
         run, told = begun(tmp_path / str(at)), tmp_path / f"{at}.told"
         write_rank(
-            folder_of(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
+            checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
         died = killed(attempt, run, 20, told, at=at)
         left_whole(run, told)
@@ -277,14 +277,14 @@ def test_a_rank_killed_anywhere_leaves_no_marker_and_the_run_goes_on(tmp_path: P
     for at in itertools.count(0, stride):
         run, events = begun(tmp_path / str(at)), Events()
         lease = Lease(run, 1)
-        if not killed(write_rank, folder_of(run, 20, 1), lease, 1, 2, slices_of(20, 1, 2), at=at):
+        if not killed(write_rank, checkpoint_folder(run, 20, 1), lease, 1, 2, slices_of(20, 1, 2), at=at):
             break
         checkpointer = Checkpointer(lease, 0, 2, KEEP_ONE, events, timeout=0.05)
         checkpointer.save(state_of(20), slices_of(20, 0, 2))
         checkpointer.wait()
         if events.of("save_failed"):
             assert "rank-00001.json was not there after 0.05 s" in events.of("save_failed")[0]["reason"]
-            assert step_found(run) == 10 and not folder_of(run, 20, 1).exists()
+            assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
         else:
             assert step_found(run) == 20  # it died after its manifest
         save(lease, 30)
@@ -317,7 +317,7 @@ def damages(folder: Path) -> Iterator[tuple[str, str]]:
 def test_resume_falls_back_from_any_damage_and_names_the_file(run: Path) -> None:
     save(Lease(run, 1), 20)
     done = 0
-    for file, reason in damages(folder_of(run, 20, 1)):
+    for file, reason in damages(checkpoint_folder(run, 20, 1)):
         events = Events()
         found = newest_verified(run, events)
         assert found is not None and found.state.step == 10, (file, reason)
@@ -331,26 +331,26 @@ def test_resume_falls_back_from_any_damage_and_names_the_file(run: Path) -> None
 
 
 def test_every_byte_of_the_marker_is_guarded(run: Path) -> None:
-    marker = folder_of(run, 10, 1) / COMMIT
+    marker = checkpoint_folder(run, 10, 1) / COMMIT
     content = marker.read_bytes()
     for at in range(len(content)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << at % 8
         marker.write_bytes(flipped)
-        with pytest.raises(Damaged, match=COMMIT):
+        with pytest.raises(CorruptCheckpoint, match=COMMIT):
             read_marker(marker.parent)
 
 
 def test_a_marker_moved_to_another_step_is_damage(run: Path) -> None:
-    folder_of(run, 10, 1).rename(folder_of(run, 40, 1))
-    with pytest.raises(Damaged, match="speaks of step 10"):
-        verify(folder_of(run, 40, 1))
+    checkpoint_folder(run, 10, 1).rename(checkpoint_folder(run, 40, 1))
+    with pytest.raises(CorruptCheckpoint, match="speaks of step 10"):
+        verify(checkpoint_folder(run, 40, 1))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: Path) -> None:
-    (folder_of(run, 10, 1) / "rank-00001.safetensors").unlink()
+    (checkpoint_folder(run, 10, 1) / "rank-00001.safetensors").unlink()
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"none of its 1 checkpoints verifies \(step-00000010-g0001/rank-00001.safetensors: missing\)",
     ):
         newest_verified(run, Events())
@@ -358,7 +358,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: Path) -
 
 def test_a_run_that_never_committed_has_no_checkpoint(tmp_path: Path) -> None:
     assert newest_verified(tmp_path, Events()) is None
-    write_rank(folder_of(tmp_path, 10, 1), Lease(tmp_path, 1), 0, 1, slices_of(10, 0, 1))
+    write_rank(checkpoint_folder(tmp_path, 10, 1), Lease(tmp_path, 1), 0, 1, slices_of(10, 0, 1))
     events = Events()
     assert newest_verified(tmp_path, events) is None
     assert "cut off before its commit" in events[0]["reason"]
@@ -368,11 +368,11 @@ def test_saving_does_not_hold_up_the_caller_and_the_next_save_waits(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, events = threading.Event(), Events()
-    monkeypatch.setattr(storage, "operation", lambda name, path: gate.wait(10))
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, Checkpoints(), events)
+    monkeypatch.setattr(storage, "before_write_hook", lambda name, path: gate.wait(10))
+    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
     began = time.monotonic()
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
-    assert time.monotonic() - began < 0.1 and not folder_of(run, 20, 1).exists()
+    assert time.monotonic() - began < 0.1 and not checkpoint_folder(run, 20, 1).exists()
     threading.Timer(0.3, gate.set).start()
     checkpointer.save(state_of(30), slices_of(30, 0, 1))
     assert [event["waited"] > 0.2 for event in events.of("save_started")] == [False, True]
@@ -385,7 +385,7 @@ def test_what_the_caller_changes_after_save_does_not_reach_the_checkpoint(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, state = threading.Event(), state_of(20)
-    monkeypatch.setattr(storage, "operation", lambda name, path: gate.wait(10))
+    monkeypatch.setattr(storage, "before_write_hook", lambda name, path: gate.wait(10))
     checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, nothing)
     checkpointer.save(state, slices_of(20, 0, 1))
     state.extra["tokens"] = 8
@@ -398,9 +398,9 @@ def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events()
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, Checkpoints(), events)
+    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
     with monkeypatch.context() as broken:
-        broken.setattr("trifold.pretrain.checkpoint.saving.merged", lambda manifests: 1 / 0)
+        broken.setattr("trifold.pretrain.checkpoint.saving.merge_manifests", lambda manifests: 1 / 0)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
     assert checkpointer.failed == events.of("save_failed")[0]["reason"] and "ZeroDivisionError" in str(
@@ -423,15 +423,15 @@ def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(
             if name == "write" and next(writes) == at:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        monkeypatch.setattr(storage, "operation", full)
-        checkpointer = Checkpointer(lease, 0, 1, Checkpoints(), events)
+        monkeypatch.setattr(storage, "before_write_hook", full)
+        checkpointer = Checkpointer(lease, 0, 1, CheckpointConfig(), events)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
         if not events.of("save_failed"):
             break
         failed += 1
         assert "is full: this rank's part needs" in events.of("save_failed")[0]["reason"]
-        assert step_found(run) == 10 and not folder_of(run, 20, 1).exists()
+        assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
     assert failed >= 5 and step_found(run) == 20
 
 
@@ -465,7 +465,7 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: Path, monkeypatch: pytest.M
         if name == "write" and "rank-00001" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(storage, "operation", full)
+    monkeypatch.setattr(storage, "before_write_hook", full)
     events = Events()
     ranks = [Checkpointer(Lease(run, 1), rank, 2, KEEP_ONE, events, timeout=30) for rank in (0, 1)]
     began = time.monotonic()
@@ -476,7 +476,7 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: Path, monkeypatch: pytest.M
     assert time.monotonic() - began < 5
     reasons = {event["rank"]: event["reason"] for event in events.of("save_failed")}
     assert reasons[0].startswith("rank-00001 gave up: the disk of") and reasons[1].startswith("the disk of")
-    assert step_found(run) == 10 and not folder_of(run, 20, 1).exists()
+    assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
 
 
 def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others_commit(run: Path) -> None:
@@ -501,14 +501,14 @@ def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
     lease = Lease(run, 1)
     for rank, (low, high) in enumerate([(0, 30), (start, 60)]):
         write_rank(
-            folder_of(run, 20, 1),
+            checkpoint_folder(run, 20, 1),
             lease,
             rank,
             2,
             {"w": Slice(low, (10, 6), {"fp32": torch.zeros(high - low)})},
         )
     with pytest.raises(ValueError, match=f"w: {word}, in rank-00001"):
-        commit(folder_of(run, 20, 1), lease, 2, state_of(20), {}, 1)
+        commit(checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1)
     assert step_found(run) == 10
 
 
@@ -519,7 +519,7 @@ def test_retention_keeps_the_last_the_multiples_and_the_best(run: Path) -> None:
     ]
 
     def steps(**keep: Any) -> list[int]:
-        return sorted(int(folder.name) for folder in kept(found, Checkpoints(**keep)))
+        return sorted(int(folder.name) for folder in folders_to_keep(found, CheckpointConfig(**keep)))
 
     assert steps(keep_last=1, keep_best=False) == [60]
     assert steps(keep_last=2, keep_best=True) == [20, 50, 60]
@@ -534,62 +534,63 @@ def test_nothing_is_deleted_when_the_newest_does_not_verify(
             file = path.with_name("rank-00000.safetensors")
             file.write_bytes(file.read_bytes()[:-1] + b"\xff")
 
-    monkeypatch.setattr(storage, "operation", rot)
+    monkeypatch.setattr(storage, "before_write_hook", rot)
     events = Events()
     save(Lease(run, 1), 20, KEEP_ONE, events)
     assert events.of("checkpoint_rejected")[0]["file"] == "rank-00000.safetensors"
     assert step_found(run) == 10
     monkeypatch.undo()
     save(Lease(run, 1), 30, KEEP_ONE, events)
-    assert [folder.name for folder in folders(run)] == ["step-00000030-g0001"]
+    assert [folder.name for folder in all_folders(run)] == ["step-00000030-g0001"]
 
 
 def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: Path) -> None:
     lease, events = Lease(run, 1), Events()
     checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, events)
     take_generation(run)
-    write_rank(folder_of(run, 30, 1), lease, 0, 1, slices_of(30, 0, 1))
+    write_rank(checkpoint_folder(run, 30, 1), lease, 0, 1, slices_of(30, 0, 1))
     with pytest.raises(Superseded):
-        commit(folder_of(run, 30, 1), lease, 1, state_of(30), {}, 1)
-    assert not (folder_of(run, 30, 1) / COMMIT).exists()
+        commit(checkpoint_folder(run, 30, 1), lease, 1, state_of(30), {}, 1)
+    assert not (checkpoint_folder(run, 30, 1) / COMMIT).exists()
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     with pytest.raises(Superseded, match="generation 2 began"):
         checkpointer.wait()
     with pytest.raises(Superseded):
         checkpointer.save(state_of(40), slices_of(40, 0, 1))
     assert (
-        not folder_of(run, 20, 1).exists() and "generation 2 began" in events.of("save_failed")[0]["reason"]
+        not checkpoint_folder(run, 20, 1).exists()
+        and "generation 2 began" in events.of("save_failed")[0]["reason"]
     )
 
 
 def test_a_group_that_lost_its_lease_deletes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(run, 1)
     for rank in (0, 1):
-        write_rank(folder_of(run, 20, 1), lease, rank, 2, slices_of(20, rank, 2))
+        write_rank(checkpoint_folder(run, 20, 1), lease, rank, 2, slices_of(20, rank, 2))
     claim = json.dumps({"generation": 2, "host": "elsewhere", "pid": 1, "time": "now"}).encode()
     storage.create(
         run / "lease" / "000002", claim
     )  # it has begun, and not yet written down which of ours count
     monkeypatch.setattr(Lease, "check", lambda lease: None)
     commit(
-        folder_of(run, 20, 1), lease, 2, state_of(20), {}, 1
+        checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1
     )  # our marker comes too late, or in time: it is not decided
     monkeypatch.undo()
     with pytest.raises(Superseded, match="elsewhere"):
         retain(lease, KEEP_ONE, nothing)
-    assert [folder.name for folder in folders(run)] == ["step-00000010-g0001", "step-00000020-g0001"]
+    assert [folder.name for folder in all_folders(run)] == ["step-00000010-g0001", "step-00000020-g0001"]
 
 
 def test_a_folder_in_flight_is_not_swept(run: Path) -> None:
     lease = Lease(run, 1)
-    write_rank(folder_of(run, 30, 1), lease, 1, 2, slices_of(30, 1, 2))  # rank 1 is ahead
+    write_rank(checkpoint_folder(run, 30, 1), lease, 1, 2, slices_of(30, 1, 2))  # rank 1 is ahead
     save(lease, 20)
-    assert folder_of(run, 30, 1) in folders(run)
+    assert checkpoint_folder(run, 30, 1) in all_folders(run)
 
 
 def test_a_step_is_saved_once(run: Path) -> None:
     events = Events()
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, Checkpoints(), events)
+    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
     for _ in range(2):
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
     checkpointer.wait()
@@ -598,7 +599,7 @@ def test_a_step_is_saved_once(run: Path) -> None:
 
 def test_an_empty_rank_and_an_empty_parameter_are_fine(tmp_path: Path) -> None:
     lease = take_generation(tmp_path)
-    folder = folder_of(tmp_path, 1, 1)
+    folder = checkpoint_folder(tmp_path, 1, 1)
     write_rank(folder, lease, 0, 2, {"none": Slice(0, (0, 4), {"fp32": torch.zeros(0)})})
     write_rank(folder, lease, 1, 2, {})
     commit(folder, lease, 2, state_of(1), {}, 1)
@@ -632,8 +633,8 @@ def test_any_partition_over_any_world_reads_back_exactly_in_any_other(
                     low, shape, {key: tensor[low:high] for key, tensor in full[name].items()}
                 )
     for rank, slices in enumerate(ranks):
-        write_rank(folder_of(run, 1, 1), lease, rank, world, slices)
-    commit(folder_of(run, 1, 1), lease, world, state_of(1), {}, 1)
+        write_rank(checkpoint_folder(run, 1, 1), lease, rank, world, slices)
+    commit(checkpoint_folder(run, 1, 1), lease, world, state_of(1), {}, 1)
     found = newest_verified(run, Events())
     assert found is not None and found.names == sorted(full)
     readers = data.draw(st.integers(1, 5))

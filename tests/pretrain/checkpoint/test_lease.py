@@ -11,15 +11,15 @@ from trifold.pretrain.checkpoint.lease import (
     COMMIT,
     Lease,
     Superseded,
-    committed,
-    folder_of,
+    checkpoint_folder,
     newest_generation,
     take_generation,
+    valid_folders,
 )
 
 
 def mark(run: Path, step: int, generation: int) -> Path:
-    folder = folder_of(run, step, generation)
+    folder = checkpoint_folder(run, step, generation)
     folder.mkdir(parents=True)
     (folder / COMMIT).touch()
     return folder
@@ -50,9 +50,9 @@ def test_a_marker_written_after_the_next_generation_began_does_not_count(tmp_pat
     early = mark(tmp_path, 10, 1)
     take_generation(tmp_path)
     mark(tmp_path, 20, 1)
-    assert committed(tmp_path) == [early]
+    assert valid_folders(tmp_path) == [early]
     take_generation(tmp_path)  # nor does a still later generation take it in
-    assert committed(tmp_path) == [early]
+    assert valid_folders(tmp_path) == [early]
 
 
 def test_the_newest_checkpoint_is_of_the_last_generation_even_after_it_went_back(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_newest_checkpoint_is_of_the_last_generation_even_after_it_went_back
     late = mark(tmp_path, 30, 1)
     take_generation(tmp_path)
     early = mark(tmp_path, 20, 2)
-    assert committed(tmp_path) == [late, early]
+    assert valid_folders(tmp_path) == [late, early]
 
 
 def test_a_claim_killed_at_any_operation_leaves_the_next_claim_whole(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_claim_killed_at_any_operation_leaves_the_next_claim_whole(tmp_path: P
         before = newest_generation(run)
         assert take_generation(run) == Lease(run, before + 1)
         mark(run, 20, 1)
-        assert committed(run) == [folder]
+        assert valid_folders(run) == [folder]
         assert all(json.loads(path.read_text()) is not None for path in (run / "lease").glob("0*"))
     assert at >= 12  # two files of six operations each
 
@@ -88,11 +88,11 @@ def test_a_paused_claim_is_closed_for_by_the_next_and_does_not_reopen(tmp_path: 
         if not until_paused(process, pause):
             break
         take_generation(run)
-        counting = committed(run)
+        counting = valid_folders(run)
         mark(run, 10, 1)
         pause.unlink()
         process.join(60)
         assert process.exitcode == 0
-        assert committed(run) == counting == []
+        assert valid_folders(run) == counting == []
         assert newest_generation(run) == 3
     assert at >= 12

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from trifold.modeling.config import ModelConfig
-from trifold.pretrain.config import pretraining
-from trifold.pretrain.config.objectives import Objective, family
+from trifold.pretrain.config import pretraining, training
+from trifold.pretrain.config.objectives import AnyObjective, family_of
 
 FIRST = 105  # the first ordinary token
 
@@ -43,10 +43,14 @@ class SmallCorpus:
 
 
 def recipe(
-    objective: Objective, row_length: int = 32, seed: int = 0, weights: Sequence[float] = (1.0,), **data: Any
-) -> pretraining.Pretrain:
+    objective: AnyObjective,
+    row_length: int = 32,
+    seed: int = 0,
+    weights: Sequence[float] = (1.0,),
+    **data: Any,
+) -> pretraining.PretrainConfig:
     model = ModelConfig(
-        family=family(objective),
+        family=family_of(objective),
         vocab_size=100_000,
         dim=32,
         num_layers=1,
@@ -57,15 +61,15 @@ def recipe(
         max_positions=row_length,
     )
     sources = tuple(
-        pretraining.Source(path=f"{number}", weight=weight) for number, weight in enumerate(weights)
+        pretraining.SourceConfig(path=f"{number}", weight=weight) for number, weight in enumerate(weights)
     )
-    return pretraining.Pretrain(
+    return pretraining.PretrainConfig(
         run="run",
         seed=seed,
         model=model,
-        data=pretraining.Data(sources=sources, heldout_fraction=0.1, row_length=row_length, **data),
+        data=pretraining.DataConfig(sources=sources, heldout_fraction=0.1, row_length=row_length, **data),
         objective=objective,
-        optimizer=pretraining.Optimizer(lr=1e-3),
+        optimizer=training.OptimizerConfig(lr=1e-3),
         steps=1,
         step_rows=8,
         micro_rows=4,

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Source
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import SourceConfig
 from trifold.pretrain.data.corpus import corpus_fingerprint, documents, is_heldout
 
 
 def read(path: Path | str, **settings: str) -> list[str]:
-    return list(documents(Source(path=str(path), **settings)))  # type: ignore[arg-type]
+    return list(documents(SourceConfig(path=str(path), **settings)))  # type: ignore[arg-type]
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -128,23 +128,23 @@ def test_unreadable_text_is_refused_by_file_and_place(
     tmp_path: Path, name: str, content: bytes, says: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(UserError, match=says) as refused:
         read(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)
 
 
 def test_missing_places_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"no file or folder .*missing\.txt"):
+    with pytest.raises(UserError, match=r"no file or folder .*missing\.txt"):
         read(tmp_path / "missing.txt")
-    with pytest.raises(Refused, match="no file matches"):
+    with pytest.raises(UserError, match="no file matches"):
         read(tmp_path / "*.txt")
-    with pytest.raises(Refused, match="has no file that ends in"):
+    with pytest.raises(UserError, match="has no file that ends in"):
         read(tmp_path)
 
 
 def test_a_missing_parquet_column_is_refused_with_those_there_are(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(Refused, match="no column 'text': it has body, n"):
+    with pytest.raises(UserError, match="no column 'text': it has body, n"):
         read(tmp_path)
 
 
@@ -152,9 +152,9 @@ def test_an_unreachable_hub_is_refused_with_what_to_do(monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        Refused, match=r"the hub's data set no-one/nothing \(default .*download it and set `path`"
+        UserError, match=r"the hub's data set no-one/nothing \(default .*download it and set `path`"
     ):
-        list(documents(Source(hub="no-one/nothing")))
+        list(documents(SourceConfig(hub="no-one/nothing")))
 
 
 def test_heldout_documents_are_a_fixed_share_whatever_stands_around_them() -> None:
@@ -167,17 +167,17 @@ def test_heldout_documents_are_a_fixed_share_whatever_stands_around_them() -> No
 
 def test_fingerprint_follows_the_text_and_how_it_is_read_not_the_weight(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", b"one\n\ntwo\n")
-    first = corpus_fingerprint(Source(path=str(path)))
-    assert corpus_fingerprint(Source(path=str(path), weight=3.0)) == first
-    assert corpus_fingerprint(Source(path=str(path), documents="line")) != first
-    assert corpus_fingerprint(Source(path=str(written(path, b"one\n\nTWO\n")))) != first
+    first = corpus_fingerprint(SourceConfig(path=str(path)))
+    assert corpus_fingerprint(SourceConfig(path=str(path), weight=3.0)) == first
+    assert corpus_fingerprint(SourceConfig(path=str(path), documents="line")) != first
+    assert corpus_fingerprint(SourceConfig(path=str(written(path, b"one\n\nTWO\n")))) != first
 
 
 def test_a_squad_file_is_read_as_questions_before_their_contexts(tmp_path: Path) -> None:
     file = tmp_path / "squad.json"
     asked = [{"question": "Who?", "answers": []}, {"question": "Why?", "answers": []}]
     file.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ada met Bob.", "qas": asked}]}]}))
-    assert list(documents(Source(path=str(file)))) == ["Who?\nAda met Bob.", "Why?\nAda met Bob."]
+    assert list(documents(SourceConfig(path=str(file)))) == ["Who?\nAda met Bob.", "Why?\nAda met Bob."]
     file.write_text('{"rows": []}')
-    with pytest.raises(Refused, match="is no SQuAD file"):
-        list(documents(Source(path=str(file))))
+    with pytest.raises(UserError, match="is no SQuAD file"):
+        list(documents(SourceConfig(path=str(file))))

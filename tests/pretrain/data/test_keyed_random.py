@@ -10,7 +10,7 @@ MANY = 2**17
 
 
 def keys_of(number: int) -> np.ndarray:
-    return keyed_random.numbered(np.zeros(number, np.uint64), np.arange(number))
+    return keyed_random.nth_random(np.zeros(number, np.uint64), np.arange(number))
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray | float) -> float:
@@ -27,7 +27,7 @@ def test_the_numbers_under_a_key_are_those_of_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    found = keyed_random.numbered(np.full(5, 1234567, np.uint64), np.arange(5))
+    found = keyed_random.nth_random(np.full(5, 1234567, np.uint64), np.arange(5))
     assert found.tolist() == published
     mask, state, plain = (
         2**64 - 1,
@@ -39,13 +39,13 @@ def test_the_numbers_under_a_key_are_those_of_splitmix64():
         z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         plain.append(z ^ (z >> 31))
-    assert keyed_random.numbered(np.full(100, 2**64 - 3, np.uint64), np.arange(100)).tolist() == plain
+    assert keyed_random.nth_random(np.full(100, 2**64 - 3, np.uint64), np.arange(100)).tolist() == plain
 
 
 def test_shares_are_uniform_and_those_of_neighbouring_keys_and_uses_independent():
     keys = keys_of(MANY)
-    one, other = (keyed_random.shares(use, np.ones(MANY, int)) for use in keyed_random.split(keys, 2))
-    within = keyed_random.shares(keys, np.full(MANY, 2)).reshape(-1, 2)
+    one, other = (keyed_random.uniform(use, np.ones(MANY, int)) for use in keyed_random.split(keys, 2))
+    within = keyed_random.uniform(keys, np.full(MANY, 2)).reshape(-1, 2)
     for left, right in ((one, other), (one[1:], one[:-1]), within.T, (one, within[:, 0])):
         both = np.histogram2d(left, right, 32, [[0, 1], [0, 1]])[0]
         assert abs(chi_square(both, len(left) / 1024)) < 5
@@ -57,7 +57,7 @@ def test_every_order_and_every_choice_is_as_likely():
     orders = keyed_random.shuffled(keys, np.full(MANY, 5)).reshape(-1, 5) @ 5 ** np.arange(5)
     assert abs(chi_square(np.unique(orders, return_counts=True)[1], MANY / math.factorial(5))) < 5
     choices = np.sort(
-        keyed_random.chosen(keys, np.full(MANY, 8), np.full(MANY, 3)).reshape(-1, 3)
+        keyed_random.sample_without_replacement(keys, np.full(MANY, 8), np.full(MANY, 3)).reshape(-1, 3)
     ) @ 8 ** np.arange(3)
     found = np.unique(choices, return_counts=True)[1]
     assert len(found) == math.comb(8, 3) and abs(chi_square(found, MANY / len(found))) < 5
@@ -71,9 +71,9 @@ def test_what_a_key_gives_does_not_depend_on_the_others(lists):
     together = [
         np.split(all_of, its.cumsum()[:-1])
         for all_of, its in (
-            (keyed_random.shares(keys, sizes), sizes),
+            (keyed_random.uniform(keys, sizes), sizes),
             (keyed_random.shuffled(keys, sizes), sizes),
-            (keyed_random.chosen(keys, sizes, counts), counts),
+            (keyed_random.sample_without_replacement(keys, sizes, counts), counts),
         )
     ]
     for i in range(len(lists)):
@@ -81,7 +81,7 @@ def test_what_a_key_gives_does_not_depend_on_the_others(lists):
         order = keyed_random.shuffled(keys[one], sizes[one]).tolist()
         assert sorted(order) == list(range(sizes[i]))
         assert [part[i].tolist() for part in together] == [
-            keyed_random.shares(keys[one], sizes[one]).tolist(),
+            keyed_random.uniform(keys[one], sizes[one]).tolist(),
             order,
             order[: counts[i]],
         ]

@@ -7,12 +7,14 @@ import torch
 
 from tests.pretrain.data.small_corpus import SmallCorpus, SmallVocabulary, recipe
 from trifold.modeling.batch import IGNORE
-from trifold.pretrain.config.pretraining import Causal, Masked, Spans
+from trifold.pretrain.config.pretraining import CausalConfig, MaskedConfig, SpansConfig
 from trifold.pretrain.data.loader import Loader, StepRows
 from trifold.pretrain.data.rows import Rows
-from trifold.pretrain.data.stages import Part
+from trifold.pretrain.data.stages import ResolvedStage
 
-KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans()], ids=lambda dials: dials.kind)
+KINDS = pytest.mark.parametrize(
+    "dials", [CausalConfig(), MaskedConfig(), SpansConfig()], ids=lambda dials: dials.kind
+)
 
 
 def rows_of(dials) -> Rows:
@@ -22,7 +24,7 @@ def rows_of(dials) -> Rows:
 def loader_of(rows: Rows, rank: int = 0, world: int = 1, **choices) -> Loader:
     settings = {"start": 0, "stop": 4, "prefetch": 2} | choices
     return Loader(
-        [rows], [Part(row_length=32, step_rows=10, micro_rows=3)], rank=rank, world=world, **settings
+        [rows], [ResolvedStage(row_length=32, step_rows=10, micro_rows=3)], rank=rank, world=world, **settings
     )
 
 
@@ -69,7 +71,7 @@ def test_every_world_sees_the_same_rows_and_the_same_hash(dials, world):
 
 
 def test_micro_indices_number_the_micros_of_the_whole_run():
-    assert [i for step in loader_of(rows_of(Causal())) for i in step.micro_indices] == list(range(16))
+    assert [i for step in loader_of(rows_of(CausalConfig())) for i in step.micro_indices] == list(range(16))
 
 
 @KINDS
@@ -85,7 +87,7 @@ def test_a_resumed_loader_goes_on_with_the_same_steps(dials):
 
 
 def test_skipped_rows_are_never_loaded_and_the_next_ones_move_up():
-    rows = rows_of(Causal())
+    rows = rows_of(CausalConfig())
     steps = list(loader_of(rows, skips=[(20, 29), (5, 6)]))
     wanted = [i for i in range(60) if i not in range(20, 30) and i not in (5, 6)][:40]
     assert [(s.first, s.last) for s in steps] == [(wanted[10 * k], wanted[10 * k + 9]) for k in range(4)]
@@ -95,7 +97,7 @@ def test_skipped_rows_are_never_loaded_and_the_next_ones_move_up():
 
 
 def test_an_error_while_loading_reaches_the_consumer(monkeypatch):
-    rows = rows_of(Causal())
+    rows = rows_of(CausalConfig())
     whole = rows.rows
     monkeypatch.setattr(rows, "rows", lambda numbers: whole(numbers) if max(numbers) < 20 else 1 / 0)
     steps = iter(loader_of(rows))
@@ -106,17 +108,17 @@ def test_an_error_while_loading_reaches_the_consumer(monkeypatch):
 
 
 def test_the_thread_ends_when_the_consumer_stops_early():
-    with closing(iter(loader_of(rows_of(Causal()), stop=1000))) as steps:
+    with closing(iter(loader_of(rows_of(CausalConfig()), stop=1000))) as steps:
         next(steps)
         assert len(loading()) == 1
     assert loading() == []
-    for _ in loader_of(rows_of(Causal()), stop=1000):
+    for _ in loader_of(rows_of(CausalConfig()), stop=1000):
         break
     assert loading() == []
 
 
 def test_the_thread_works_ahead_but_not_further_than_told(monkeypatch):
-    rows, made = rows_of(Causal()), []
+    rows, made = rows_of(CausalConfig()), []
     whole = Loader.share
     monkeypatch.setattr(Loader, "share", lambda self, step: made.append(step) or whole(self, step))
     with closing(iter(loader_of(rows, stop=1000, prefetch=3))) as steps:

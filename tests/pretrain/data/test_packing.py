@@ -6,21 +6,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.pretrain.data.small_corpus import SmallVocabulary
-from trifold.pretrain.config.pretraining import Causal, Masked, Spans
+from trifold.pretrain.config.pretraining import CausalConfig, MaskedConfig, SpansConfig
 from trifold.pretrain.data import packing
-from trifold.pretrain.data.objectives import Objective
-from trifold.pretrain.data.packing import Pieces, Room, block_starts, cut, pack, table
+from trifold.pretrain.data.objectives import ObjectiveMixture
+from trifold.pretrain.data.packing import (
+    Chunks,
+    RowCapacity,
+    block_starts,
+    block_table,
+    chunk_documents,
+    pack_chunks,
+)
 
 
-def pieces_of(sizes: list[tuple[int, int]]) -> Pieces:
+def pieces_of(sizes: list[tuple[int, int]]) -> Chunks:
     tokens, second = np.array(sizes, np.int64).reshape(-1, 2).T
     number = np.arange(len(sizes))
-    return Pieces(number, number, number, tokens, second)
+    return Chunks(number, number, number, tokens, second)
 
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 40))
 def test_pieces_cover_every_position_of_every_document_once(extents, longest):
-    document, start, stop = cut(np.array(extents, np.int64), longest)
+    document, start, stop = chunk_documents(np.array(extents, np.int64), longest)
     assert (stop - start <= longest).all()
     covered = [
         (d, p) for d, first, last in zip(document, start, stop, strict=True) for p in range(first, last)
@@ -31,7 +38,7 @@ def test_pieces_cover_every_position_of_every_document_once(extents, longest):
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 16)), max_size=120))
 def test_every_piece_is_in_one_row_and_no_row_overflows(sizes):
-    packed = pack(pieces_of(sizes), Room(40, source=16))
+    packed = pack_chunks(pieces_of(sizes), RowCapacity(40, source=16))
     assert sorted(packed.document.tolist()) == list(range(len(sizes)))
     for first, stop in pairwise(packed.offsets):
         assert stop > first
@@ -51,11 +58,13 @@ def test_rows_are_as_few_as_plain_best_fit_decreasing_makes_them(sizes):
             fits = [len(rows) - 1]
         best = min(fits, key=lambda row: rows[row])
         rows[best] -= size
-    assert len(pack(pieces_of([(size, 0) for size in sizes]), Room(40)).offsets) - 1 == len(rows)
+    assert len(pack_chunks(pieces_of([(size, 0) for size in sizes]), RowCapacity(40)).offsets) - 1 == len(
+        rows
+    )
 
 
 def _tiny_and_long(rng):
-    return Objective(Masked(rate=0.15), SmallVocabulary(), 1024).pieces(
+    return ObjectiveMixture(MaskedConfig(rate=0.15), SmallVocabulary(), 1024).chunks(
         np.where(rng.random(5000) < 0.8, rng.integers(0, 6, 5000), rng.integers(100, 900, 5000))
     )
 
@@ -74,27 +83,29 @@ def _pairs(rng, ratio, spread):
     [
         (
             _tiny_and_long,
-            Room(1024, picked=160),
+            RowCapacity(1024, picked=160),
             1.02,
         ),  # where picks run out before tokens do, as in rows of tiny documents
         (
             lambda rng: _pairs(rng, 0, 0.3),
-            Room(512, source=512),
+            RowCapacity(512, source=512),
             1.07,
         ),  # translations: neither side is the scarce one
-        (lambda rng: _pairs(rng, 1.8, 0.5), Room(256, source=1024), 1.02),  # summaries: the source is
-        (lambda rng: _pairs(rng, -1, 0.5), Room(512, source=512), 1.02),  # the target is
+        (lambda rng: _pairs(rng, 1.8, 0.5), RowCapacity(256, source=1024), 1.02),  # summaries: the source is
+        (lambda rng: _pairs(rng, -1, 0.5), RowCapacity(512, source=512), 1.02),  # the target is
     ],
 )
 def test_rows_are_nearly_as_few_as_the_scarcer_room_allows(pieces, room, spare):
     made = pieces(np.random.default_rng(0))
-    bound = max(made.tokens.sum() / room.tokens, made.second.sum() / (room.source or room.picked))
-    assert len(pack(made, room).offsets) - 1 <= spare * bound + 1
+    bound = max(
+        made.tokens.sum() / room.tokens, made.source_or_picked_tokens.sum() / (room.source or room.picked)
+    )
+    assert len(pack_chunks(made, room).offsets) - 1 <= spare * bound + 1
 
 
 def test_a_piece_larger_than_a_row_is_our_own_error():
     with pytest.raises(AssertionError, match="larger than a row"):
-        pack(pieces_of([(41, 0)]), Room(40))
+        pack_chunks(pieces_of([(41, 0)]), RowCapacity(40))
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**24])
@@ -126,24 +137,24 @@ def test_the_table_is_the_same_from_many_processes_and_from_its_file(monkeypatch
     lengths = np.random.default_rng(0).integers(0, 60, 200)
     starts = block_starts(lengths)
     assert len(starts) > 40
-    cutter = Objective(Spans(), SmallVocabulary(), 64)
-    alone = table(lengths, starts, cutter)
+    cutter = ObjectiveMixture(SpansConfig(), SmallVocabulary(), 64)
+    alone = block_table(lengths, starts, cutter)
     for b, (first, stop) in enumerate(pairwise(starts)):
-        pieces = cutter.pieces(lengths[first:stop])
+        pieces = cutter.chunks(lengths[first:stop])
         assert alone[b].tolist() == [
-            len(pack(pieces, cutter.room).offsets) - 1,
+            len(pack_chunks(pieces, cutter.capacity).offsets) - 1,
             pieces.tokens.sum(),
-            pieces.second.sum(),
+            pieces.source_or_picked_tokens.sum(),
             0,
         ]
     file = tmp_path / "cache" / "rows.npy"
-    assert (table(lengths, starts, cutter, file, processes=2) == alone).all()
+    assert (block_table(lengths, starts, cutter, file, processes=2) == alone).all()
     assert [path.name for path in file.parent.iterdir()] == ["rows.npy"]
     for damage in (0, 30, 200):
         file.write_bytes(file.read_bytes()[:damage])  # the machine died before it was on disk
-        assert (table(lengths, starts, cutter, file) == alone).all()
-    monkeypatch.setattr(packing, "pack", None)  # from here on only the file can answer
-    assert (table(lengths, starts, cutter, file) == alone).all()
+        assert (block_table(lengths, starts, cutter, file) == alone).all()
+    monkeypatch.setattr(packing, "pack_chunks", None)  # from here on only the file can answer
+    assert (block_table(lengths, starts, cutter, file) == alone).all()
 
 
 def test_an_interrupted_table_leaves_no_file_under_its_name(monkeypatch, tmp_path):
@@ -153,10 +164,10 @@ def test_an_interrupted_table_leaves_no_file_under_its_name(monkeypatch, tmp_pat
 
     monkeypatch.setattr(np, "save", fails)
     with pytest.raises(OSError, match="No space"):
-        table(
+        block_table(
             np.array([3, 4]),
             np.array([0, 2]),
-            Objective(Causal(), SmallVocabulary(), 8),
+            ObjectiveMixture(CausalConfig(), SmallVocabulary(), 8),
             tmp_path / "rows.npy",
         )
     assert not (tmp_path / "rows.npy").exists()

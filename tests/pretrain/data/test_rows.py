@@ -7,30 +7,46 @@ from hypothesis import strategies as st
 
 from tests.pretrain.data.small_corpus import FIRST, SmallCorpus, SmallVocabulary, recipe
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.objectives import Continuation, Fim, Infilling, Mixture, Prefix
-from trifold.pretrain.config.pretraining import Causal, Masked, Source, Spans, Tokenizer
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.objectives import (
+    ContinuationConfig,
+    FimConfig,
+    InfillingConfig,
+    MixtureConfig,
+    PrefixConfig,
+)
+from trifold.pretrain.config.pretraining import (
+    CausalConfig,
+    MaskedConfig,
+    SourceConfig,
+    SpansConfig,
+    TokenizerConfig,
+)
 from trifold.pretrain.data import packing
 from trifold.pretrain.data import row_order as order
 from trifold.pretrain.data.collate import Row, assemble, stack
 from trifold.pretrain.data.objectives import Segment
-from trifold.pretrain.data.packing import Room
+from trifold.pretrain.data.packing import RowCapacity
 from trifold.pretrain.data.prepare import prepare
 from trifold.pretrain.data.rows import Rows
 from trifold.pretrain.data.tokenizer.tokenizer import train
 
 VOCABULARY = SmallVocabulary()
-MIXTURE = Mixture(parts=(Spans(), Continuation(weight=0.5), Spans(density=0.5, mode="X")))
-KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans(), MIXTURE], ids=lambda dials: dials.kind)
+MIXTURE = MixtureConfig(
+    parts=(SpansConfig(), ContinuationConfig(weight=0.5), SpansConfig(density=0.5, mode="X"))
+)
+KINDS = pytest.mark.parametrize(
+    "dials", [CausalConfig(), MaskedConfig(), SpansConfig(), MIXTURE], ids=lambda dials: dials.kind
+)
 GOLDEN = {  # row hashes under FORMAT 2
-    1978182555: Causal(),
-    1056641154: Prefix(),
-    2864735385: Fim(),
-    872412476: Masked(),
-    231624547: Masked(whole_words=True),
-    3983195541: Spans(),
-    2600479083: Continuation(),
-    2204084479: Infilling(),
+    1978182555: CausalConfig(),
+    1056641154: PrefixConfig(),
+    2864735385: FimConfig(),
+    872412476: MaskedConfig(),
+    231624547: MaskedConfig(whole_words=True),
+    3983195541: SpansConfig(),
+    2600479083: ContinuationConfig(),
+    2204084479: InfillingConfig(),
     2545528604: MIXTURE,
 }
 ROW_LENGTHS = st.sampled_from([8, 32])
@@ -95,7 +111,7 @@ def test_random_documents_lose_nothing_and_stay_apart(dials, lengths, row_length
     seen: Counter[int] = Counter()
     for i in range(rows.num_rows):
         row = rows.row(i)
-        assert len(row.tokens) == len(row.segments) == len(row.targets) == rows.room.tokens
+        assert len(row.tokens) == len(row.segments) == len(row.targets) == rows.capacity.tokens
         for text in documents_of(row):  # a segment is one run of one document
             assert text == list(range(text[0], text[0] + len(text))) if text else True
             assert len(set(np.searchsorted(corpus.ends, np.array(text, int) - FIRST, side="right"))) <= 1
@@ -124,13 +140,13 @@ def test_a_row_is_the_same_in_any_order_of_access_together_and_from_a_fresh_obje
 
 
 def test_each_epoch_draws_anew():
-    rows = rows_of(Masked(), [SmallCorpus([30])])
+    rows = rows_of(MaskedConfig(), [SmallCorpus([30])])
     assert rows.num_rows == 1
     assert len({tuple(rows.row(epoch).picked.tolist()) for epoch in range(20)}) > 15
 
 
 def test_picked_lists_the_places_of_all_targets():
-    rows = rows_of(Masked())
+    rows = rows_of(MaskedConfig())
     for i in range(20):
         row = rows.row(i)
         picked = row.picked[row.picked >= 0]
@@ -142,12 +158,14 @@ def test_picked_lists_the_places_of_all_targets():
 def test_waste_is_the_share_of_padding_in_an_epoch(dials):
     corpora = [SmallCorpus(LENGTHS), SmallCorpus(LENGTHS[:60], fingerprint="other")]
     rows = rows_of(dials, corpora[:1])
-    room = rows.num_rows * (rows.room.tokens + rows.room.source)
-    assert rows.waste == pytest.approx(1 - sum(rows.row(i).size for i in range(rows.num_rows)) / room)
+    room = rows.num_rows * (rows.capacity.tokens + rows.capacity.source)
+    assert rows.padding_fraction == pytest.approx(
+        1 - sum(rows.row(i).num_tokens for i in range(rows.num_rows)) / room
+    )
     heldout = rows_of(dials, corpora, "heldout")
-    room = heldout.num_rows * (heldout.room.tokens + heldout.room.source)
-    assert heldout.waste == pytest.approx(
-        1 - sum(heldout.row(i).size for i in range(heldout.num_rows)) / room
+    room = heldout.num_rows * (heldout.capacity.tokens + heldout.capacity.source)
+    assert heldout.padding_fraction == pytest.approx(
+        1 - sum(heldout.row(i).num_tokens for i in range(heldout.num_rows)) / room
     )
 
 
@@ -174,14 +192,16 @@ def test_heldout_rows_come_in_order_and_do_not_know_the_seed(dials):
 
 
 def test_targets_per_byte_is_what_the_causal_rows_predict():
-    rows = rows_of(Causal(), split="heldout")
-    assert rows.targets_per_byte == sum(rows.row(i).count for i in range(rows.num_rows)) / rows.num_bytes
-    assert rows_of(Spans(), split="heldout").targets_per_byte is None
+    rows = rows_of(CausalConfig(), split="heldout")
+    assert (
+        rows.targets_per_byte == sum(rows.row(i).num_targets for i in range(rows.num_rows)) / rows.num_bytes
+    )
+    assert rows_of(SpansConfig(), split="heldout").targets_per_byte is None
 
 
 def test_sources_take_turns_by_weight_and_each_has_its_own_epochs():
     small, large = SmallCorpus([20] * 10), SmallCorpus([20] * 3000, first=FIRST + 20_000, fingerprint="large")
-    rows = rows_of(Causal(), [small, large], weights=(3, 1))
+    rows = rows_of(CausalConfig(), [small, large], weights=(3, 1))
     drawn = [rows.row(i) for i in range(400)]
     is_small = np.array([row.tokens[1] < FIRST + 20_000 for row in drawn])
     assert np.abs(np.cumsum(is_small) - 0.75 * np.arange(1, 401)).max() <= 1
@@ -194,16 +214,16 @@ def test_sources_take_turns_by_weight_and_each_has_its_own_epochs():
 def test_the_fingerprint_covers_all_that_decides_a_row_but_the_seed():
     def fingerprint(dials=None, corpus="corpus", vocabulary="vocabulary", weights=(1.0, 1.0), **choices):
         corpora = [SmallCorpus([9, 9], fingerprint=corpus), SmallCorpus([9], fingerprint="second")]
-        config = recipe(dials or Masked(), weights=weights, **choices)
+        config = recipe(dials or MaskedConfig(), weights=weights, **choices)
         return Rows(config, SmallVocabulary(fingerprint=vocabulary), corpora, "train").fingerprint
 
-    assert fingerprint() == fingerprint(seed=1) == fingerprint(Masked(weight=2))
+    assert fingerprint() == fingerprint(seed=1) == fingerprint(MaskedConfig(weight=2))
     others = [
         fingerprint(),
-        fingerprint(Masked(rate=0.2)),
-        fingerprint(Mixture(parts=(Masked(), Masked(rate=0.2)))),
-        fingerprint(Mixture(parts=(Masked(), Masked(rate=0.2, weight=2)))),
-        fingerprint(Causal()),
+        fingerprint(MaskedConfig(rate=0.2)),
+        fingerprint(MixtureConfig(parts=(MaskedConfig(), MaskedConfig(rate=0.2)))),
+        fingerprint(MixtureConfig(parts=(MaskedConfig(), MaskedConfig(rate=0.2, weight=2)))),
+        fingerprint(CausalConfig()),
         fingerprint(corpus="another"),
         fingerprint(vocabulary="another"),
         fingerprint(row_length=64),
@@ -213,10 +233,10 @@ def test_the_fingerprint_covers_all_that_decides_a_row_but_the_seed():
 
 
 def test_the_table_is_kept_beside_the_shards_and_gives_the_same_rows(tmp_path, monkeypatch):
-    first = Rows(recipe(Spans()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
+    first = Rows(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(packing, "_measure", None)
-    again = Rows(recipe(Spans()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
+    monkeypatch.setattr(packing, "_measure_blocks", None)
+    again = Rows(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
     assert [first.row(i).hash for i in range(50)] == [again.row(i).hash for i in range(50)]
 
 
@@ -230,7 +250,9 @@ def test_rows_are_those_of_format_2(expected, dials):
 
 
 @pytest.mark.parametrize(
-    "dials", [Prefix(), Fim(), Infilling(), Mixture(parts=(Causal(), Fim()))], ids=lambda dials: dials.kind
+    "dials",
+    [PrefixConfig(), FimConfig(), InfillingConfig(), MixtureConfig(parts=(CausalConfig(), FimConfig()))],
+    ids=lambda dials: dials.kind,
 )
 def test_documents_stay_apart_under_every_objective(dials):
     corpus = SmallCorpus(LENGTHS)
@@ -252,7 +274,7 @@ def test_documents_stay_apart_under_every_objective(dials):
 
 def test_a_row_says_which_part_of_a_mixture_each_segment_belongs_to():
     rows = rows_of(MIXTURE)
-    assert rows.parts == ["spans", "continuation", "X"]
+    assert rows.member_names == ["spans", "continuation", "X"]
     found = set()
     for row in (rows.row(i) for i in range(60)):
         assert (row.parts[row.segments == 0] == 0).all()
@@ -264,15 +286,15 @@ def test_a_row_says_which_part_of_a_mixture_each_segment_belongs_to():
 
 
 def test_an_empty_row_has_no_targets_and_the_shape_of_the_others():
-    for dials in (Causal(), Masked(), Spans(), MIXTURE):
+    for dials in (CausalConfig(), MaskedConfig(), SpansConfig(), MIXTURE):
         rows = rows_of(dials)
         empty, real = rows.empty_row(), rows.row(0)
-        assert empty.count == empty.size == 0
+        assert empty.num_targets == empty.num_tokens == 0
         assert {name: array.shape for name, array in empty.arrays.items()} == {
             name: array.shape for name, array in real.arrays.items()
         }
         batch = stack([real, empty])
-        assert (batch.segments[1] == 0).all() and batch.tokens.shape == (2, rows.room.tokens)
+        assert (batch.segments[1] == 0).all() and batch.tokens.shape == (2, rows.capacity.tokens)
         assert (batch.source is None) == (dials.kind not in ("spans", "mixture")) and (
             batch.picked is None
         ) == (dials.kind != "masked")
@@ -280,7 +302,7 @@ def test_an_empty_row_has_no_targets_and_the_shape_of_the_others():
 
 def test_pairs_of_source_and_target_share_rows_as_text_does():
     segments = [Segment(np.arange(n), np.arange(n), source=np.arange(2 * n)) for n in (2, 3)]
-    [row] = assemble([segments], Room(8, source=12), pad=9)
+    [row] = assemble([segments], RowCapacity(8, source=12), pad=9)
     assert row.segments.tolist() == [1, 1, 2, 2, 2, 0, 0, 0]
     assert row.source_segments.tolist() == [1] * 4 + [2] * 6 + [0, 0]
     assert row.source.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 9, 9]
@@ -288,16 +310,16 @@ def test_pairs_of_source_and_target_share_rows_as_text_does():
 
 
 def test_a_corpus_without_text_is_refused():
-    with pytest.raises(Refused, match="corpus 1 of the train data has 0 tokens in 2 documents"):
-        rows_of(Causal(), [SmallCorpus([3]), SmallCorpus([0, 0])], weights=(1.0, 1.0))
+    with pytest.raises(UserError, match="corpus 1 of the train data has 0 tokens in 2 documents"):
+        rows_of(CausalConfig(), [SmallCorpus([3]), SmallCorpus([0, 0])], weights=(1.0, 1.0))
 
 
 def test_rows_of_real_shards_spell_the_text(tmp_path):
     texts = [f"Document {i} speaks of {' and '.join(str(n * i) for n in range(i % 30))}." for i in range(200)]
     (tmp_path / "text.txt").write_text("\n\n".join(texts))
-    vocabulary = train(iter(texts), Tokenizer(), 400, tmp_path / "tokenizer")
-    shards, _ = prepare(Source(path=str(tmp_path / "text.txt")), vocabulary, tmp_path / "shards")
-    rows = Rows(recipe(Causal(), 512), vocabulary, [shards], "train", cache=tmp_path / "shards")
+    vocabulary = train(iter(texts), TokenizerConfig(), 400, tmp_path / "tokenizer")
+    shards, _ = prepare(SourceConfig(path=str(tmp_path / "text.txt")), vocabulary, tmp_path / "shards")
+    rows = Rows(recipe(CausalConfig(), 512), vocabulary, [shards], "train", cache=tmp_path / "shards")
     spelled = []
     for row in (rows.row(i) for i in range(rows.num_rows)):
         for number in range(1, row.segments.max() + 1):
@@ -308,4 +330,4 @@ def test_rows_of_real_shards_spell_the_text(tmp_path):
 
 
 def test_a_rank_whose_share_of_a_round_is_no_row_gets_none():
-    assert assemble([], Room(8, 4, 4), pad=0) == []
+    assert assemble([], RowCapacity(8, 4, 4), pad=0) == []

@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.paths import DATA
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import Source
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import SourceConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data import prepare as module
 from trifold.pretrain.data import shard_writer
 from trifold.pretrain.data.corpus import documents, is_heldout
 from trifold.pretrain.data.prepare import over_processes, prepare
 from trifold.pretrain.data.shards import Shards
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
-from trifold.pretrain.data.tokenizer.word_cache import Words
+from trifold.pretrain.data.tokenizer.word_cache import WordCache
 
 
 def sentences(count: int) -> list[str]:
@@ -37,9 +37,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> SourceConfig:
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(300)))
-    return Source(path=str(tmp_path / "text.txt"))
+    return SourceConfig(path=str(tmp_path / "text.txt"))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_documents_come_back_from_shards_as_they_went_in(
         path, ns=(hash(tuple(texts)) % 2**60,) * 2
     )  # examples follow each other within one tick of the clock
     parts = prepare(
-        Source(path=str(path)), tokenizer, tmp_path / "shards", heldout_fraction=0.3, shard_bytes=20
+        SourceConfig(path=str(path)), tokenizer, tmp_path / "shards", heldout_fraction=0.3, shard_bytes=20
     )
     kept = [text for text in ["some text", *texts] if text]
     for shards, held in zip(parts, (False, True), strict=True):
@@ -81,7 +81,7 @@ def test_documents_come_back_from_shards_as_they_went_in(
 
 @pytest.mark.usefixtures("small_batches")
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
 ) -> None:
     for workers in (1, 3):
         shards, _ = prepare(
@@ -99,11 +99,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 
 
 def test_shards_are_used_again_until_text_tokenizer_or_rule_changes(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
 ) -> None:
     heard: list[tuple[int, int]] = []
 
-    def made(source: Source, tokenizer: Tokenizer, fraction: float) -> str:
+    def made(source: SourceConfig, tokenizer: Tokenizer, fraction: float) -> str:
         heard.clear()
         return prepare(
             source, tokenizer, tmp_path / "s", heldout_fraction=fraction, progress=lambda *n: heard.append(n)
@@ -127,7 +127,7 @@ class Killed(BaseException): ...
 
 @pytest.mark.usefixtures("small_batches")
 def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> None:
         raise Killed
@@ -137,7 +137,7 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
             if place != "progress":
                 patch.setattr(f"trifold.pretrain.data.prepare.{place}", die)
             prepare(source, tokenizer, tmp_path / "s", **({"progress": die} if place == "progress" else {}))
-        with pytest.raises(Refused, match="no complete token shards"):
+        with pytest.raises(UserError, match="no complete token shards"):
             Shards(tmp_path / "s" / "train")
     prepare(source, tokenizer, tmp_path / "s")[0].verify()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.lock", "text.txt"]
@@ -145,7 +145,7 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
 
 @pytest.mark.usefixtures("small_batches")
 def test_an_interrupted_preparation_goes_on_after_its_last_full_shard_to_the_same_bytes(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
 ) -> None:
     seen: list[str] = []
 
@@ -187,39 +187,39 @@ def test_an_interrupted_preparation_goes_on_after_its_last_full_shard_to_the_sam
 
 
 def test_a_damaged_shard_is_named_and_made_again(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, _ = prepare(source, tokenizer, tmp_path / "s")
     path = shards.folder / "00000.tokens"
     good = path.read_bytes()
 
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(Refused, match=r"00000\.tokens is not what was written"):
+    with pytest.raises(UserError, match=r"00000\.tokens is not what was written"):
         Shards(shards.folder).verify()
 
     path.write_bytes(good[:-2])
     with pytest.raises(
-        Refused, match=rf"00000\.tokens has {len(good) - 2} bytes where its index says {len(good)}"
+        UserError, match=rf"00000\.tokens has {len(good) - 2} bytes where its index says {len(good)}"
     ):
         Shards(shards.folder)
     again, _ = prepare(source, tokenizer, tmp_path / "s")
     assert "00000.tokens has" in caplog.text and again.fingerprint == shards.fingerprint
 
     path.unlink()
-    with pytest.raises(Refused, match=r"00000\.tokens has 0 bytes"):
+    with pytest.raises(UserError, match=r"00000\.tokens has 0 bytes"):
         Shards(shards.folder)
 
     (shards.folder / "index.json").write_text('{"sizes": ' + "[" * 100_000)
-    with pytest.raises(Refused, match=r"index\.json is missing or broken"):
+    with pytest.raises(UserError, match=r"index\.json is missing or broken"):
         Shards(shards.folder)
 
 
 def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow, _ = prepare(source, tokenizer, tmp_path / "narrow")
     monkeypatch.setattr(tokenizer, "dtype", np.dtype("<u4"))
-    monkeypatch.setattr(tokenizer, "_words", Words(tokenizer._fast, tokenizer._spec, tokenizer.dtype))
+    monkeypatch.setattr(tokenizer, "_words", WordCache(tokenizer._fast, tokenizer._spec, tokenizer.dtype))
     wide, _ = prepare(source, tokenizer, tmp_path / "wide")
     assert narrow.document(7).dtype == np.uint16 and wide.document(7).dtype == np.uint32
     assert (
@@ -230,28 +230,30 @@ def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
 
 
 def test_a_bad_file_in_the_middle_and_a_full_disk_are_refused(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "z.txt").write_bytes(b"\xff")
-    with pytest.raises(Refused, match="not UTF-8: byte 0"):
-        prepare(Source(path=str(tmp_path / "*.txt")), tokenizer, tmp_path / "s", spread=over_processes(2))
+    with pytest.raises(UserError, match="not UTF-8: byte 0"):
+        prepare(
+            SourceConfig(path=str(tmp_path / "*.txt")), tokenizer, tmp_path / "s", spread=over_processes(2)
+        )
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shard_writer._Hashed, "write", full)
-    with pytest.raises(Refused, match="no space is left"):
+    with pytest.raises(UserError, match="no space is left"):
         prepare(source, tokenizer, tmp_path / "s")
     assert not (tmp_path / "s.incomplete").exists()  # it would fill the disk that is full
 
 
 def test_workers_end_when_the_process_that_started_them_is_killed(
-    tmp_path: Path, tokenizer: Tokenizer, source: Source
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
 ) -> None:
     tokenizer.save(tmp_path / "tokenizer", "decoder")
     code = (
         "import time; from trifold.pretrain.data.prepare import *\n"
-        f"prepare(Source(path={source.path!r}), Tokenizer.open({str(tmp_path / 'tokenizer')!r}),"
+        f"prepare(SourceConfig(path={source.path!r}), Tokenizer.open({str(tmp_path / 'tokenizer')!r}),"
         f" {str(tmp_path / 's')!r},"
         " spread=over_processes(2), progress=lambda *_: (print('begun', flush=True), time.sleep(600)))"
     )
@@ -263,7 +265,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed(
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"the real corpora are not at {DATA} (set TRIFOLD_DATA)")
 def test_the_dev_books_come_back_byte_for_byte(tmp_path: Path) -> None:
-    source = Source(path=str(DATA / "corpora/classic-books-en/dev.txt.gz"))
+    source = SourceConfig(path=str(DATA / "corpora/classic-books-en/dev.txt.gz"))
     tokenizer = train(documents(source), TokenizerConfig(sample_bytes=300_000), 2000, tmp_path / "tokenizer")
     shards, _ = prepare(source, tokenizer, tmp_path / "shards")
     assert [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)] == list(

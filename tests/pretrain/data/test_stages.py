@@ -9,24 +9,32 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.pretrain.data.small_corpus import FIRST, SmallCorpus, SmallVocabulary, recipe
-from trifold.pretrain.config.pretraining import Causal, Masked, Pretrain, Spans, Stage
+from trifold.pretrain.config.pretraining import (
+    CausalConfig,
+    MaskedConfig,
+    PretrainConfig,
+    SpansConfig,
+    StageConfig,
+)
 from trifold.pretrain.data import packing, row_order
 from trifold.pretrain.data.loader import Loader
 from trifold.pretrain.data.rows import Rows
-from trifold.pretrain.data.stages import parts, where
+from trifold.pretrain.data.stages import locate_step, resolve_stages
 
-KINDS = pytest.mark.parametrize("dials", [Causal(), Masked(), Spans()], ids=lambda dials: dials.kind)
+KINDS = pytest.mark.parametrize(
+    "dials", [CausalConfig(), MaskedConfig(), SpansConfig()], ids=lambda dials: dials.kind
+)
 
 
-def staged(*stages: Stage, steps: int = 100, dials=None, **data) -> Pretrain:
-    plain = recipe(dials or Causal(), **data)
-    return Pretrain.model_validate(
+def staged(*stages: StageConfig, steps: int = 100, dials=None, **data) -> PretrainConfig:
+    plain = recipe(dials or CausalConfig(), **data)
+    return PretrainConfig.model_validate(
         plain.model_dump() | {"steps": steps, "stages": tuple(stage.model_dump() for stage in stages)}
     )
 
 
 STAGE = st.builds(
-    Stage,
+    StageConfig,
     steps=st.integers(1, 6),
     row_length=st.none() | st.integers(2, 32),
     step_rows=st.none() | st.integers(4, 20),
@@ -35,14 +43,14 @@ STAGE = st.builds(
 
 
 @given(st.lists(STAGE, max_size=4), st.integers(1, 6))
-def test_every_row_and_micro_comes_once_and_in_order(stages: list[Stage], rest: int) -> None:
+def test_every_row_and_micro_comes_once_and_in_order(stages: list[StageConfig], rest: int) -> None:
     config = staged(*stages, steps=sum(stage.steps for stage in stages) + rest)
-    plan = parts(config)
+    plan = resolve_stages(config)
     row = micro = step = 0
-    for number, stage in enumerate([*stages, Stage(steps=rest)]):
+    for number, stage in enumerate([*stages, StageConfig(steps=rest)]):
         step_rows, micro_rows = stage.step_rows or config.step_rows, stage.micro_rows or config.micro_rows
         for _ in range(stage.steps):
-            part, first_row, first_micro = where(plan, step)
+            part, first_row, first_micro = locate_step(plan, step)
             assert (part.stage, first_row, first_micro) == (number, row, micro)
             assert (part.row_length, part.step_rows, part.micro_rows) == (
                 stage.row_length or 32,
@@ -54,21 +62,24 @@ def test_every_row_and_micro_comes_once_and_in_order(stages: list[Stage], rest: 
                 rows += micro_rows
                 micro += 1
             row, step = row + step_rows, step + 1
-    assert where(plan, config.steps)[1:] == (row, micro)  # the cursor of a finished run
+    assert locate_step(plan, config.steps)[1:] == (row, micro)  # the cursor of a finished run
 
 
 @pytest.mark.parametrize(
     ("stage", "said"),
     [
-        (Stage(steps=3, row_length=33), r"stages\.1\.row_length \(33\) exceeds model\.max_positions \(32\)"),
-        (Stage(steps=3, step_rows=3), r"stages\.1 has micro_rows 4, which exceeds its step_rows 3"),
-        (Stage(steps=98), r"the stages take 100 steps together and leave none of `steps` \(100\)"),
+        (
+            StageConfig(steps=3, row_length=33),
+            r"stages\.1\.row_length \(33\) exceeds model\.max_positions \(32\)",
+        ),
+        (StageConfig(steps=3, step_rows=3), r"stages\.1 has micro_rows 4, which exceeds its step_rows 3"),
+        (StageConfig(steps=98), r"the stages take 100 steps together and leave none of `steps` \(100\)"),
     ],
 )
-def test_stages_that_do_not_fit_are_refused_with_both_numbers(stage: Stage, said: str) -> None:
-    staged(Stage(steps=2), Stage(steps=97))
+def test_stages_that_do_not_fit_are_refused_with_both_numbers(stage: StageConfig, said: str) -> None:
+    staged(StageConfig(steps=2), StageConfig(steps=97))
     with pytest.raises(ValidationError, match=said):
-        staged(Stage(steps=2), stage)
+        staged(StageConfig(steps=2), stage)
 
 
 def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkeypatch) -> None:
@@ -79,7 +90,7 @@ def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkey
         SmallCorpus(lengths, fingerprint="a"),
         SmallCorpus(lengths[:90], first=FIRST + 50_000, fingerprint="b"),
     ]
-    config = recipe(Causal(), weights=(3, 1))
+    config = recipe(CausalConfig(), weights=(3, 1))
 
     def rows(row_length: int, after: tuple[Rows, int] | None = None) -> Rows:
         return Rows(config, SmallVocabulary(), corpora, "train", row_length=row_length, after=after)
@@ -106,7 +117,7 @@ def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkey
                 for stream, other in zip(after.streams, before.streams, strict=True)
             ]
             wanted = [
-                mine.after(other, index)
+                mine.continue_index(other, index)
                 for (mine, other), index in zip(orders, following(read, before), strict=True)
             ]
             assert [begins[0], begins[1]] == wanted
@@ -125,12 +136,12 @@ def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkey
 def test_the_loader_changes_rows_and_steps_with_the_stage_at_any_world(dials) -> None:
     corpus = SmallCorpus([5, 20, 40, 100] * 10)
     config = staged(
-        Stage(steps=2, row_length=16, step_rows=5, micro_rows=2),
-        Stage(steps=1, step_rows=6),
+        StageConfig(steps=2, row_length=16, step_rows=5, micro_rows=2),
+        StageConfig(steps=1, step_rows=6),
         steps=5,
         dials=dials,
     )
-    plan = parts(config)
+    plan = resolve_stages(config)
     short = Rows(config, SmallVocabulary(), [corpus], "train", row_length=16)
     long = Rows(config, SmallVocabulary(), [corpus], "train", after=(short, 10))
 

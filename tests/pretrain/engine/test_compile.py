@@ -19,13 +19,13 @@ from tests.processes import run_processes
 from trifold.launch.bench.rows import Micro, micros
 from trifold.modeling.block import Block
 from trifold.modeling.config import Generation
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.pretraining import Pretrain
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config import training
+from trifold.pretrain.config.pretraining import PretrainConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import engine as engines
-from trifold.pretrain.engine.engine import Engine, Step
+from trifold.pretrain.engine.engine import Engine, StepResult
 from trifold.pretrain.engine.zero import settings
 
 KINDS = {"llama": 1, "modernbert": 2, "t5gemma": 2}  # of blocks: a window or none, another memory or none
@@ -39,14 +39,14 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-def at(name: str, **engine: Any) -> Pretrain:
+def at(name: str, **engine: Any) -> PretrainConfig:
     config = of_family(name, 1, 1)
     model = config.model.model_copy(update={"dropout": 0.1})
     optimizer = config.optimizer.model_copy(
         update={"eps": 1e-4}
     )  # or a gradient that is nothing but rounding would move its weight
     return config.model_copy(
-        update={"model": model, "optimizer": optimizer, "engine": dials.Engine(**engine)}
+        update={"model": model, "optimizer": optimizer, "engine": training.EngineConfig(**engine)}
     )
 
 
@@ -56,11 +56,11 @@ def by(backend: Any) -> CompileCounterWithBackend:
     """
     graphs = CompileCounterWithBackend(backend)
     torch.compile = partial(_compile, backend=graphs, fullgraph=True)
-    engines.settings = _sharded
+    engines.deepspeed_config = _sharded
     return graphs
 
 
-_compile, _settings = torch.compile, settings.settings
+_compile, _settings = torch.compile, settings.deepspeed_config
 
 
 def _sharded(*args: Any) -> dict[str, Any]:
@@ -71,14 +71,14 @@ def _sharded(*args: Any) -> dict[str, Any]:
 
 
 def engine_of(
-    config: Pretrain, place: Place, change: Callable[[Transformer], Any] = lambda model: None
+    config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], Any] = lambda model: None
 ) -> Engine:
     model = build(config.model, 0)
     change(model)
     return Engine(model, config, place)
 
 
-def stepped(engine: Engine, config: Pretrain, *numbers: int) -> list[Step]:
+def stepped(engine: Engine, config: PretrainConfig, *numbers: int) -> list[StepResult]:
     """Steps of two micros on each rank."""
     made = micros(config, 301, 3, 2 * engine.world * (1 + max(numbers)), "cpu")
     steps = []
@@ -94,7 +94,7 @@ def stepped(engine: Engine, config: Pretrain, *numbers: int) -> list[Step]:
     return steps
 
 
-def kept(engine: Engine, config: Pretrain) -> int:
+def kept(engine: Engine, config: PretrainConfig) -> int:
     """Bytes of gathered weights of blocks that are alive between forward and backward."""
     storages: list[Any] = []
 
@@ -116,7 +116,7 @@ def kept(engine: Engine, config: Pretrain) -> int:
     return found
 
 
-def _family(place: Place, name: str, graphs: CompileCounterWithBackend) -> dict[str, Any]:
+def _family(place: RankInfo, name: str, graphs: CompileCounterWithBackend) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage, compiled in ((1, False), (3, False), (3, True)):
         torch._dynamo.reset()
@@ -138,12 +138,12 @@ def _family(place: Place, name: str, graphs: CompileCounterWithBackend) -> dict[
     return found
 
 
-def _families(place: Place, backend: str, names: Sequence[str]) -> dict[str, Any]:
+def _families(place: RankInfo, backend: str, names: Sequence[str]) -> dict[str, Any]:
     graphs = by(backend)
     return {name: _family(place, name, graphs) for name in names}
 
 
-def _cheap(place: Place) -> tuple[dict[str, Any], dict[str, list[list[Step]]]]:
+def _cheap(place: RankInfo) -> tuple[dict[str, Any], dict[str, list[list[StepResult]]]]:
     return _families(place, "aot_eager", ["t5gemma"]), _cells(place, ["frozen embeddings, recompute"])
 
 
@@ -178,7 +178,7 @@ def test_blocks_compiled_at_stage_3_take_the_steps_of_uncompiled_ones_and_keep_n
     assert_same_steps(cells)
 
 
-def _cells(place: Place, names: Sequence[str]) -> dict[str, list[list[Step]]]:
+def _cells(place: RankInfo, names: Sequence[str]) -> dict[str, list[list[StepResult]]]:
     """The same steps of each cell, uncompiled and compiled."""
     by("aot_eager")
     cells, found = CELLS | {"shared rows": {"sequence_parallel": 2}}, {}
@@ -194,7 +194,7 @@ def _cells(place: Place, names: Sequence[str]) -> dict[str, list[list[Step]]]:
     return found
 
 
-def assert_same_steps(found: dict[str, list[list[Step]]]) -> None:
+def assert_same_steps(found: dict[str, list[list[StepResult]]]) -> None:
     for name, (plain, compiled) in found.items():
         low = "bf16" in name or "autocast" in name
         for one, other in zip(plain, compiled, strict=True):
@@ -217,8 +217,8 @@ def test_blocks_of_the_real_compiler_train_as_uncompiled_ones() -> None:
 
 def test_what_stage_3_cannot_compile_is_refused() -> None:
     with pytest.raises(ValueError, match=r"zero_stage 3 gathers them elsewhere"):
-        dials.Engine(zero_stage=3, compile=True, cuda_graphs=True)
+        training.EngineConfig(zero_stage=3, compile=True, cuda_graphs=True)
     with pytest.raises(
-        Refused, match=r"block by block at zero_stage 3, and a model of cell lstm has no blocks"
+        UserError, match=r"block by block at zero_stage 3, and a model of cell lstm has no blocks"
     ):
-        dials.Engine(zero_stage=3, compile=True).fits(RECURRENT["lstm decoder"])
+        training.EngineConfig(zero_stage=3, compile=True).check_model(RECURRENT["lstm decoder"])

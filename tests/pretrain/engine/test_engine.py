@@ -15,14 +15,14 @@ from tests.paths import ROOT
 from tests.processes import run_processes
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.config.pretraining import Causal, Data, Pretrain, Source
-from trifold.pretrain.config.training import Engine as EngineConfig
-from trifold.pretrain.config.training import Optimizer
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.engine import Engine, Step
-from trifold.pretrain.engine.spikes import Limits
+from trifold.pretrain.config.pretraining import CausalConfig, DataConfig, PretrainConfig, SourceConfig
+from trifold.pretrain.config.training import EngineConfig as EngineConfig
+from trifold.pretrain.config.training import OptimizerConfig
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.engine import Engine, StepResult
+from trifold.pretrain.engine.spikes import StepLimits
 
 TOKENS, VOCAB, STAGES = 7, 101, (1, 2, 3)
 CELLS = [
@@ -36,7 +36,7 @@ CELLS = [
 
 def recipe(
     kind: str = "adamw", stage: int = 1, precision: str = "fp32", offload: bool = False, **engine: Any
-) -> Pretrain:
+) -> PretrainConfig:
     model = ModelConfig(
         family="decoder",
         vocab_size=VOCAB,
@@ -50,12 +50,12 @@ def recipe(
         dropout=0.1,
         init_std=0.1,
     )
-    return Pretrain(
+    return PretrainConfig(
         run="unused",
         model=model,
-        data=Data(sources=(Source(path="unused"),), heldout_fraction=0.1, row_length=TOKENS),
-        objective=Causal(),
-        optimizer=Optimizer(kind=kind, lr=1e-2),
+        data=DataConfig(sources=(SourceConfig(path="unused"),), heldout_fraction=0.1, row_length=TOKENS),
+        objective=CausalConfig(),
+        optimizer=OptimizerConfig(kind=kind, lr=1e-2),
         engine=EngineConfig(zero_stage=stage, precision=precision, offload=offload, **engine),
         steps=100,
         step_rows=8,
@@ -64,7 +64,7 @@ def recipe(
 
 
 def engine_of(
-    config: Pretrain, place: Place, change: Callable[[Transformer], None] = lambda model: None
+    config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], None] = lambda model: None
 ) -> Engine:
     model = build(config.model, seed=0)
     change(model)
@@ -84,7 +84,7 @@ def rows(step: int) -> Batch:
     return Batch(tokens[:, :-1], segments, targets)
 
 
-def share(step: int, place: Place) -> tuple[list[Batch], list[int], int]:
+def share(step: int, place: RankInfo) -> tuple[list[Batch], list[int], int]:
     """This rank's micros of two rows, dealt out round by round, their seeds, and the targets of the whole
     step.
     """
@@ -101,7 +101,7 @@ def share(step: int, place: Place) -> tuple[list[Batch], list[int], int]:
     return micros, [1000 * step + i for i in indices], int((whole.targets != IGNORE).sum())
 
 
-def train(engine: Engine, *steps: int) -> list[Step]:
+def train(engine: Engine, *steps: int) -> list[StepResult]:
     return [engine.train_step(*share(step, engine.place), lr_factor=1 / (1 + step)) for step in steps]
 
 
@@ -157,11 +157,11 @@ SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _every_cell(place: Place, stage: int) -> dict[Any, dict[str, Any]]:
+def _every_cell(place: RankInfo, stage: int) -> dict[Any, dict[str, Any]]:
     return {cell: _cell(place, *cell) for cell in CELLS if cell[1] == stage}
 
 
-def _cell(place: Place, kind: str, stage: int, precision: str, offload: bool) -> dict[str, Any]:
+def _cell(place: RankInfo, kind: str, stage: int, precision: str, offload: bool) -> dict[str, Any]:
     """Four steps straight; the state after two; from that state the same again, with bad steps in between and
     wide limits at the end.
     """
@@ -188,11 +188,11 @@ def _cell(place: Place, kind: str, stage: int, precision: str, offload: bool) ->
             spoilt.append(what)
         (step,) = train(engine, 9)
         bad[what] = (step.applied, engine.optimizer_step, changed(before, engine.slices()))
-    for limits in (Limits(loss=1e-3), Limits(grad_norm=1e-3)):
+    for limits in (StepLimits(loss=1e-3), StepLimits(grad_norm=1e-3)):
         step = engine.train_step(*share(9, place), 1.0, limits)
         assert step.grad_norm > 1e-3
         bad[limits] = (step.applied, engine.optimizer_step, changed(before, engine.slices()))
-    resumed += [engine.train_step(*share(3, place), 1 / 4, Limits(1e3, 1e3))]
+    resumed += [engine.train_step(*share(3, place), 1 / 4, StepLimits(1e3, 1e3))]
     return {
         "start": start,
         "state": state,
@@ -218,7 +218,7 @@ def test_resumed_run_continues_bit_for_bit(cell: Any) -> None:
 
 
 UNHARMED = dict.fromkeys(
-    ("loss", "gradient", Limits(loss=1e-3), Limits(grad_norm=1e-3)), (False, 3, [])
+    ("loss", "gradient", StepLimits(loss=1e-3), StepLimits(grad_norm=1e-3)), (False, 3, [])
 )  # not applied, nothing changed
 
 
@@ -228,7 +228,7 @@ def test_a_step_that_is_not_finite_or_beyond_a_limit_changes_nothing_on_any_rank
         assert rank[cell]["bad"] == UNHARMED
 
 
-def _elsewhere(place: Place, states: dict[str, Any]) -> dict[Any, list[Step]]:
+def _elsewhere(place: RankInfo, states: dict[str, Any]) -> dict[Any, list[StepResult]]:
     """From scratch, and from each state of two ranks to each stage here."""
     found = {}
     for kind in ("adamw", "muon"):
@@ -256,7 +256,7 @@ def test_other_worlds_and_stages_continue_within_rounding(world: int) -> None:
         assert [s.grad_norm for s in steps] == pytest.approx([s.grad_norm for s in expected], rel=1e-4), key
 
 
-def _plain_torch(place: Place) -> tuple[list[tuple[float, float]], list[Step]]:
+def _plain_torch(place: RankInfo) -> tuple[list[tuple[float, float]], list[StepResult]]:
     """The same steps by torch alone: whole batch, one mean, its own clipping and AdamW, without dropout."""
     config = recipe()
     config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
@@ -289,7 +289,7 @@ def test_steps_equal_plain_torch() -> None:
 DECAY = 0.7
 
 
-def _averages(place: Place) -> dict[Any, Any]:
+def _averages(place: RankInfo) -> dict[Any, Any]:
     """Weights and averages after each step in several cells; what evaluates while they are swapped; an
     average turned on late.
     """
@@ -323,7 +323,7 @@ def _averages(place: Place) -> dict[Any, Any]:
             steps += train(engine, step)
             states.append(gathered(engine.slices()))
         own = engine.evaluate(rows(0))[0]
-        with engine.averaged():
+        with engine.use_ema_weights():
             averaged = engine.evaluate(rows(0))[0]
         restored = engine.evaluate(rows(0))[0].equal(own), changed(states[-1][place.rank], engine.slices())
         as_trained = engine_of(plain, place, freeze)
@@ -389,7 +389,7 @@ def freeze(model: Transformer) -> None:
         parameter.requires_grad_(not name.startswith(FROZEN))
 
 
-def _frozen_and_scores(place: Place) -> dict[Any, Any]:
+def _frozen_and_scores(place: RankInfo) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for stage in STAGES:
         for kind in ("adamw", "muon"):
@@ -413,7 +413,7 @@ def _frozen_and_scores(place: Place) -> dict[Any, Any]:
                 ],
             )
             again.load(reader(gathered(state)), 2)
-            with pytest.raises(Refused, match=r"this recipe needs its (exp_avg|momentum)"):
+            with pytest.raises(UserError, match=r"this recipe needs its (exp_avg|momentum)"):
                 engine_of(config, place).load(reader(gathered(state)), 2)
             found["frozen", stage, kind] = (first, gathered(state), straight, train(again, 2, 3))
         batch = rows(0)

@@ -14,13 +14,13 @@ from tests.pretrain.engine.test_engine import changed, engine_of, reader, recipe
 from tests.processes import run_processes
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Lora, ModelConfig
-from trifold.modeling.errors import Refused
-from trifold.modeling.lora import adapt
+from trifold.modeling.errors import UserError
+from trifold.modeling.lora import add_lora
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.config.training import Engine as EngineConfig
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config.training import EngineConfig as EngineConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import engine as engine_room
-from trifold.pretrain.engine.engine import Step
+from trifold.pretrain.engine.engine import StepResult
 from trifold.pretrain.engine.fp8 import to_fp8
 
 BF16 = EngineConfig(precision="bf16")
@@ -90,12 +90,12 @@ def test_a_product_is_off_by_what_eight_bits_round_and_no_more():
     assert (found - exact).norm() > 4 * ROUNDING * exact.norm()  # and it is no bf16 product
 
 
-def _engine(place: Place, stage: int, precision: str, fp8: bool) -> Any:
+def _engine(place: RankInfo, stage: int, precision: str, fp8: bool) -> Any:
     config = recipe(stage=stage, precision=precision, fp8=fp8)
     return engine_of(config.model_copy(update={"model": shape(dropout=0.1)}), place)
 
 
-def _train(engine: Any, steps: range) -> list[Step]:
+def _train(engine: Any, steps: range) -> list[StepResult]:
     """The same eight rows again and again, so that there is something to learn."""
     batch = rows(0)
     return [
@@ -104,8 +104,8 @@ def _train(engine: Any, steps: range) -> list[Step]:
     ]
 
 
-def _curves_and_changes(place: Place) -> dict[str, Any]:
-    with pytest.raises(Refused, match="on the CPU"):
+def _curves_and_changes(place: RankInfo) -> dict[str, Any]:
+    with pytest.raises(UserError, match="on the CPU"):
         _engine(place, 1, "bf16", True)
     engine_room.to_fp8 = partial(to_fp8, emulate=True)  # type: ignore[assignment]
     found: dict[str, Any] = {
@@ -155,7 +155,7 @@ def test_a_state_goes_on_exactly_in_fp8_and_moves_between_runs_with_it_and_witho
 
 
 def _adapted(model: Transformer) -> None:
-    adapt(model, Lora(), seed=0)
+    add_lora(model, Lora(), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_does_not_go_with_fp8_is_refused(
     model = build(shape(**dials), seed=0)
     if change is not None:
         change(model)
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         to_fp8(model, EngineConfig(**{"precision": "bf16", **settings}), "cpu", emulate=True)
 
 
@@ -192,23 +192,23 @@ def test_a_recipe_that_does_not_go_with_fp8_is_refused_before_anything_is_made(s
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(Refused, match="cell gru"):
+    with pytest.raises(UserError, match="cell gru"):
         to_fp8(build(RECURRENT["gru decoder"], seed=0), BF16, "cpu", emulate=True)
 
 
 def test_a_device_without_fp8_is_refused(monkeypatch):
     model = build(shape(), seed=0)
-    with pytest.raises(Refused, match="on the CPU"):
+    with pytest.raises(UserError, match="on the CPU"):
         to_fp8(model, BF16, "cpu")
     # Mocked, because there is no such GPU here.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an A100")
-    with pytest.raises(Refused, match=r"8.9, and an A100 has 8.0"):
+    with pytest.raises(UserError, match=r"8.9, and an A100 has 8.0"):
         to_fp8(model, BF16, "cuda")
     assert not any(type(module).__name__ == "Float8Linear" for module in model.modules())
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(Refused, match="extra `fp8`"):
+    with pytest.raises(UserError, match="extra `fp8`"):
         to_fp8(build(shape(), seed=0), BF16, "cpu", emulate=True)

@@ -13,24 +13,24 @@ from tests.processes import run_processes
 from trifold.launch.bench.contenders import bytes_held
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
-from trifold.launch.recipe.schema import Recipe
+from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
 from trifold.modeling.transformer import build
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
-from trifold.pretrain.config.pretraining import Pretrain
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.config.pretraining import PretrainConfig
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.engine import Engine
 
 
-def averaging_muon(kind: str) -> Pretrain:
+def averaging_muon(kind: str) -> PretrainConfig:
     return recipe(kind).model_copy(update={"ema": 0.9 if kind == "muon" else 0.0})
 
 
-def _checkpointed(place: Place, folder: str) -> dict[str, int]:
+def _checkpointed(place: RankInfo, folder: str) -> dict[str, int]:
     """Tensor bytes of a real checkpoint of each optimizer, read back."""
     found = {}
     for kind in ("adamw", "muon"):
@@ -53,7 +53,7 @@ def test_checkpoint_bytes_are_exact(tmp_path: Path) -> None:
         assert memory_estimate.checkpoint_bytes(config, config.model) == found
 
 
-def small(stage: int, precision: str, family: str, per_step: int) -> Recipe:
+def small(stage: int, precision: str, family: str, per_step: int) -> PretrainRecipe:
     dials = [
         f"engine.zero_stage={stage}",
         f"engine.precision={precision}",
@@ -63,7 +63,7 @@ def small(stage: int, precision: str, family: str, per_step: int) -> Recipe:
     return resolve(f"configs/demo/{family}.yaml", dials)
 
 
-def _peak(place: Place, *cell: Any) -> int:
+def _peak(place: RankInfo, *cell: Any) -> int:
     """Bytes that torch's allocator holds at most, from before the model until after a step."""
     config = small(*cell)
     made = micros(config, config.model.vocab_size, 2, cell[3], "cpu")
@@ -88,7 +88,7 @@ def test_the_peak_of_a_real_step_is_within_a_tenth_of_what_was_planned(
     cell: tuple[int, str, str, int],
 ) -> None:
     config = small(*cell)
-    planned = memory_estimate.memory(
+    planned = memory_estimate.estimate_memory(
         config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
     )
     assert planned.total == pytest.approx(run_processes(1, _peak, *cell)[0], rel=0.1)
@@ -102,18 +102,18 @@ def test_state_is_shared_out_as_zero_says() -> None:
         config = small(stage, "bf16", "decoder", 16)
         size = num_parameters(config.model)
         batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
-        found = memory_estimate.memory(config, config.model, batch, 8, "cpu")
+        found = memory_estimate.estimate_memory(config, config.model, batch, 8, "cpu")
         assert found.weights == 2 * size // weights and found.optimizer == 12 * size // 8
 
 
-def _offloaded(config: Recipe) -> Recipe:
+def _offloaded(config: PretrainRecipe) -> PretrainRecipe:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"offload": True})})
 
 
 def test_with_offload_bf16_at_stage_1_has_a_bucket_and_the_sum_of_gradients_and_no_state() -> None:
     config = _offloaded(small(1, "bf16", "decoder", 16))
     size = num_parameters(config.model)
-    found = memory_estimate.memory(
+    found = memory_estimate.estimate_memory(
         config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 8, "cpu"
     )
     assert (found.weights, found.optimizer, found.gradients, found.buckets) == (
@@ -124,7 +124,7 @@ def test_with_offload_bf16_at_stage_1_has_a_bucket_and_the_sum_of_gradients_and_
     )
 
 
-def _offloaded_peak(place: Place, per_step: int) -> int:
+def _offloaded_peak(place: RankInfo, per_step: int) -> int:
     config = _offloaded(small(1, "bf16", "encoder", per_step))
     made = micros(config, config.model.vocab_size, 2, per_step, "cpu")
     with bytes_held(place) as held:
@@ -139,7 +139,7 @@ def test_a_real_step_with_offload_holds_what_was_planned_and_on_the_cpu_what_is_
     per_step: int,
 ) -> None:
     config = _offloaded(small(1, "bf16", "encoder", per_step))
-    planned = memory_estimate.memory(
+    planned = memory_estimate.estimate_memory(
         config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
     ).total
     host = 12 + 4 + 2 * per_step  # fp32 state and gradients, weights on their way back, gradients added up
@@ -156,7 +156,7 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
             0
         ].batch
 
-    free = memory_estimate.memory(config, config.model, rows(11), 1, "cpu").total
+    free = memory_estimate.estimate_memory(config, config.model, rows(11), 1, "cpu").total
     assert memory_estimate.largest_micro(config, config.model, rows, 1, "cpu", free) in (10, 11, 12)
 
 
@@ -164,18 +164,21 @@ def test_auto_recomputes_where_memory_would_not_suffice_without() -> None:
     config = small(1, "fp32", "decoder", 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": "auto"})})
     batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
-    needed = memory_estimate.memory(config, config.model, batch, 1, "cpu").total / memory_estimate.ROOM
+    needed = (
+        memory_estimate.estimate_memory(config, config.model, batch, 1, "cpu").total
+        / memory_estimate.MEMORY_HEADROOM
+    )
 
     def chosen(model: ModelConfig, free: float) -> bool:
-        return memory_estimate.recomputes(config, model, [batch], 1, "cpu", free)
+        return memory_estimate.needs_recompute(config, model, [batch], 1, "cpu", free)
 
     assert not chosen(config.model, needed) and chosen(config.model, needed - 1)
     assert not chosen(RECURRENT["gru decoder"], 1.0)  # has no blocks to recompute
     for place in (
-        Place(0, 1, 0, "cpu", None, 1),
-        Place(3, 10**9, 0, "cpu", None, 1),
+        RankInfo(0, 1, 0, "cpu", None, 1),
+        RankInfo(3, 10**9, 0, "cpu", None, 1),
     ):  # a rank of so many has a few bytes
-        assert memory_estimate.answered(config, config.model, [batch], place).engine.recompute == (
+        assert memory_estimate.resolve_auto(config, config.model, [batch], place).engine.recompute == (
             place.world > 1
         )
 
@@ -200,5 +203,7 @@ def test_traffic_is_twice_the_weights_a_step_and_three_times_a_micro_at_stage_3_
     config = small(1, "fp32", "decoder", 16)
     whole = num_parameters(config.model) * 7 / 8
     cells = [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-    found = [memory_estimate.traffic(small(*cell, "decoder", 16), config.model, 8, 2) for cell in cells]
+    found = [
+        memory_estimate.gradient_bytes(small(*cell, "decoder", 16), config.model, 8, 2) for cell in cells
+    ]
     assert found == pytest.approx([whole * 2 * 4, whole * (4 + 2), whole * 3 * 2, whole * 6 * 2])

@@ -14,9 +14,9 @@ from torch import Tensor
 from tests.processes import run_processes
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import build
-from trifold.pretrain.config.training import Optimizer, Schedule
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.muon import Muon, Share, tabulate
+from trifold.pretrain.config.training import OptimizerConfig, ScheduleConfig
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.muon import FlatRange, Muon, assign_owners
 from trifold.pretrain.engine.optimizer import initial_state, lr_factor, make_optimizer
 
 KINDS = ("cosine", "wsd", "inverse_sqrt")
@@ -27,7 +27,7 @@ def test_learning_rate_rises_to_one_falls_to_final_and_never_jumps(
     kind: Any, warmup: int, decay: int, rest: int, final: float
 ) -> None:
     steps = warmup + decay + rest
-    schedule = Schedule(kind=kind, warmup_steps=warmup, decay_steps=decay, final=final)
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, decay_steps=decay, final=final)
     factors = [lr_factor(schedule, step, steps) for step in range(steps)]
     assert all(0 < f <= 1 for f in factors[:-1])
     assert factors[warmup] == pytest.approx(1)
@@ -45,16 +45,16 @@ def test_learning_rate_rises_to_one_falls_to_final_and_never_jumps(
 
 
 def test_schedules_by_hand() -> None:
-    cosine = Schedule(kind="cosine", warmup_steps=4, final=0.1)
+    cosine = ScheduleConfig(kind="cosine", warmup_steps=4, final=0.1)
     assert [lr_factor(cosine, step, 105) for step in (0, 3, 4, 54, 104)] == pytest.approx(
         [0.2, 0.8, 1, 0.55, 0.1]
     )
-    wsd = Schedule(kind="wsd", warmup_steps=0, decay_steps=10, final=0.0)
+    wsd = ScheduleConfig(kind="wsd", warmup_steps=0, decay_steps=10, final=0.0)
     assert [lr_factor(wsd, step, 100) for step in (0, 50, 89, 94, 99)] == pytest.approx([1, 1, 1, 0.5, 0])
-    assert lr_factor(Schedule(kind="wsd", decay_steps=0), 99, 100) == 1
-    root = Schedule(kind="inverse_sqrt", warmup_steps=9, final=0.0)
+    assert lr_factor(ScheduleConfig(kind="wsd", decay_steps=0), 99, 100) == 1
+    root = ScheduleConfig(kind="inverse_sqrt", warmup_steps=9, final=0.0)
     assert lr_factor(root, 39, 1000) == pytest.approx((0.5 - 0.1) / 0.9)
-    assert lr_factor(Schedule(warmup_steps=5), 4, 5) == pytest.approx(5 / 6)  # all warm-up
+    assert lr_factor(ScheduleConfig(warmup_steps=5), 4, 5) == pytest.approx(5 / 6)  # all warm-up
 
 
 CONFIG = ModelConfig(
@@ -79,7 +79,7 @@ def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(kind: An
     frozen = next(p for name, p in model.named_parameters() if ".blocks." in name)
     frozen.requires_grad_(False)
     names = {p: name for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, Optimizer(kind=kind, lr=0.5, muon_lr=0.25), torch.float32)
+    optimizer = make_optimizer(model, OptimizerConfig(kind=kind, lr=0.5, muon_lr=0.25), torch.float32)
     groups = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(groups) == len(set(groups)) and set(groups) == set(names) - {frozen}
     for group in optimizer.param_groups:
@@ -93,7 +93,7 @@ def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(kind: An
 SHAPES = {"a": (33, 33), "b": (101, 7), "c": (5, 40), "d": (64, 3)}
 
 
-def _sharded_muon(place: Place, layout: str) -> list[Tensor]:
+def _sharded_muon(place: RankInfo, layout: str) -> list[Tensor]:
     """Three steps on this rank's part of the four matrices; the whole result on every rank."""
     dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
     sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
@@ -114,7 +114,7 @@ def _sharded_muon(place: Place, layout: str) -> list[Tensor]:
     mine, pieces, offset = {}, [], 0
     for name, (start, numel) in spans.items():
         if numel:
-            mine[name] = (SHAPES[name], Share(start, numel, offset))
+            mine[name] = (SHAPES[name], FlatRange(start, numel, offset))
             pieces.append((name, start, numel))
             offset += numel
 
@@ -130,7 +130,7 @@ def _sharded_muon(place: Place, layout: str) -> list[Tensor]:
     optimizer.state[flat] = initial_state(flat, group)
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, mine)
-    optimizer.tables[id(flat)] = tabulate(everyone)
+    optimizer.tables[id(flat)] = assign_owners(everyone)
     for step in (1, 2, 3):
         flat.grad = own(_values(step))
         optimizer.step()

@@ -5,8 +5,8 @@ import torch
 
 from tests.pretrain.engine.test_engine import engine_of, recipe, rows
 from tests.processes import run_processes
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.precision import settled
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.precision import resolve_precision
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,11 @@ def test_a_cpu_trains_in_bf16_only_where_it_has_instructions_for_it(amx, avx512,
     # Mocked, because a machine has one CPU.
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert settled(recipe(precision="auto"), "cpu").engine.precision == chosen
-    assert settled(recipe(precision="autocast"), "cpu").engine.precision == "autocast"
+    assert resolve_precision(recipe(precision="auto"), "cpu").engine.precision == chosen
+    assert resolve_precision(recipe(precision="autocast"), "cpu").engine.precision == "autocast"
 
 
-def _on_unlike_cpus(place: Place, fast: list[bool]) -> tuple[str, bool, float]:
+def _on_unlike_cpus(place: RankInfo, fast: list[bool]) -> tuple[str, bool, float]:
     torch.cpu._is_amx_tile_supported = lambda: fast[place.rank]
     torch.cpu._is_avx512_bf16_supported = lambda: False
     engine = engine_of(recipe(precision="auto", recompute=not fast[place.rank]), place)

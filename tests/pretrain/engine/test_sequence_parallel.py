@@ -17,39 +17,42 @@ from tests.processes import run_processes
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
 from trifold.modeling.config import Generation, ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import build
 from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.pretraining import Pretrain
+from trifold.pretrain.config import training
+from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.data.loader import Loader, StepRows
 from trifold.pretrain.data.rows import Rows
-from trifold.pretrain.data.stages import Part
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.data.stages import ResolvedStage
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.jsonl import read_lines
 
-CASES = {"llama": dials.Causal(), "modernbert": dials.Masked(), "t5gemma": dials.Spans()}
+CASES = {"llama": dials.CausalConfig(), "modernbert": dials.MaskedConfig(), "t5gemma": dials.SpansConfig()}
 LSTM = ["model={family: decoder, cell: lstm, vocab_size: 400, dim: 32, num_layers: 1, max_positions: 256}"]
-TWO = dials.Engine(sequence_parallel=2)
+TWO = training.EngineConfig(sequence_parallel=2)
 
 
-def of_family(name: str, stage: Any, sharing: int) -> Pretrain:
+def of_family(name: str, stage: Any, sharing: int) -> PretrainConfig:
     model = CONFIGS[name].model_copy(update={"vocab_size": 301, "max_positions": 64})
-    return Pretrain(
+    return PretrainConfig(
         run="unused",
         model=model,
-        data=dials.Data(sources=(dials.Source(path="unused"),), heldout_fraction=0.1, row_length=64),
+        data=dials.DataConfig(
+            sources=(dials.SourceConfig(path="unused"),), heldout_fraction=0.1, row_length=64
+        ),
         objective=CASES[name],
-        optimizer=dials.Optimizer(lr=1e-2, clip=0.0),
-        engine=dials.Engine(zero_stage=stage, sequence_parallel=sharing),
+        optimizer=training.OptimizerConfig(lr=1e-2, clip=0.0),
+        engine=training.EngineConfig(zero_stage=stage, sequence_parallel=sharing),
         steps=10,
         step_rows=8,
         micro_rows=4,
     )
 
 
-def _beside_plain_torch(place: Place) -> dict[Any, Any]:
+def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
     """Of each family and stage: loss and gradient of a step of two micros, and of a batch each loss, its
     logits and a text, by two ranks that share the rows; then by torch alone on whole rows.
     """
@@ -82,17 +85,17 @@ def _beside_plain_torch(place: Place) -> dict[Any, Any]:
     return found
 
 
-def _in_turns(place: Place, straight: Pretrain, moved: Pretrain) -> None:
+def _in_turns(place: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> None:
     train(straight, place)
     for stop, engine in (
         (4, TWO),
-        (8, dials.Engine(zero_stage=2)),
+        (8, training.EngineConfig(zero_stage=2)),
         (12, TWO.model_copy(update={"zero_stage": 3})),
     ):
         _trained_until(place, moved.model_copy(update={"engine": engine}), stop)
 
 
-def two_runs(folder: Path) -> tuple[Pretrain, Pretrain]:
+def two_runs(folder: Path) -> tuple[PretrainConfig, PretrainConfig]:
     sizes: dict[str, Any] = {
         "dim": 32,
         "num_layers": 2,
@@ -112,8 +115,8 @@ class Two(NamedTuple):
     """What each of two ranks found beside plain torch, and two runs that they made."""
 
     ranks: list[dict[Any, Any]]
-    straight: Pretrain
-    moved: Pretrain
+    straight: PretrainConfig
+    moved: PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     return Two(run_processes(2, _all, *runs, timeout=280), *runs)
 
 
-def _all(place: Place, straight: Pretrain, moved: Pretrain) -> dict[Any, Any]:
+def _all(place: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> dict[Any, Any]:
     _in_turns(place, straight, moved)
     return _beside_plain_torch(place)
 
@@ -142,7 +145,7 @@ def test_two_ranks_that_share_rows_take_the_step_of_plain_torch_on_whole_rows(tw
         assert texts == ranks[1][key][-1] and (texts or key[0] == "modernbert")
 
 
-def assert_same_run(straight: Pretrain, moved: Pretrain) -> None:
+def assert_same_run(straight: PretrainConfig, moved: PretrainConfig) -> None:
     assert [rows for _, rows in losses(straight.run).values()] == [
         rows for _, rows in losses(moved.run).values()
     ]
@@ -175,7 +178,7 @@ def test_ranks_that_share_rows_are_dealt_the_same_and_one_of_them_counts(dials: 
 
     def share(counts: bool) -> StepRows:
         return Loader(
-            [rows], [Part(32, 10, 3)], start=0, stop=4, rank=1, world=2, prefetch=1, counts=counts
+            [rows], [ResolvedStage(32, 10, 3)], start=0, stop=4, rank=1, world=2, prefetch=1, counts=counts
         ).share(1)
 
     first, second = share(True), share(False)
@@ -224,22 +227,24 @@ def test_ranks_that_share_rows_are_dealt_the_same_and_one_of_them_counts(dials: 
 def test_what_cannot_be_shared_is_refused_with_both_numbers(changes: list[str], said: str) -> None:
     shared = ["cluster.workers=2", "engine.sequence_parallel=2", "model.num_heads=4", "model.num_kv_heads=2"]
     resolve("configs/demo/decoder.yaml", shared)
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         resolve("configs/demo/decoder.yaml", [*shared, *changes])
 
 
 def test_a_head_of_spans_is_not_shared() -> None:
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"parallel \(2\) ranks share each row, and a head of spans compares all of a row: set it to 1",
     ):
-        TWO.fits(CONFIGS["modernbert"].model_copy(update={"spans": True}))
+        TWO.check_model(CONFIGS["modernbert"].model_copy(update={"spans": True}))
 
 
 def test_a_target_side_that_cannot_be_cut_up_is_refused_before_training() -> None:
-    config = of_family("t5gemma", 1, 1).model_copy(update={"engine": dials.Engine(sequence_parallel=32)})
+    config = of_family("t5gemma", 1, 1).model_copy(
+        update={"engine": training.EngineConfig(sequence_parallel=32)}
+    )
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"the target side of a row \(16\) must be a multiple of engine\.sequence_parallel \(32\)",
     ):
         micros(config, 301, 3, 1, "cpu")

@@ -17,17 +17,23 @@ from tests.finetune import small_tasks
 from tests.finetune.small_tasks import folder_of, write_tags
 from tests.pretrain.test_run import losses, quiet, recipe
 from tests.processes import run_processes
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import State, newest_verified
-from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.pretraining import Pretrain
-from trifold.pretrain.config.training import Spikes, Training
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified
+from trifold.pretrain.config import training
+from trifold.pretrain.config.pretraining import PretrainConfig
+from trifold.pretrain.config.training import SpikesConfig, TrainingConfig
 from trifold.pretrain.data.loader import Loader, StepRows
-from trifold.pretrain.data.row_order import row_of
-from trifold.pretrain.data.stages import parts, where
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.spikes import UNLIMITED, Limits, limits, named_before, reason
+from trifold.pretrain.data.row_order import row_at_cursor
+from trifold.pretrain.data.stages import locate_step, resolve_stages
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.spikes import (
+    UNLIMITED,
+    StepLimits,
+    consecutive_skips,
+    limit_exceeded,
+    step_limits,
+)
 from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.jsonl import read_lines
 from trifold.pretrain.train import Progress
@@ -54,7 +60,9 @@ def spoil(rows: set[int]) -> None:
     Loader.share, Transformer.forward = spoilt, huge  # type: ignore[method-assign]
 
 
-def poisoned(place: Place, configs: list[Any], rows: set[int], fatal: Pretrain | None = None) -> list[str]:
+def poisoned(
+    place: RankInfo, configs: list[Any], rows: set[int], fatal: PretrainConfig | None = None
+) -> list[str]:
     """Train one after another; what each refused. `fatal`: in this one the last rank is killed the moment
     that it goes back.
     """
@@ -62,29 +70,29 @@ def poisoned(place: Place, configs: list[Any], rows: set[int], fatal: Pretrain |
     said = []
     for config in configs:
         if config == fatal and place.rank == place.world - 1:
-            Progress.go_back = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+            Progress.rewind = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
         try:
-            (train if isinstance(config, Pretrain) else trifold.finetune.run.train)(config, place)
+            (train if isinstance(config, PretrainConfig) else trifold.finetune.run.train)(config, place)
             said.append("")
-        except Refused as refusal:
+        except UserError as refusal:
             said.append(str(refusal))
     return said
 
 
-def made(folder: Path, run: str, every: int = 4, limit: int = 3, **rule: Any) -> Pretrain:
+def made(folder: Path, run: str, every: int = 4, limit: int = 3, **rule: Any) -> PretrainConfig:
     config = recipe(
         folder,
         run,
         steps=9,
-        checkpoints=dials.Checkpoints(every=every),
-        spikes=Spikes(**RULE | rule),
+        checkpoints=training.CheckpointConfig(every=every),
+        spikes=SpikesConfig(**RULE | rule),
         nonfinite_limit=limit,
     )
     prepare(config, 1, quiet)
     return config
 
 
-def events(config: Training) -> list[dict[str, Any]]:
+def events(config: TrainingConfig) -> list[dict[str, Any]]:
     return [
         event
         for event in read_lines(Path(config.run) / "events.jsonl")
@@ -92,13 +100,13 @@ def events(config: Training) -> list[dict[str, Any]]:
     ]
 
 
-def newest(config: Training) -> State:
+def newest(config: TrainingConfig) -> CheckpointState:
     found = newest_verified(Path(config.run), lambda event, **facts: None)
     assert found is not None
     return found.state
 
 
-def rows_read(config: Training) -> list[list[int]]:
+def rows_read(config: TrainingConfig) -> list[list[int]]:
     """Of the last line of each step."""
     return list(
         {r["step"]: r["rows"] for r in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in r}.values()
@@ -185,15 +193,15 @@ def test_a_fine_tune_rolls_back_as_pretraining_does(tmp_path: Path) -> None:
 
 
 def test_the_limits_are_so_many_times_the_medians_of_the_last_applied_steps() -> None:
-    rule = Spikes(loss=2.0, grad_norm=10.0, window=3)
+    rule = SpikesConfig(loss=2.0, grad_norm=10.0, window=3)
     recent = [(4.0, 1.0), (2.0, 9.0), (3.0, 0.5)]
-    assert limits(rule, recent) == Limits(6.0, 10.0)
-    assert limits(rule, recent[1:]) == limits(Spikes(window=3), recent) == UNLIMITED
-    assert limits(Spikes(grad_norm=10.0, window=3), recent) == Limits(math.inf, 10.0)
-    assert reason(7.0, 1.0, Limits(6.0, 10.0)) == "its loss 7 exceeds 6"
-    assert reason(5.0, 11.0, Limits(6.0, 10.0)) == "its gradient norm 11 exceeds 10"
-    assert reason(math.nan, 1.0, UNLIMITED) == "its loss is not finite"
-    assert reason(5.0, math.inf, UNLIMITED) == "its gradient norm is not finite"
+    assert step_limits(rule, recent) == StepLimits(6.0, 10.0)
+    assert step_limits(rule, recent[1:]) == step_limits(SpikesConfig(window=3), recent) == UNLIMITED
+    assert step_limits(SpikesConfig(grad_norm=10.0, window=3), recent) == StepLimits(math.inf, 10.0)
+    assert limit_exceeded(7.0, 1.0, StepLimits(6.0, 10.0)) == "its loss 7 exceeds 6"
+    assert limit_exceeded(5.0, 11.0, StepLimits(6.0, 10.0)) == "its gradient norm 11 exceeds 10"
+    assert limit_exceeded(math.nan, 1.0, UNLIMITED) == "its loss is not finite"
+    assert limit_exceeded(5.0, math.inf, UNLIMITED) == "its gradient norm is not finite"
 
 
 @given(
@@ -203,17 +211,17 @@ def test_the_limits_are_so_many_times_the_medians_of_the_last_applied_steps() ->
 def test_steps_and_rows_stay_a_closed_form_however_often_a_step_is_bad(
     stages: list[tuple[int, int]], bad: dict[int, int]
 ) -> None:
-    plan = parts(recipe_of(stages))
+    plan = resolve_stages(recipe_of(stages))
     skips: list[tuple[int, int]] = []
 
     def rows_of(step: int) -> list[int]:
-        part, cursor, _ = where(plan, step)
-        return [row_of(cursor + place, skips) for place in range(part.step_rows)]
+        part, cursor, _ = locate_step(plan, step)
+        return [row_at_cursor(cursor + place, skips) for place in range(part.step_rows)]
 
     read = []
     for step in range(20):
         for times in range(bad.get(step, 0)):
-            assert named_before(skips, rows_of(step)[0]) == times
+            assert consecutive_skips(skips, rows_of(step)[0]) == times
             skips.append((rows_of(step)[0], rows_of(step)[-1]))
         read.append(rows_of(step))
     assert [rows_of(step) for step in range(20)] == read  # a replay, from the list alone
@@ -221,7 +229,7 @@ def test_steps_and_rows_stay_a_closed_form_however_often_a_step_is_bad(
     assert sorted([*left_out, *(row for rows in read for row in rows)]) == list(range(read[-1][-1] + 1))
 
 
-def recipe_of(stages: list[tuple[int, int]]) -> Pretrain:
+def recipe_of(stages: list[tuple[int, int]]) -> PretrainConfig:
     model: Any = {
         "family": "decoder",
         "vocab_size": 10,
@@ -231,7 +239,7 @@ def recipe_of(stages: list[tuple[int, int]]) -> Pretrain:
         "num_kv_heads": 1,
         "head_dim": 8,
     }
-    return Pretrain.model_validate(
+    return PretrainConfig.model_validate(
         {
             "run": "unused",
             "model": model | {"mlp_dim": 8, "max_positions": 8},

@@ -12,7 +12,7 @@ from tests.processes import run_processes
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
 from trifold.modeling.transformer import build
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 
 WAITS = {
@@ -26,7 +26,7 @@ OPERATIONS = {
 ALLOCATIONS = {"fp32": 532, "bf16": 756}  # of memory, in the same
 
 
-def _counts(place: Place) -> dict[str, list[tuple[int, int, int]]]:
+def _counts(place: RankInfo) -> dict[str, list[tuple[int, int, int]]]:
     found: dict[str, list[tuple[int, int, int]]] = {}
     for precision in WAITS:
         recipe = resolve(
@@ -63,7 +63,7 @@ def _synchronizations() -> list[None]:
     return found
 
 
-def _graphs(place: Place) -> list[tuple[int, float]]:
+def _graphs(place: RankInfo) -> list[tuple[int, float]]:
     """Graphs compiled so far and the loss after steps on rows of different content, and after an evaluation
     between them.
     """

@@ -42,7 +42,7 @@ def until(holds: Callable[[], object]) -> None:
 def test_a_killed_rank_leaves_where_it_was_and_one_that_holds_pythons_lock_its_stack(tmp_path: Path) -> None:
     process = begun(tmp_path, HANGS)
     try:
-        until(lambda: heartbeat.stack(tmp_path, heartbeat.read(tmp_path)[3]))
+        until(lambda: heartbeat.read_stack(tmp_path, heartbeat.read(tmp_path)[3]))
     finally:
         process.kill()
         process.wait()
@@ -55,7 +55,7 @@ def test_a_killed_rank_leaves_where_it_was_and_one_that_holds_pythons_lock_its_s
         "its.log",
     )
     assert (beat.step, beat.rows, beat.micro, beat.phase) == (7, [36, 41], 1, "backward")
-    assert heartbeat.stack(tmp_path, beat) == ['File "<string>", line 11 in <module>']
+    assert heartbeat.read_stack(tmp_path, beat) == ['File "<string>", line 11 in <module>']
 
 
 def test_a_rank_ends_by_itself_whatever_it_waits_for_once_a_later_generation_has_begun(
@@ -70,5 +70,5 @@ def test_a_rank_ends_by_itself_whatever_it_waits_for_once_a_later_generation_has
 
 
 def test_without_a_heartbeat_begun_phases_cost_nothing_and_leave_nothing(tmp_path: Path) -> None:
-    heartbeat.at("backward", micro=1)
+    heartbeat.set_phase("backward", micro=1)
     assert heartbeat.read(tmp_path) == {}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.modeling.huggingface.stock import make
 from tests.published import tokenizer
 from trifold.launch.cli import app
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.publish.describe import describe
 
 pytest.importorskip("transformers")
@@ -67,5 +67,5 @@ def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     folder = folder_of("GPT-2", tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(Refused, match="may be a pickle"):
+    with pytest.raises(UserError, match="may be a pickle"):
         dict(describe(folder))

@@ -38,9 +38,9 @@ def test_a_foreign_folder_passes_the_gate_and_so_does_what_is_published_of_it(
     assert "made elsewhere" in report.checks[0].detail
     assert dict(describe(tmp_path / "hub"))["published again"].startswith("yes")
 
-    config, state = published_folder.load(tmp_path / "hub")
+    config, state = published_folder.load_model(tmp_path / "hub")
     (tmp_path / "ours").mkdir()
-    published_folder.write(tmp_path / "ours", config, state, Tokenizer.open(tmp_path / "hub"))
-    published_folder.seal(tmp_path / "ours", config, Tokenizer.open(tmp_path / "hub"), "rows", {})
+    published_folder.write_folder(tmp_path / "ours", config, state, Tokenizer.open(tmp_path / "hub"))
+    published_folder.write_record(tmp_path / "ours", config, Tokenizer.open(tmp_path / "hub"), "rows", {})
     report = verify(tmp_path / "ours", (config, state))
     assert report.ok, report.failures

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from tests.published import MODELS, random_model, tokenizer
 from trifold.modeling import huggingface
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import State
-from trifold.pretrain.checkpoint.saving import commit, origin, write_rank
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState
+from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
@@ -35,7 +35,7 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
     parameter are trained.
     """
     held = lease.take_generation(run)
-    folder = lease.folder_of(run, step, held.generation)
+    folder = lease.checkpoint_folder(run, step, held.generation)
     slices = {
         name: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for name, p in model.named_parameters()
     }
@@ -48,8 +48,8 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
         "ema": 0.99 if average else 0.0,
         "data": {"sources": [{"path": "books.txt", "hub": None}], "heldout": [], "cache": None},
     }
-    state = State(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
-    commit(folder, held, 1, state, origin(), timeout=5)
+    state = CheckpointState(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
+    commit(folder, held, 1, state, provenance(), timeout=5)
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_published_folder_loads_in_the_auto_classes_with_the_trained_weights(
     ids = fast("Ada met Bob by the river")["input_ids"]
     assert ids[0] == tokenizer().bos and (ids[-1] == tokenizer().eos) == (config.family != "decoder")
     assert (out / "generation_config.json").exists() == (config.family != "encoder")
-    config_again, state = published_folder.load(out)
+    config_again, state = published_folder.load_model(out)
     assert config_again == config.model_copy(update={"global_every": config_again.global_every})
     assert all(torch.equal(state[key], tensor) for key, tensor in trained.state_dict().items())
 
@@ -106,9 +106,10 @@ def test_the_newest_checkpoint_is_published_or_the_one_that_is_asked_for(tmp_pat
     for step, model in ((None, newest), (20, newest), (10, random_model(config, seed=10))):
         out = publish(tmp_path / "run", tmp_path / f"out-{step}", on_event=no_event, checkpoint=step)
         assert torch.equal(
-            published_folder.load(out)[1]["decoder.norm.weight"], model.state_dict()["decoder.norm.weight"]
+            published_folder.load_model(out)[1]["decoder.norm.weight"],
+            model.state_dict()["decoder.norm.weight"],
         )
-    with pytest.raises(Refused, match="no checkpoint of step 15; there are those of: 10, 20"):
+    with pytest.raises(UserError, match="no checkpoint of step 15; there are those of: 10, 20"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event, checkpoint=15)
 
 
@@ -117,14 +118,14 @@ def test_averaged_weights_are_published_where_there_are_any_unless_the_trained_o
 ) -> None:
     run = tmp_path / "run"
     config, model = make_run(run, "llama")
-    with pytest.raises(Refused, match="holds no averaged weights, because its recipe's `ema` was 0"):
+    with pytest.raises(UserError, match="holds no averaged weights, because its recipe's `ema` was 0"):
         publish(run, tmp_path / "out", on_event=no_event, weights="ema")
     average = random_model(config, seed=77)
     save(run, model, 20, average)
     frozen = next(iter(dict(model.named_parameters())))
     for asked, expected in ((None, average), ("ema", average), ("trained", model)):
         out = publish(run, tmp_path / f"out-{asked}", on_event=no_event, weights=asked)
-        state, trained = published_folder.load(out)[1], model.state_dict()
+        state, trained = published_folder.load_model(out)[1], model.state_dict()
         assert all(
             torch.equal(state[name], trained[name] if name == frozen else p)
             for name, p in expected.state_dict().items()
@@ -147,7 +148,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -
     out = publish(tmp_path / "run", tmp_path / "out", on_event=lambda kind, **facts: events.append(kind))
     assert events == ["checkpoint_rejected"]
     assert "step-00000010" in json.loads((out / published_folder.RECORD).read_text())["checkpoint"]["name"]
-    with pytest.raises(Refused, match=r"cannot be published: .*rank-00000\.safetensors"):
+    with pytest.raises(UserError, match=r"cannot be published: .*rank-00000\.safetensors"):
         publish(tmp_path / "run", tmp_path / "other", on_event=no_event, checkpoint=20)
 
 
@@ -168,19 +169,21 @@ def test_large_weights_are_sharded_with_an_index_that_stock_classes_read(tmp_pat
     published_folder.write_json(
         out / published_folder.INDEX, {**index, "weight_map": {**index["weight_map"], moved: files[-1]}}
     )
-    with pytest.raises(Refused, match=re.escape(f"disagree on {moved}")):
-        published_folder.load(out)
+    with pytest.raises(UserError, match=re.escape(f"disagree on {moved}")):
+        published_folder.load_model(out)
     (out / published_folder.INDEX).write_text(whole)
     (out / files[1]).unlink()
-    with pytest.raises(Refused, match=f"there is no .*{files[1]}"):
-        published_folder.load(out)
+    with pytest.raises(UserError, match=f"there is no .*{files[1]}"):
+        published_folder.load_model(out)
 
 
 def test_bf16_is_published_rounded_once(tmp_path: Path) -> None:
     _, trained = make_run(tmp_path / "run", "llama")
     out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event, dtype="bf16")
     assert transformers.AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
-    assert torch.equal(published_folder.load(out)[1]["embed.weight"], trained.embed.weight.bfloat16().float())
+    assert torch.equal(
+        published_folder.load_model(out)[1]["embed.weight"], trained.embed.weight.bfloat16().float()
+    )
 
 
 def test_the_card_tells_recipe_data_scores_origin_and_its_example_runs(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_the_card_tells_recipe_data_scores_origin_and_its_example_runs(tmp_path:
 def test_a_run_without_a_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for run in (tmp_path / "run", tmp_path / "nowhere"):
-        with pytest.raises(Refused, match="has no checkpoint to publish: train it first"):
+        with pytest.raises(UserError, match="has no checkpoint to publish: train it first"):
             publish(run, tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})
 
@@ -219,7 +222,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     publish(tmp_path / "run", tmp_path / "out", on_event=no_event)  # an empty folder is taken
     before = (tmp_path / "out" / "config.json").read_bytes()
-    with pytest.raises(Refused, match="exists already and is not overwritten"):
+    with pytest.raises(UserError, match="exists already and is not overwritten"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert (tmp_path / "out" / "config.json").read_bytes() == before and nothing_else_in(
         tmp_path, {"run", "out"}
@@ -236,7 +239,7 @@ def test_a_wrong_row_in_the_table_is_refused_by_name_and_leaves_nothing(
     )
     monkeypatch.setattr(huggingface, "ARCHITECTURES", (wrong,))
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"was not published.*names: missing_keys model\.norm\.weight; unexpected_keys"
         r" model\.norm\.wait",
     ):
@@ -246,7 +249,7 @@ def test_a_wrong_row_in_the_table_is_refused_by_name_and_leaves_nothing(
 
 def test_a_model_that_no_architecture_expresses_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "llama", logit_bias=True)
-    with pytest.raises(Refused, match="no logit_bias True"):
+    with pytest.raises(UserError, match="no logit_bias True"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})
 
@@ -259,7 +262,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(published_folder, "write_json", full)
     with pytest.raises(
-        Refused, match=r"was not published: No space left on device \(config.json\); nothing was left behind"
+        UserError,
+        match=r"was not published: No space left on device \(config.json\); nothing was left behind",
     ):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     monkeypatch.undo()
@@ -269,7 +273,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(published_folder, "save_file", full_too)
     with pytest.raises(
-        Refused, match=r"was not published: .*No space left on device .*; nothing was left behind"
+        UserError, match=r"was not published: .*No space left on device .*; nothing was left behind"
     ):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})

@@ -10,7 +10,7 @@ from tests.modeling.families import CONFIGS, RECURRENT
 from tests.pretrain.publish.test_verify import failed, reseal
 from tests.published import SPECIAL, random_model, tokenizer
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.verify import verify
@@ -26,8 +26,8 @@ MODELS = RECURRENT | {
 def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Any]:
     config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size})
     state = random_model(config).state_dict()
-    published_folder.write(folder, config, state, tokenizer(), dtype)
-    published_folder.seal(folder, config, tokenizer(), "rows", {})
+    published_folder.write_folder(folder, config, state, tokenizer(), dtype)
+    published_folder.write_record(folder, config, tokenizer(), "rows", {})
     return config, state
 
 
@@ -39,7 +39,7 @@ def test_a_sound_folder_passes_and_comes_back_whole(name: str, tmp_path: Path) -
         names = {check.name for check in report.checks}
         assert {*"files config dtype tokenizer reload".split(), "special tokens"} <= names
         assert ("greedy" in names) == (config.family != "encoder")
-    back, read = published_folder.load(tmp_path)
+    back, read = published_folder.load_model(tmp_path)
     assert (
         back == config
         and read.keys() == state.keys()
@@ -70,11 +70,11 @@ def test_weights_and_dials_that_are_not_the_trained_ones_are_found(tmp_path: Pat
     published_folder.write_json(tmp_path / "config.json", hf | {"cell": "gru"})
     assert "folder" in failed(verify(tmp_path))  # tensors of another shape
     published_folder.write_json(tmp_path / "config.json", hf | {"head_count": 3})
-    with pytest.raises(Refused, match="sets head_count = 3, which Trifold does not have"):
-        published_folder.load(tmp_path)
+    with pytest.raises(UserError, match="sets head_count = 3, which Trifold does not have"):
+        published_folder.load_model(tmp_path)
 
 
 def test_no_model_of_attention_is_published_as_recurrent() -> None:
     assert express(CONFIGS["llama"], SPECIAL)[0].stock_class == "LlamaForCausalLM"
-    with pytest.raises(Refused, match="crf True"):
+    with pytest.raises(UserError, match="crf True"):
         express(CONFIGS["modernbert"].model_copy(update={"labels": ("O", "B-X"), "crf": True}), SPECIAL)

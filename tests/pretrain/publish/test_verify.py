@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.published import MODELS, random_model, tokenizer
 from trifold.modeling import huggingface
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface.fields import flat
 from trifold.modeling.huggingface.tables import Line, gradients, spell
@@ -51,8 +51,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **dials})
         state = random_model(config).state_dict()
         folder = tmp_path_factory.mktemp("published")
-        published_folder.write(folder, config, state, tokenizer(), dtype)
-        published_folder.seal(folder, config, tokenizer(), "rows", {})
+        published_folder.write_folder(folder, config, state, tokenizer(), dtype)
+        published_folder.write_record(folder, config, tokenizer(), "rows", {})
         return folder, (config, state)
 
     return make
@@ -171,7 +171,7 @@ def test_every_mutation_of_every_row_is_caught(
         monkeypatch.setattr(huggingface, "ARCHITECTURES", tuple(wrong))
         try:
             found = failed(verify(*folder_of(name, **dials)))
-        except Refused as reason:  # two rows of which one is optional
+        except UserError as reason:  # two rows of which one is optional
             assert "the model and its name table do not fit" in str(reason)
             found = {"export"}
         assert found, what
@@ -408,11 +408,11 @@ def test_tied_weights_are_looked_at_in_memory(folder_of: Any) -> None:
     folder, (config, _) = folder_of("t5gemma")
     stock = AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert (
-        parity.tied(stock, config).ok
-        and not parity.tied(stock, config.model_copy(update={"tie_embeddings": False})).ok
+        parity.check_tied(stock, config).ok
+        and not parity.check_tied(stock, config.model_copy(update={"tie_embeddings": False})).ok
     )
     stock.lm_head.out_proj.weight = torch.nn.Parameter(stock.lm_head.out_proj.weight.clone())
-    assert not parity.tied(stock, config).ok
+    assert not parity.check_tied(stock, config).ok
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -475,10 +475,10 @@ def test_a_gradient_that_differs_is_named(name: str, folder_of: Any, monkeypatch
 def test_without_transformers_the_extra_is_named(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = folder_of("llama")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(Refused, match=r"pip install 'trifold\[publish\]'"):
+    with pytest.raises(UserError, match=r"pip install 'trifold\[publish\]'"):
         verify(folder)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="there is no folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         verify(tmp_path / "nowhere")

@@ -28,13 +28,20 @@ from tests.pretrain.checkpoint.test_checkpoint import (
     step_found,
 )
 from tests.s3 import Server, served
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
-from trifold.pretrain.checkpoint.lease import COMMIT, Lease, Superseded, committed, folder_of, take_generation
+from trifold.pretrain.checkpoint.lease import (
+    COMMIT,
+    Lease,
+    Superseded,
+    checkpoint_folder,
+    take_generation,
+    valid_folders,
+)
 from trifold.pretrain.checkpoint.saving import Checkpointer, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.storage import object_store, storage
-from trifold.pretrain.storage.object_store import Denied, Remote, Unreachable
+from trifold.pretrain.storage.object_store import ObjectPath, StorageDenied, StorageUnreachable
 
 EVERY = pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.proof)])
 names = itertools.count()
@@ -55,13 +62,13 @@ def well(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def run(server: Server) -> Remote:
+def run(server: Server) -> ObjectPath:
     """A run in a bucket of its own, with a committed checkpoint of step 10 by generation 1, two ranks."""
     return begun(server)
 
 
-def begun(server: Server) -> Remote:
-    run = Remote.open(f"{server.bucket(f'bucket-{next(names)}')}/runs/small run")
+def begun(server: Server) -> ObjectPath:
+    run = ObjectPath.open(f"{server.bucket(f'bucket-{next(names)}')}/runs/small run")
     save(take_generation(run), 10)
     return run
 
@@ -73,9 +80,9 @@ def save_large(lease: Lease, step: int) -> None:
     checkpointer.wait()
 
 
-def test_a_save_of_two_ranks_is_read_back_number_for_number(run: Remote) -> None:
+def test_a_save_of_two_ranks_is_read_back_number_for_number(run: ObjectPath) -> None:
     assert step_found(run) == 10
-    names = [path.name for path in storage.entries(folder_of(run, 10, 1))]
+    names = [path.name for path in storage.entries(checkpoint_folder(run, 10, 1))]
     assert names == [
         "commit.json",
         *(f"rank-0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")),
@@ -89,7 +96,7 @@ def test_a_process_killed_at_any_operation_leaves_a_verified_checkpoint(
     for at in itertools.count(0, stride):
         run, told = begun(server), tmp_path / str(at)
         write_rank(
-            folder_of(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
+            checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
         died = killed(attempt, run, 20, told, at=at)
         left_whole(run, told)
@@ -114,7 +121,7 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
     print(f"cut off at {at} operations, {late} markers came too late")
 
 
-def test_of_all_who_create_an_object_one_succeeds_and_its_content_stays(run: Remote) -> None:
+def test_of_all_who_create_an_object_one_succeeds_and_its_content_stays(run: ObjectPath) -> None:
     for number in range(5):
         place = run / "lease" / f"1{number:05d}"
         with ThreadPoolExecutor(8) as pool:
@@ -122,18 +129,18 @@ def test_of_all_who_create_an_object_one_succeeds_and_its_content_stays(run: Rem
         assert made.count(True) == 1 and place.read_text() == str(made.index(True))
 
 
-def test_a_marker_written_after_the_next_generation_began_does_not_count(run: Remote) -> None:
+def test_a_marker_written_after_the_next_generation_began_does_not_count(run: ObjectPath) -> None:
     for rank in (0, 1):
-        write_rank(folder_of(run, 20, 1), Lease(run, 1), rank, 2, slices_of(20, rank, 2))
+        write_rank(checkpoint_folder(run, 20, 1), Lease(run, 1), rank, 2, slices_of(20, rank, 2))
     take_generation(run)
-    storage.replace(folder_of(run, 20, 1) / COMMIT, b"{}")
-    assert committed(run) == [folder_of(run, 10, 1)] and step_found(run) == 10
+    storage.replace(checkpoint_folder(run, 20, 1) / COMMIT, b"{}")
+    assert valid_folders(run) == [checkpoint_folder(run, 10, 1)] and step_found(run) == 10
     with pytest.raises(Superseded, match=r"generation 2 began on .*; generation 1 may not commit"):
         Lease(run, 1).check()
 
 
 def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_before(
-    server: Server, run: Remote
+    server: Server, run: ObjectPath
 ) -> None:
     server.faults(slow=0.5)
     before = len(server.requests())
@@ -144,7 +151,9 @@ def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_be
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.faults()
-    assert "rank-00000.safetensors" not in [path.name for path in storage.entries(folder_of(run, 20, 1))]
+    assert "rank-00000.safetensors" not in [
+        path.name for path in storage.entries(checkpoint_folder(run, 20, 1))
+    ]
     assert step_found(run) == 10
     lease = take_generation(run)
     save_large(lease, 20)
@@ -158,10 +167,10 @@ def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_be
 
 
 def test_a_busy_store_is_asked_again_and_each_time_is_told(
-    server: Server, run: Remote, monkeypatch: pytest.MonkeyPatch
+    server: Server, run: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events()
-    monkeypatch.setattr(storage, "told", events)
+    monkeypatch.setattr(storage, "on_retry", events)
     monkeypatch.setattr(object_store, "TRIES", 50)
     monkeypatch.setattr(object_store, "RETRY", {"max_retries": 0})  # obstore's own tries are not told
     object_store._store.cache_clear()
@@ -177,7 +186,7 @@ def test_a_busy_store_is_asked_again_and_each_time_is_told(
 
 
 def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
-    server: Server, run: Remote, monkeypatch: pytest.MonkeyPatch
+    server: Server, run: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults(busy=10**9)
     monkeypatch.setattr(object_store, "TRIES", 2)
@@ -187,10 +196,10 @@ def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
     checkpointer.wait()
     assert (
         "could not be reached, tried 2 times: SlowDown" in str(checkpointer.failed)
-        and not checkpointer.lasting
+        and not checkpointer.permanent_failure
     )
     with pytest.raises(
-        Unreachable, match="SlowDown"
+        StorageUnreachable, match="SlowDown"
     ):  # and nobody takes an older checkpoint for the newest meanwhile
         newest_verified(run, events)
     server.faults()
@@ -200,7 +209,7 @@ def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
 
 
 def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
-    server: Server, run: Remote
+    server: Server, run: ObjectPath
 ) -> None:
     server.faults(deny=True)
     events = Events()
@@ -208,15 +217,15 @@ def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
     for rank, checkpointer in enumerate(ranks):
         checkpointer.save(state_of(20), slices_of(20, rank, 2))
         checkpointer.wait()
-    assert [checkpointer.lasting for checkpointer in ranks] == [True, True]
+    assert [checkpointer.permanent_failure for checkpointer in ranks] == [True, True]
     assert "was refused: AccessDenied, Access Denied; the checkpoint before stays" in str(ranks[0].failed)
     assert len(events.of("save_failed")) == 2 and not events.of("request_failed")
     assert step_found(run) == 10
 
 
-def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: Remote) -> None:
+def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: ObjectPath) -> None:
     save(Lease(run, 1), 20)
-    file = folder_of(run, 20, 1) / "rank-00001.safetensors"
+    file = checkpoint_folder(run, 20, 1) / "rank-00001.safetensors"
     content = file.read_bytes()
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], None):
         file.unlink() if damaged is None else storage.replace(file, damaged)
@@ -232,19 +241,19 @@ def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: Re
 
 
 def test_mistaken_urls_are_refused_in_one_sentence(server: Server) -> None:
-    with pytest.raises(Refused, match=r"s4://x/y is no place of an object store"):
+    with pytest.raises(UserError, match=r"s4://x/y is no place of an object store"):
         storage.location("s4://x/y")
     with pytest.raises(
-        Denied,
+        StorageDenied,
         match=r"s3://nowhere/run/lease.* was refused: NoSuchBucket, The specified bucket does not exist$",
     ) as denied:
-        take_generation(Remote.open("s3://nowhere/run"))
+        take_generation(ObjectPath.open("s3://nowhere/run"))
     assert (
         pickle.loads(pickle.dumps(denied.value)).args == denied.value.args
     )  # rank 0's refusal travels to the others
 
 
-def test_an_object_is_read_as_a_file_in_ranges(run: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_is_read_as_a_file_in_ranges(run: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "CHUNK", 1000)
     content = bytes(range(256)) * 40
     storage.replace(run / "text", content)

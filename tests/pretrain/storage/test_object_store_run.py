@@ -19,11 +19,11 @@ from tests.pretrain.test_run import losses, prepare, quiet, recipe, trained
 from tests.processes import run_processes
 from tests.s3 import Server, served
 from trifold.pretrain.checkpoint.checkpoint import verify
-from trifold.pretrain.checkpoint.lease import committed
-from trifold.pretrain.config import pretraining as dials
-from trifold.pretrain.config.pretraining import Pretrain, Source
-from trifold.pretrain.data.corpus import corpus_fingerprint, documents, files
-from trifold.pretrain.distributed import Place
+from trifold.pretrain.checkpoint.lease import valid_folders
+from trifold.pretrain.config import training
+from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
+from trifold.pretrain.data.corpus import corpus_files, corpus_fingerprint, documents
+from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.run import train
 from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.jsonl import read_lines
@@ -35,15 +35,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def kept(place: str) -> dials.Checkpoints:
-    return dials.Checkpoints(every=4, keep_last=3, storage=place)
+def kept(place: str) -> training.CheckpointConfig:
+    return training.CheckpointConfig(every=4, keep_last=3, storage=place)
 
 
-def events(config: Pretrain, kind: str) -> list[dict[str, Any]]:
+def events(config: PretrainConfig, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_lines(Path(config.run) / "events.jsonl") if event["event"] == kind]
 
 
-def trained_in_parts(place: Place, config: Pretrain) -> None:
+def trained_in_parts(place: RankInfo, config: PretrainConfig) -> None:
     """Train, and upload each rank's file in parts, though it is small."""
     storage.CHUNK = 4096
     train(config, place)
@@ -84,8 +84,8 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
     when(uploading, lambda: os.kill(events(broken, "started")[0]["pid"], signal.SIGKILL))
     with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
         run_processes(2, trained_in_parts, broken)
-    home = storage.home(Path(broken.run), broken.checkpoints.storage)
-    assert [folder.name for folder in committed(home)] == ["step-00000004-g0001"]
+    home = storage.checkpoint_root(Path(broken.run), broken.checkpoints.storage)
+    assert [folder.name for folder in valid_folders(home)] == ["step-00000004-g0001"]
 
     shutil.rmtree(tmp_path / "broken" / "tensorboard")
     (tmp_path / "broken").rename(
@@ -100,7 +100,7 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
     server.faults()
     assert events(broken, "resumed")[0]["checkpoint"] == "step-00000004-g0001"
     assert losses(broken.run) == {step: told for step, told in losses(straight.run).items() if step > 4}
-    saved = committed(home)
+    saved = valid_folders(home)
     assert [folder.name for folder in saved] == [
         "step-00000004-g0001",
         "step-00000008-g0002",
@@ -133,12 +133,14 @@ def test_a_bucket_that_refuses_writes_ends_the_run_at_that_save_and_the_last_che
     when(lambda: events(config, "save_committed"), lambda: server.faults(deny=True))
     with pytest.raises(
         AssertionError,
-        match=r"Refused: step \d+ was trained but not saved: .*AccessDenied.*; the checkpoint before stays",
+        match=r"UserError: step \d+ was trained but not saved: .*AccessDenied.*; the checkpoint before stays",
     ):
         run_processes(1, trained, config)
     server.faults()
     assert max(losses(config.run)) < 100
-    for folder in (saved := committed(storage.home(Path(config.run), config.checkpoints.storage))):
+    for folder in (
+        saved := valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
+    ):
         verify(folder)
     shorter = config.model_copy(update={"steps": max(losses(config.run)) + 4})
     run_processes(1, trained, shorter)
@@ -170,10 +172,12 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_with_one_sentence(
                 subprocess.run(["mount", "-o", "remount,ro", disk])
 
         when(lambda: events(config, "save_committed"), spoil)
-        with pytest.raises(AssertionError, match=r"Refused: .*(is full|refuses writes)"):
+        with pytest.raises(AssertionError, match=r"UserError: .*(is full|refuses writes)"):
             run_processes(1, trained, config)
         assert max(losses(config.run)) < 300
-        for folder in (saved := committed(storage.home(Path(config.run), config.checkpoints.storage))):
+        for folder in (
+            saved := valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
+        ):
             verify(folder)
         assert saved
     finally:
@@ -198,14 +202,14 @@ def test_text_in_a_bucket_is_the_text_of_the_same_files_on_a_disk(server: Server
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     for below in ("", "/*.txt*", "/b.txt", "/sub"):
-        there, here = Source(path=f"{bucket}/corpus{below}"), Source(path=f"{tmp_path}{below}")
-        assert [*documents(there)] == [*documents(here)] and [f.name for f in files(there)] == [
-            f.name for f in files(here)
+        there, here = SourceConfig(path=f"{bucket}/corpus{below}"), SourceConfig(path=f"{tmp_path}{below}")
+        assert [*documents(there)] == [*documents(here)] and [f.name for f in corpus_files(there)] == [
+            f.name for f in corpus_files(here)
         ]
-    source = Source(path=f"{bucket}/corpus")
+    source = SourceConfig(path=f"{bucket}/corpus")
     before = corpus_fingerprint(source)
     assert before == corpus_fingerprint(source)
     storage.replace(storage.location(f"{bucket}/corpus/b.txt"), b"two\n\nfive\n\n")
     assert corpus_fingerprint(source) != before
     with pytest.raises(ValueError, match="no object is named s3://texts/none"):
-        files(Source(path=f"{bucket}/none"))
+        corpus_files(SourceConfig(path=f"{bucket}/none"))

@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 
 from tests.pretrain.data.small_corpus import FIRST, SmallVocabulary
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.errors import Refused
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.objectives import AnyObjective as Dials
 from trifold.pretrain.config.objectives import (
-    Causal,
-    Continuation,
-    Fim,
-    Infilling,
-    Masked,
-    Mixture,
-    Prefix,
-    Spans,
-    parts,
+    CausalConfig,
+    ContinuationConfig,
+    FimConfig,
+    InfillingConfig,
+    MaskedConfig,
+    MixtureConfig,
+    PrefixConfig,
+    SpansConfig,
+    mixture_members,
 )
-from trifold.pretrain.config.objectives import Objective as Dials
 from trifold.pretrain.data import keyed_random
-from trifold.pretrain.data.objectives import Objective, Piece
+from trifold.pretrain.data.objectives import Chunk, ObjectiveMixture
 from trifold.pretrain.data.objectives.masked import _whole_words
-from trifold.pretrain.data.packing import Pieces
+from trifold.pretrain.data.packing import Chunks
 
 VOCABULARY = SmallVocabulary(2000)
 DOCUMENTS = st.lists(
@@ -49,26 +49,26 @@ def segments_of(
     """(document, segment) of each piece of documents whose text tokens count up from FIRST; sizes are as
     foretold.
     """
-    goal = Objective(dials, vocabulary, row_length)
+    goal = ObjectiveMixture(dials, vocabulary, row_length)
     pieces, part_of, given = pieces_of(goal, lengths)
     made = []
     for i, segment in enumerate(made_of(goal, part_of, given, keys_of(seed, len(given)))):
-        assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.room.tokens
+        assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.capacity.tokens
         if segment.source is not None:
-            assert len(segment.source) == pieces.second[i] <= goal.room.source
+            assert len(segment.source) == pieces.source_or_picked_tokens[i] <= goal.capacity.source
         if segment.picked is not None:
-            whole_words = getattr(parts(dials)[segment.part], "whole_words", False)
-            assert len(segment.picked) <= pieces.second[i] <= goal.room.picked
-            assert whole_words or len(segment.picked) == pieces.second[i]
+            whole_words = getattr(mixture_members(dials)[segment.part], "whole_words", False)
+            assert len(segment.picked) <= pieces.source_or_picked_tokens[i] <= goal.capacity.picked
+            assert whole_words or len(segment.picked) == pieces.source_or_picked_tokens[i]
         made.append((int(pieces.document[i]), segment))
     return made
 
 
 def keys_of(seed: int, number: int) -> np.ndarray:
-    return keyed_random.numbered(np.full(number, seed, np.uint64), np.arange(number))
+    return keyed_random.nth_random(np.full(number, seed, np.uint64), np.arange(number))
 
 
-def made_of(goal: Objective, part_of: np.ndarray, given: list[Piece], keys: np.ndarray) -> list[Made]:
+def made_of(goal: ObjectiveMixture, part_of: np.ndarray, given: list[Chunk], keys: np.ndarray) -> list[Made]:
     """The pieces' segments, made together and taken apart again."""
     made = {}
     for part, pieces, joined in goal.segments(part_of, given, keys):
@@ -85,13 +85,13 @@ def made_of(goal: Objective, part_of: np.ndarray, given: list[Piece], keys: np.n
     return [made[i] for i in range(len(given))]
 
 
-def pieces_of(goal: Objective, lengths: list[int]) -> tuple[Pieces, np.ndarray, list[Piece]]:
+def pieces_of(goal: ObjectiveMixture, lengths: list[int]) -> tuple[Chunks, np.ndarray, list[Chunk]]:
     """Their sizes, their parts, and the pieces themselves, of documents whose text tokens count up from
     FIRST.
     """
-    pieces = goal.pieces(np.array(lengths))
+    pieces = goal.chunks(np.array(lengths))
     texts = [FIRST + np.arange(lengths[document], dtype=np.uint16) for document in pieces.document]
-    given = [Piece(*piece) for piece in zip(texts, pieces.start.tolist(), pieces.stop.tolist(), strict=True)]
+    given = [Chunk(*piece) for piece in zip(texts, pieces.start.tolist(), pieces.stop.tolist(), strict=True)]
     return pieces, goal.part_of(pieces.document, pieces.start), given
 
 
@@ -105,7 +105,7 @@ def joined(parts: list[tuple[int, list[int]]], documents: int) -> list[list[int]
 
 @given(DOCUMENTS)
 def test_causal_predicts_every_token_but_the_first_mark_once(lengths):
-    made = segments_of(Causal(), 32, lengths)
+    made = segments_of(CausalConfig(), 32, lengths)
     for document, segment in made:
         assert segment.tokens[1:].tolist() == segment.targets[:-1].tolist()
         assert document < len(lengths)
@@ -119,7 +119,7 @@ def test_causal_predicts_every_token_but_the_first_mark_once(lengths):
 
 @given(DOCUMENTS, st.booleans(), st.integers(0, 99))
 def test_masked_hides_no_mark_and_loses_no_token(lengths, whole_words, seed):
-    made = segments_of(Masked(whole_words=whole_words), 32, lengths, seed)
+    made = segments_of(MaskedConfig(whole_words=whole_words), 32, lengths, seed)
     original = []
     for document, segment in made:
         at = np.flatnonzero(segment.targets != IGNORE)
@@ -136,7 +136,7 @@ def test_masked_hides_no_mark_and_loses_no_token(lengths, whole_words, seed):
 
 @pytest.mark.parametrize("rate", [0.15, 0.3])
 def test_of_a_million_tokens_the_stated_shares_are_masked_replaced_and_kept(rate):
-    made = [s for _, s in segments_of(Masked(rate=rate), 512, [700, 300, 40] * 1000)]
+    made = [s for _, s in segments_of(MaskedConfig(rate=rate), 512, [700, 300, 40] * 1000)]
     tokens, targets = (np.concatenate([getattr(s, name) for s in made]) for name in ("tokens", "targets"))
     picked = targets != IGNORE
     text = len(tokens) - 2 * 3000
@@ -157,7 +157,7 @@ def test_of_a_million_tokens_the_stated_shares_are_masked_replaced_and_kept(rate
 
 
 def test_whole_words_are_hidden_whole_and_as_often_as_asked():
-    made = [s for _, s in segments_of(Masked(whole_words=True), 512, [700, 300, 40] * 300)]
+    made = [s for _, s in segments_of(MaskedConfig(whole_words=True), 512, [700, 300, 40] * 300)]
     picked = total = 0
     for segment in made:
         original = np.where(segment.targets == IGNORE, segment.tokens, segment.targets)
@@ -232,7 +232,7 @@ def original_of(segment: Made) -> list[int]:
 )
 def test_source_and_target_spell_every_document_exactly(lengths, dials, seed):
     density, mean_length = dials
-    made = segments_of(Spans(density=density, mean_length=mean_length), 32, lengths, seed)
+    made = segments_of(SpansConfig(density=density, mean_length=mean_length), 32, lengths, seed)
     assert joined([(d, original_of(s)) for d, s in made], len(lengths)) == [with_marks(n) for n in lengths]
     for _, segment in made:
         named = np.isin(segment.source, VOCABULARY.sentinels)
@@ -247,7 +247,10 @@ def test_the_spans_of_every_denoiser_are_any_way_to_make_its_sums(dials):
     length, documents = 400, 1000
     density, mean_length = dials
     made = [
-        s for _, s in segments_of(Spans(density=density, mean_length=mean_length), 512, [length] * documents)
+        s
+        for _, s in segments_of(
+            SpansConfig(density=density, mean_length=mean_length), 512, [length] * documents
+        )
     ]
     hidden, number = round(length * density), round(length * density / mean_length)
     lengths = np.array([[len(span) for span in spans_of(s)] for s in made])
@@ -275,7 +278,7 @@ def test_the_spans_of_every_denoiser_are_any_way_to_make_its_sums(dials):
 
 def test_of_a_million_tokens_the_stated_share_is_hidden_in_spans_of_the_stated_length():
     length, documents = 400, 2500
-    made = [s for _, s in segments_of(Spans(), 512, [length] * documents)]
+    made = [s for _, s in segments_of(SpansConfig(), 512, [length] * documents)]
     spans = [spans_of(s) for s in made]
     assert {len(s) for s in spans} == {20}  # round(400 * 0.15 / 3)
     lengths = np.array([len(span) for s in spans for span in s])
@@ -296,29 +299,29 @@ def test_of_a_million_tokens_the_stated_share_is_hidden_in_spans_of_the_stated_l
 
 
 def test_spans_beyond_the_sentinels_are_capped_and_counted():
-    goal = Objective(Spans(density=0.5), VOCABULARY, 1024)
-    pieces = goal.pieces(np.array([599, 603, 604, 900, 10_000]))
-    made = [s for _, s in segments_of(Spans(density=0.5), 1024, [599, 603, 604, 900, 10_000])]
+    goal = ObjectiveMixture(SpansConfig(density=0.5), VOCABULARY, 1024)
+    pieces = goal.chunks(np.array([599, 603, 604, 900, 10_000]))
+    made = [s for _, s in segments_of(SpansConfig(density=0.5), 1024, [599, 603, 604, 900, 10_000])]
     numbers = [len(spans_of(s)) for s in made]
     assert numbers[:4] == [100, 100, 100, 100] and max(numbers) == 100
-    assert pieces.capped == sum(sum(map(len, spans_of(s))) / 3 > 100.5 for s in made) > 4
+    assert pieces.num_over_sentinel_limit == sum(sum(map(len, spans_of(s))) / 3 > 100.5 for s in made) > 4
     assert sum(map(len, spans_of(made[3]))) == 450  # as much is hidden, in longer spans
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(8, 300), st.floats(0.02, 0.9), st.floats(1, 20))
 def test_the_longest_piece_is_as_long_as_the_source_room_allows(row_length, density, mean_length):
-    goal = Objective(Spans(density=density, mean_length=mean_length), VOCABULARY, row_length)
-    pieces = goal.pieces(np.arange(3 * goal.longest))  # pieces of every length, with 0, 1 and 2 marks
-    assert pieces.second.max() <= row_length and pieces.tokens.max() <= goal.room.tokens
-    assert goal.room.tokens % 8 == 0 and goal.room.tokens - pieces.tokens.max() < 8
+    goal = ObjectiveMixture(SpansConfig(density=density, mean_length=mean_length), VOCABULARY, row_length)
+    pieces = goal.chunks(np.arange(3 * goal.longest))  # pieces of every length, with 0, 1 and 2 marks
+    assert pieces.source_or_picked_tokens.max() <= row_length and pieces.tokens.max() <= goal.capacity.tokens
+    assert goal.capacity.tokens % 8 == 0 and goal.capacity.tokens - pieces.tokens.max() < 8
     goal.longest += 1
-    assert goal.pieces(np.arange(3 * goal.longest)).second.max() > row_length
+    assert goal.chunks(np.arange(3 * goal.longest)).source_or_picked_tokens.max() > row_length
 
 
 def test_a_prefix_ends_anywhere_and_the_rest_is_predicted_as_a_causal_model_does():
-    made = segments_of(Prefix(), 64, [50, 200, 3, 0] * 500)
-    plain = segments_of(Causal(), 64, [50, 200, 3, 0] * 500)
+    made = segments_of(PrefixConfig(), 64, [50, 200, 3, 0] * 500)
+    plain = segments_of(CausalConfig(), 64, [50, 200, 3, 0] * 500)
     shares = []
     for (_, segment), (_, whole) in zip(made, plain, strict=True):
         assert segment.tokens.tolist() == whole.tokens.tolist()
@@ -347,7 +350,8 @@ def moved(segment: Made) -> list[list[int]]:
 @given(DOCUMENTS, st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
 def test_the_middle_put_back_spells_every_document(lengths, suffix_first, seed):
     made = [
-        (document, moved(s)) for document, s in segments_of(Fim(suffix_first=suffix_first), 32, lengths, seed)
+        (document, moved(s))
+        for document, s in segments_of(FimConfig(suffix_first=suffix_first), 32, lengths, seed)
     ]
     assert joined([(d, [*pre, *mid, *suf]) for d, (pre, suf, mid) in made], len(lengths)) == [
         with_marks(n)[1:-1] for n in lengths
@@ -359,7 +363,7 @@ def test_a_document_is_cut_at_two_uniform_points_and_the_suffix_comes_first_as_o
     sizes = np.array(
         [
             [len(part) for part in moved(s)]
-            for _, s in segments_of(Fim(suffix_first=0), 512, [length] * documents)
+            for _, s in segments_of(FimConfig(suffix_first=0), 512, [length] * documents)
         ]
     )
     # two uniform points leave each part a third on average, with the deviation of Beta(1, 2)
@@ -368,7 +372,7 @@ def test_a_document_is_cut_at_two_uniform_points_and_the_suffix_comes_first_as_o
     swapped = np.array(
         [
             [len(part) for part in moved(s)]
-            for _, s in segments_of(Fim(suffix_first=0.25), 512, [length] * documents)
+            for _, s in segments_of(FimConfig(suffix_first=0.25), 512, [length] * documents)
         ]
     )
     assert abs((swapped[:, 0] == 0).mean() - 0.25 - 0.75 / (length / 2)) < 5 * np.sqrt(3 / 16 / documents)
@@ -389,7 +393,10 @@ def filled(segment: Made) -> list[list[int]]:
 def test_infilling_writes_every_document_and_shows_the_rest_of_it(lengths, dials, permute, seed):
     density, mean_length = dials
     made = segments_of(
-        Infilling(density=density, mean_length=mean_length, permute_sentences=permute), 32, lengths, seed
+        InfillingConfig(density=density, mean_length=mean_length, permute_sentences=permute),
+        32,
+        lengths,
+        seed,
     )
     written = [
         (d, [*([VOCABULARY.bos] if i == 0 else []), *s.targets.tolist()])
@@ -414,7 +421,9 @@ def by_document(made: list[tuple[int, Made]]) -> list[tuple[int, list[Made]]]:
 
 def test_masks_stand_for_poisson_numbers_of_tokens_and_every_place_is_as_likely():
     length, documents = 400, 2500
-    made = [filled(s) for _, s in segments_of(Infilling(permute_sentences=False), 512, [length] * documents)]
+    made = [
+        filled(s) for _, s in segments_of(InfillingConfig(permute_sentences=False), 512, [length] * documents)
+    ]
     assert {len(spans) for spans in made} == {40}  # round(400 * 0.3 / 3)
     sizes = np.array([len(span) for spans in made for span in spans])
     assert sizes.sum() == 120 * documents
@@ -433,7 +442,7 @@ def test_masks_stand_for_poisson_numbers_of_tokens_and_every_place_is_as_likely(
 
 
 def test_sentences_are_shown_whole_and_in_any_order():
-    made = segments_of(Infilling(density=0.001), 512, [200] * 2000)
+    made = segments_of(InfillingConfig(density=0.001), 512, [200] * 2000)
     ends = VOCABULARY.sentence_ends[FIRST : FIRST + 199]
     sentences = np.split(np.arange(FIRST, FIRST + 200), np.flatnonzero(ends) + 1)
     firsts = np.zeros(len(sentences))
@@ -451,7 +460,10 @@ def test_sentences_are_shown_whole_and_in_any_order():
 
 
 def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_told_first():
-    for dials, sign in ((Continuation(), []), (Continuation(mode="S"), [VOCABULARY.sentinels[-2]])):
+    for dials, sign in (
+        (ContinuationConfig(), []),
+        (ContinuationConfig(mode="S"), [VOCABULARY.sentinels[-2]]),
+    ):
         [(_, segment)] = segments_of(dials, 128, [100])
         first = VOCABULARY.sentinels[0]
         assert segment.source.tolist() == [
@@ -464,24 +476,33 @@ def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_to
         assert segment.targets.tolist() == [first, *range(FIRST + 75, FIRST + 100), VOCABULARY.eos]
         assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
     for mode, place in (("R", -1), ("X", -3)):
-        made = segments_of(Spans(density=0.5, mode=mode), 1024, [1000])
+        made = segments_of(SpansConfig(density=0.5, mode=mode), 1024, [1000])
         assert {int(s.source[0]) for _, s in made} == {VOCABULARY.sentinels[place]}
         assert (
             max(int(np.isin(s.source, VOCABULARY.sentinels).sum()) for _, s in made) == 1 + 97
         )  # the modes' own name no span
 
 
-EVERY = (Causal(), Prefix(), Fim(), Masked(), Masked(whole_words=True), Spans(), Continuation(), Infilling())
-ENCODER_DECODER = Mixture(
+EVERY = (
+    CausalConfig(),
+    PrefixConfig(),
+    FimConfig(),
+    MaskedConfig(),
+    MaskedConfig(whole_words=True),
+    SpansConfig(),
+    ContinuationConfig(),
+    InfillingConfig(),
+)
+ENCODER_DECODER = MixtureConfig(
     parts=(
-        Spans(weight=3),
-        Spans(density=0.5, mode="X"),
-        Continuation(mode="S", weight=2),
-        Infilling(weight=2),
+        SpansConfig(weight=3),
+        SpansConfig(density=0.5, mode="X"),
+        ContinuationConfig(mode="S", weight=2),
+        InfillingConfig(weight=2),
     )
 )
-DECODER = Mixture(parts=(Causal(weight=2), Prefix(), Fim()))
-ENCODER = Mixture(parts=(Masked(random=0), Masked(rate=0.15, random=0, whole_words=True)))
+DECODER = MixtureConfig(parts=(CausalConfig(weight=2), PrefixConfig(), FimConfig()))
+ENCODER = MixtureConfig(parts=(MaskedConfig(random=0), MaskedConfig(rate=0.15, random=0, whole_words=True)))
 
 
 @settings(deadline=None)
@@ -499,8 +520,8 @@ def test_a_mixture_gives_each_piece_to_one_part_and_loses_no_token(lengths, dial
 
 
 def test_the_parts_of_a_mixture_have_the_pieces_that_their_weights_say():
-    goal = Objective(ENCODER_DECODER, VOCABULARY, 64)
-    pieces = goal.pieces(np.random.default_rng(0).integers(0, 400, 20_000))
+    goal = ObjectiveMixture(ENCODER_DECODER, VOCABULARY, 64)
+    pieces = goal.chunks(np.random.default_rng(0).integers(0, 400, 20_000))
     shares = np.bincount(goal.part_of(pieces.document, pieces.start)) / len(pieces.document)
     assert np.abs(shares - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(len(pieces.document))
     long = goal.part_of(
@@ -508,12 +529,14 @@ def test_the_parts_of_a_mixture_have_the_pieces_that_their_weights_say():
     )  # the pieces of one long document too
     assert np.abs(np.bincount(long) / 4000 - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(4000)
     assert goal.labels == ["spans", "X", "S", "infilling"]
-    assert Objective(ENCODER, VOCABULARY, 64).labels == ["masked-1", "masked-2"]
-    assert goal.pieces(np.array([50, 90])).tokens.tolist() == goal.pieces(np.array([50, 90])).tokens.tolist()
+    assert ObjectiveMixture(ENCODER, VOCABULARY, 64).labels == ["masked-1", "masked-2"]
+    assert goal.chunks(np.array([50, 90])).tokens.tolist() == goal.chunks(np.array([50, 90])).tokens.tolist()
 
 
 @pytest.mark.parametrize(
-    "dials", [Spans(), Continuation(), Infilling(), Masked(), ENCODER_DECODER], ids=lambda dials: dials.kind
+    "dials",
+    [SpansConfig(), ContinuationConfig(), InfillingConfig(), MaskedConfig(), ENCODER_DECODER],
+    ids=lambda dials: dials.kind,
 )
 @pytest.mark.parametrize(
     ("before", "after", "start"), [([], [2], 0), ([50, 51], [2], 2), ([], [2, 50], 50), ([1], [2], 2)]
@@ -550,7 +573,7 @@ def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, af
 def test_pieces_made_together_are_those_made_one_after_another(dials, lengths, marks, seed):
     vocabulary = SmallVocabulary(2000)
     vocabulary.before, vocabulary.after = marks
-    goal = Objective(dials, vocabulary, 32)
+    goal = ObjectiveMixture(dials, vocabulary, 32)
     _, part_of, given = pieces_of(goal, lengths)
     keys = keys_of(seed, len(given))
     alone = [made_of(goal, part_of[i : i + 1], [piece], keys[i : i + 1])[0] for i, piece in enumerate(given)]
@@ -560,13 +583,13 @@ def test_pieces_made_together_are_those_made_one_after_another(dials, lengths, m
 
 def test_an_objective_is_a_pure_function_of_piece_and_key():
     for dials in (
-        Causal(),
-        Prefix(),
-        Fim(),
-        Masked(),
-        Masked(whole_words=True),
-        Spans(),
-        Infilling(),
+        CausalConfig(),
+        PrefixConfig(),
+        FimConfig(),
+        MaskedConfig(),
+        MaskedConfig(whole_words=True),
+        SpansConfig(),
+        InfillingConfig(),
         ENCODER_DECODER,
     ):
         first, second, other = (segments_of(dials, 64, [50, 200], seed) for seed in (1, 1, 2))
@@ -584,30 +607,33 @@ def test_an_objective_is_a_pure_function_of_piece_and_key():
 def test_spans_without_sentinels_are_refused():
     vocabulary = SmallVocabulary()
     vocabulary.sentinels = []
-    with pytest.raises(Refused, match="sentinels"):
-        Objective(Spans(), vocabulary, 64)
+    with pytest.raises(UserError, match="sentinels"):
+        ObjectiveMixture(SpansConfig(), vocabulary, 64)
 
 
 @pytest.mark.parametrize(
     ("dials", "message"),
-    [(Masked(), "the masked objective needs .* a mask"), (Infilling(), "the infilling .* a mask")],
+    [
+        (MaskedConfig(), "the masked objective needs .* a mask"),
+        (InfillingConfig(), "the infilling .* a mask"),
+    ],
 )
 def test_a_missing_mask_is_refused_by_the_objective_that_needs_it(dials, message):
     vocabulary = SmallVocabulary()
     vocabulary.mask = None
-    with pytest.raises(Refused, match=message):
-        Objective(dials, vocabulary, 64)
-    Objective(Spans(), vocabulary, 64)
+    with pytest.raises(UserError, match=message):
+        ObjectiveMixture(dials, vocabulary, 64)
+    ObjectiveMixture(SpansConfig(), vocabulary, 64)
 
 
 def test_a_mixture_of_families_is_refused():
     with pytest.raises(
         ValueError, match="causal a model of family decoder, spans a model of family encoder-decoder"
     ):
-        Mixture(parts=(Causal(), Spans()))
+        MixtureConfig(parts=(CausalConfig(), SpansConfig()))
 
 
 def test_ordinary_tokens_are_all_but_the_marks():
-    assert Objective(Masked(), VOCABULARY, 64).parts[0].ordinary.tolist() == list(
+    assert ObjectiveMixture(MaskedConfig(), VOCABULARY, 64).parts[0].ordinary.tolist() == list(
         range(FIRST, VOCABULARY.vocab_size)
     )

@@ -9,9 +9,15 @@ from transformers import AutoTokenizer
 
 from tests.pretrain.data.tokenizer.stock_tokenizers import KINDS, LINES, stock_folder
 from tests.pretrain.data.tokenizer.test_tokenizer import HARD
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.objectives import Causal, Fim, Infilling, Masked, Spans
-from trifold.pretrain.data.objectives import Objective
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.objectives import (
+    CausalConfig,
+    FimConfig,
+    InfillingConfig,
+    MaskedConfig,
+    SpansConfig,
+)
+from trifold.pretrain.data.objectives import ObjectiveMixture
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +85,7 @@ def test_each_mark_is_played_by_the_token_of_its_kind(kind: str, folders: dict[s
     )
     assert len(ours.sentinels) == (100 if kind == "t5" else 0)
     assert set(stock.all_special_ids) <= set(ours.special)
-    assert ours.text([ours.start, *ours.written([40, 41])]) == ours.decode([40, 41])
+    assert ours.text([ours.start, *ours.decoder_target([40, 41])]) == ours.decode([40, 41])
 
 
 @EVERY_KIND
@@ -118,14 +124,14 @@ def test_words_begin_where_the_text_has_spaces_or_punctuation(kind: str, folders
 
 def test_an_objective_whose_mark_is_missing_is_refused_by_name(folders: dict[str, Path]) -> None:
     for kind, dials, message in (
-        ("gpt2", Masked(), "the masked objective needs a tokenizer with a mask token"),
-        ("t5", Infilling(), "the infilling objective needs a tokenizer with a mask token"),
-        ("bert", Spans(), "the spans objective needs a tokenizer with 4 sentinels or more .* has 0"),
-        ("gpt2", Fim(), "the fim objective needs a tokenizer with 3 sentinels or more .* has 0"),
+        ("gpt2", MaskedConfig(), "the masked objective needs a tokenizer with a mask token"),
+        ("t5", InfillingConfig(), "the infilling objective needs a tokenizer with a mask token"),
+        ("bert", SpansConfig(), "the spans objective needs a tokenizer with 4 sentinels or more .* has 0"),
+        ("gpt2", FimConfig(), "the fim objective needs a tokenizer with 3 sentinels or more .* has 0"),
     ):
-        with pytest.raises(Refused, match=message):
-            Objective(dials, Tokenizer.open(folders[kind]), 64)
-    Objective(Causal(), Tokenizer.open(folders["gpt2"]), 64)
+        with pytest.raises(UserError, match=message):
+            ObjectiveMixture(dials, Tokenizer.open(folders[kind]), 64)
+    ObjectiveMixture(CausalConfig(), Tokenizer.open(folders["gpt2"]), 64)
 
 
 def test_marks_that_a_folder_does_not_name_are_known_by_their_usual_names(

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from trifold.modeling.errors import Refused
-from trifold.pretrain.config.pretraining import TAKEN
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.modeling.errors import UserError
+from trifold.pretrain.config.pretraining import RESERVED_TOKENS
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.tokenizer import tokenizer as module
 from trifold.pretrain.data.tokenizer import word_cache
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
@@ -159,7 +159,7 @@ def test_a_language_code_that_is_another_token_already_is_refused(codes: tuple[s
 
 def test_every_token_that_a_tokenizer_has_in_any_case_is_known_as_taken(tokenizer: Tokenizer) -> None:
     pieces = [tokenizer.decode([i]) for i in range(105)] + [f"<0x{byte:02X}>" for byte in range(256)]
-    assert all(TAKEN.fullmatch(piece) for piece in pieces)
+    assert all(RESERVED_TOKENS.fullmatch(piece) for piece in pieces)
 
 
 def test_spaces_come_back_from_a_tokenizer_of_texts_without_spaces(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_sample_is_spread_over_the_text_and_within_its_bytes() -> None:
 def test_words_forgotten_are_encoded_again_alike(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(word_cache, "REMEMBERED", 50)
+    monkeypatch.setattr(word_cache, "MAX_CACHED", 50)
     forgetful = Tokenizer.open(folder)
     most = 0
     for line, ids in zip(HARD + sentences(50), tokenizer.encode_batch(HARD + sentences(50)), strict=True):
@@ -219,33 +219,33 @@ def test_words_begin_at_spaces_punctuation_and_wide_characters(tokenizer: Tokeni
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"40 lines of training text support at most \d+ pieces, not 8192"):
+    with pytest.raises(UserError, match=r"40 lines of training text support at most \d+ pieces, not 8192"):
         train(sentences(40), TokenizerConfig(), 8192, tmp_path)
-    with pytest.raises(Refused, match=r"alone need \d{3} pieces, not 300"):
+    with pytest.raises(UserError, match=r"alone need \d{3} pieces, not 300"):
         train(sentences(40), TokenizerConfig(), 300, tmp_path)
-    with pytest.raises(Refused, match="0 lines"):
+    with pytest.raises(UserError, match="0 lines"):
         train(["", "\n"], TokenizerConfig(), 600, tmp_path)
 
 
 def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"there is no .*tokenizer\.json"):
+    with pytest.raises(UserError, match=r"there is no .*tokenizer\.json"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:1000])
-    with pytest.raises(Refused, match="not whole JSON"):
+    with pytest.raises(UserError, match="not whole JSON"):
         Tokenizer.open(tmp_path)
     whole = json.loads((folder / "tokenizer.json").read_text())
     for other in ("{}", "[]", '{"added_tokens": 3}', json.dumps(whole | {"model": 3})):
         (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer.json").write_text(other)
-        with pytest.raises(Refused, match=r"tokenizer\.json is JSON, but no tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is JSON, but no tokenizer"):
             Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": "<hidden>"}))
-    with pytest.raises(Refused, match="gives '<hidden>' as mask_token, which is no added token"):
+    with pytest.raises(UserError, match="gives '<hidden>' as mask_token, which is no added token"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
-    with pytest.raises(Refused, match="names no token that ends a text"):
+    with pytest.raises(UserError, match="names no token that ends a text"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": None}))
     assert Tokenizer.open(tmp_path).mask is None  # for the objective that needs it to refuse

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from tests.paths import DATA
-from trifold.pretrain.config.pretraining import Source
-from trifold.pretrain.config.pretraining import Tokenizer as TokenizerConfig
+from trifold.pretrain.config.pretraining import SourceConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.corpus import documents
 from trifold.pretrain.data.tokenizer.tokenizer import _CUT, _SPACES, Tokenizer, train
-from trifold.pretrain.data.tokenizer.word_cache import Words
+from trifold.pretrain.data.tokenizer.word_cache import WordCache
 
 MARKS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 BYTES = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
@@ -115,7 +115,9 @@ def test_a_text_that_cannot_be_encoded_leaves_no_trace(monkeypatch: pytest.Monke
 @pytest.mark.skipif(not DATA.exists(), reason=f"the real corpora are not at {DATA} (set TRIFOLD_DATA)")
 @pytest.mark.parametrize("name", ["corpora/classic-books-en/dev.txt.gz", "qa/jaquad-ja/dev.json.gz"])
 def test_ids_of_real_text_are_those_of_tokenizer_json(name: str, tmp_path: Path) -> None:
-    texts = sorted({line for text in documents(Source(path=str(DATA / name))) for line in text.split("\n")})
+    texts = sorted(
+        {line for text in documents(SourceConfig(path=str(DATA / name))) for line in text.split("\n")}
+    )
     tokenizer = train(texts, TokenizerConfig(sample_bytes=200_000), 3000, tmp_path)
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert isinstance(tokenizer._words, Words) and same(tokenizer, plain, texts)
+    assert isinstance(tokenizer._words, WordCache) and same(tokenizer, plain, texts)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tests.pretrain.engine.test_engine import engine_of, recipe, share, train
 from tests.processes import run_processes
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.distributed import Place
-from trifold.pretrain.engine.engine import Engine, Step
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.engine import Engine, StepResult
 from trifold.pretrain.engine.zero import zero1_step
 
 
@@ -32,7 +32,11 @@ def _partly_used(model: Transformer) -> None:
 
 def _theirs(engine: Any, zero: Any) -> None:
     """DeepSpeed's own step, but for its reduction in bf16, which rounds."""
-    step, engine.buffered_allreduce_fallback, zero.expect = zero.step, lambda *_, **__: None, lambda *_: None
+    step, engine.buffered_allreduce_fallback, zero.set_loss_and_limits = (
+        zero.step,
+        lambda *_, **__: None,
+        lambda *_: None,
+    )
 
     def step_and_tell() -> None:
         step()
@@ -41,7 +45,9 @@ def _theirs(engine: Any, zero: Any) -> None:
     zero.step = step_and_tell
 
 
-def _both(place: Place, precision: str) -> list[tuple[list[Step], dict[str, Any], float, Step | None]]:
+def _both(
+    place: RankInfo, precision: str
+) -> list[tuple[list[StepResult], dict[str, Any], float, StepResult | None]]:
     """Two steps, what the first made, and of ours one more, whose gradient is infinite: ours, then
     DeepSpeed's.
     """
@@ -49,7 +55,7 @@ def _both(place: Place, precision: str) -> list[tuple[list[Step], dict[str, Any]
     config = recipe("muon", stage=1, precision=precision)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": 0.5})})
     for ours in (True, False):
-        zero1_step.lean = zero1_step.lean if ours else _theirs
+        zero1_step.install_fused_zero1_step = zero1_step.install_fused_zero1_step if ours else _theirs
         engine: Engine = engine_of(config, place, _partly_used)
         steps, state, bad = train(engine, 0), engine.slices(), None
         engine._zero.clip_grad = 100.0  # now nothing is clipped
@@ -82,7 +88,7 @@ def test_a_step_is_deepspeeds_own_and_an_infinite_norm_is_told(precision: str) -
             )
 
 
-def _unused(place: Place, precision: str) -> bool:
+def _unused(place: RankInfo, precision: str) -> bool:
     """Whether parameters that get a gradient in every step but the second stay as they were in that."""
     config = recipe("adamw", stage=1, precision=precision)
     config = config.model_copy(
@@ -104,7 +110,7 @@ def test_a_parameter_without_a_gradient_in_a_step_does_not_take_the_last_one_aga
     assert run_processes(1, _unused, precision) == [True]
 
 
-def _three_steps(place: Place, precision: str) -> list[Step]:
+def _three_steps(place: RankInfo, precision: str) -> list[StepResult]:
     return train(engine_of(recipe("muon", stage=1, precision=precision), place), 0, 1, 2)
 
 
