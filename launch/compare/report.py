@@ -26,7 +26,12 @@ _LOOK = {
     "grid.alpha": 0.25,
     "font.size": 10,
 }
-_STYLE = "body{font:16px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;font-size:.85em}td{white-space:nowrap}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"  # noqa: E501
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;font-size:.85em}"
+    "td{white-space:nowrap}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
 
 
 def ready(out: Path) -> None:
