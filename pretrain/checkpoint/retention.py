@@ -71,5 +71,5 @@ def _selection_loss(folder: Location) -> float | None:
         state = read_marker(folder)["state"]
     except CorruptCheckpoint:  # not the best of anything; reading it for a resume says what is wrong
         return None
-    loss = state["heldout_loss"] if state.get("judged") is None else state["judged"]
+    loss = state["heldout_loss"] if state.get("selection_loss") is None else state["selection_loss"]
     return None if loss is None else float(loss)
