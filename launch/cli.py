@@ -48,17 +48,17 @@ app.add_typer(jobs)
 
 
 @app.command()
-def tokenizer(config: Config, changes: Changes = None) -> None:
+def tokenizer(recipe: Config, changes: Changes = None) -> None:
     """Train the SentencePiece model the recipe names."""
     from trifold.launch.commands.pretrain import make_tokenizer
 
-    made = make_tokenizer(_recipe(config, changes), Console())
+    made = make_tokenizer(_resolve(recipe, changes), Console())
     Console().print(f"{made.vocab_size} pieces, fingerprint {made.fingerprint}", highlight=False)
 
 
 @app.command()
 def prepare(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     address: Annotated[
         str | None, typer.Option(help="a Ray cluster whose nodes tokenize; without it this machine does")
@@ -67,12 +67,12 @@ def prepare(
     """Turn the corpus into token shards (pretrain does it when they are missing)."""
     from trifold.launch.commands.pretrain import prepare
 
-    prepare(_recipe(config, changes), Console(), address)
+    prepare(_resolve(recipe, changes), Console(), address)
 
 
 @app.command()
 def plan(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     nodes: Annotated[
         int, typer.Option(help="machines; with --per-node: other than the recipe's own workers")
@@ -101,9 +101,9 @@ def plan(
     from trifold.launch.commands.plan import Machine, plan, rate_of
     from trifold.pretrain.engine.memory_estimate import device_memory
 
-    recipe = _recipe(config, changes)
-    kind = device or ("cuda" if recipe.cluster.gpus_per_worker else "cpu")
-    ranks = nodes * per_node if per_node else nodes * max(1, recipe.cluster.workers)
+    config = _resolve(recipe, changes)
+    kind = device or ("cuda" if config.cluster.gpus_per_worker else "cpu")
+    ranks = nodes * per_node if per_node else nodes * max(1, config.cluster.workers)
     memory = memory_gib * 2**30 if memory_gib else device_memory(kind, ranks // nodes)
     where = Machine(
         ranks,
@@ -114,12 +114,12 @@ def plan(
         price_per_hour,
         hours_per_failure,
     )
-    plan(recipe, where, Console())
+    plan(config, where, Console())
 
 
 @app.command("verify-resume")
 def verify_resume(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     kills: Annotated[int, typer.Option(min=1, help="workers to kill, at moments drawn from the seed")] = 10,
     seed: Annotated[int, typer.Option(help="of the moments, workers and stages")] = 0,
@@ -129,12 +129,12 @@ def verify_resume(
     """
     from trifold.launch.rehearse.verify_resume import verify_resume
 
-    verify_resume(config, changes or [], kills, seed, Console())
+    verify_resume(recipe, changes or [], kills, seed, Console())
 
 
 @app.command()
 def pretrain(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     workers: Annotated[
         int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")
@@ -147,7 +147,9 @@ def pretrain(
     from trifold.launch.commands.pretrain import pretrain
 
     pretrain(
-        _recipe(config, [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]),
+        _resolve(
+            recipe, [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
+        ),
         Console(),
         address,
     )
@@ -211,7 +213,7 @@ def import_(
 
 @app.command()
 def finetune(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     workers: Annotated[
         int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")
@@ -226,7 +228,7 @@ def finetune(
     from trifold.launch.commands.finetune import finetune
 
     given = [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
-    finetune(resolve(config, given, FinetuneRecipe), Console(), address)
+    finetune(resolve(recipe, given, FinetuneRecipe), Console(), address)
 
 
 @app.command()
@@ -346,8 +348,8 @@ def main() -> None:
     sys.exit(1)
 
 
-def _recipe(config: str, changes: list[str] | None) -> PretrainRecipe:
-    return resolve(config, changes or [])
+def _resolve(recipe: str, changes: list[str] | None) -> PretrainRecipe:
+    return resolve(recipe, changes or [])
 
 
 if __name__ == "__main__":

@@ -107,7 +107,11 @@ def best_step(home: storage.Location) -> int | None:
     was scored.
     """
     states = [read_marker(folder)["state"] for folder in valid_folders(home)]
-    judged = [(state["selection_loss"], state["step"]) for state in states if state.get("selection_loss") is not None]
+    judged = [
+        (state["selection_loss"], state["step"])
+        for state in states
+        if state.get("selection_loss") is not None
+    ]
     return min(judged)[1] if judged else None
 
 

@@ -26,7 +26,7 @@ Out = Annotated[Path | None, typer.Option(help="a name for OUT.json and OUT.png"
 
 @app.command()
 def train(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="beside stock classes of the same shape, eager and compiled")
@@ -50,8 +50,8 @@ def train(
     from trifold.launch.recipe.reader import resolve
 
     bench(
-        resolve(config, changes or []),
-        _place(device, threads),
+        resolve(recipe, changes or []),
+        _rank_info(device, threads),
         Console(),
         documents=documents,
         peers=peers,
@@ -65,7 +65,7 @@ def train(
 
 @app.command()
 def data(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     megabytes: Annotated[int, typer.Option(help="of text to tokenize")] = 10,
     documents: Annotated[int, typer.Option(help="documents of a row")] = 3,
@@ -78,13 +78,13 @@ def data(
     from trifold.launch.recipe.reader import resolve
 
     bench(
-        resolve(config, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out
+        resolve(recipe, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out
     )
 
 
 @app.command()
 def save(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     folder: Annotated[Path, typer.Option(help="the disk to write to")] = Path("."),
     device: Device = None,
@@ -95,12 +95,12 @@ def save(
     from trifold.launch.bench.save import bench
     from trifold.launch.recipe.reader import resolve
 
-    bench(resolve(config, changes or []), _place(device, threads), Console(), folder=folder, out=out)
+    bench(resolve(recipe, changes or []), _rank_info(device, threads), Console(), folder=folder, out=out)
 
 
 @app.command()
 def generate(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     new: Annotated[int, typer.Option(help="tokens to write")] = 64,
     rounds: Annotated[int, typer.Option(help="of which the median counts")] = 5,
@@ -114,7 +114,14 @@ def generate(
     from trifold.launch.bench.generate import bench
     from trifold.launch.recipe.reader import resolve
 
-    bench(resolve(config, changes or []), _place(device, threads), Console(), new=new, rounds=rounds, out=out)
+    bench(
+        resolve(recipe, changes or []),
+        _rank_info(device, threads),
+        Console(),
+        new=new,
+        rounds=rounds,
+        out=out,
+    )
 
 
 @app.command()
@@ -145,11 +152,17 @@ def shape(name: str, contender: int, out: Path, steps: int, turn: Path, tiny: bo
     from trifold.launch.bench.gpu import measure
 
     measure(
-        name, contender, out, steps=steps, tiny=tiny, place=_place("cpu" if tiny else "cuda", 1), turn=turn
+        name,
+        contender,
+        out,
+        steps=steps,
+        tiny=tiny,
+        rank_info=_rank_info("cpu" if tiny else "cuda", 1),
+        turn=turn,
     )
 
 
-def _place(device: Literal["cpu", "cuda"] | None, threads: int) -> "RankInfo":
+def _rank_info(device: Literal["cpu", "cuda"] | None, threads: int) -> "RankInfo":
     import torch
 
     from trifold.pretrain.distributed import RankInfo

@@ -62,18 +62,20 @@ def steps_of(micros: Sequence[Micro], per_step: int) -> list[list[Micro]]:
 
 def ours(
     name: str,
-    recipe: PretrainConfig,
-    config: ModelConfig,
+    config: PretrainConfig,
+    model_config: ModelConfig,
     steps: Sequence[Sequence[Micro]],
-    place: RankInfo,
+    rank_info: RankInfo,
     flops: float,
 ) -> Contender:
     """The product's engine, at this recipe's settings."""
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
-        named, model = member_labels(recipe.objective), build(config, recipe.seed)
-        answers = memory_estimate.resolve_auto(recipe, config, [m.batch for m in steps[0]][:1], place)
-        racer.engine = engine = Engine(model, answers, place, len(named) if len(named) > 1 else 0)
+        named, model = member_labels(config.objective), build(model_config, config.seed)
+        answers = memory_estimate.resolve_auto(
+            config, model_config, [m.batch for m in steps[0]][:1], rank_info
+        )
+        racer.engine = engine = Engine(model, answers, rank_info, len(named) if len(named) > 1 else 0)
 
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]
@@ -89,10 +91,10 @@ def ours(
 
 def bare(
     name: str,
-    recipe: PretrainConfig,
-    config: ModelConfig,
+    config: PretrainConfig,
+    model_config: ModelConfig,
     steps: Sequence[Sequence[Micro]],
-    place: RankInfo,
+    rank_info: RankInfo,
     flops: float,
 ) -> Contender:
     """Our model in as plain a loop as bf16 weights with fp32 masters allow, without DeepSpeed: what the
@@ -100,15 +102,15 @@ def bare(
     """
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
-        model = build(config, recipe.seed).to(place.device, torch.bfloat16)
+        model = build(model_config, config.seed).to(rank_info.device, torch.bfloat16)
         weights = list(model.parameters())
         masters = [weight.detach().float() for weight in weights]
-        settings = recipe.optimizer
+        settings = config.optimizer
         optimizer = torch.optim.AdamW(
             masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        if recipe.engine.compile:
-            model.compile(dynamic=False, mode="reduce-overhead" if recipe.engine.cuda_graphs else None)
+        if config.engine.compile:
+            model.compile(dynamic=False, mode="reduce-overhead" if config.engine.cuda_graphs else None)
         grads = [torch.empty_like(master) for master in masters]
         for master, grad in zip(masters, grads, strict=True):
             master.grad = grad
@@ -116,9 +118,9 @@ def bare(
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]
             for micro in chosen:
-                if recipe.engine.cuda_graphs:
+                if config.engine.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                (model(micro.batch.to(place.device)) / sum(m.targets for m in chosen)).backward()
+                (model(micro.batch.to(rank_info.device)) / sum(m.targets for m in chosen)).backward()
             torch._foreach_copy_(grads, [weight.grad for weight in weights if weight.grad is not None])
             nn.utils.clip_grad_norm_(masters, settings.clip)
             optimizer.step()
@@ -133,9 +135,9 @@ def bare(
 def stock(
     name: str,
     model: Callable[[], nn.Module],
-    recipe: PretrainConfig,
+    config: PretrainConfig,
     steps: Sequence[Sequence[Micro]],
-    place: RankInfo,
+    rank_info: RankInfo,
     flops: float,
     *,
     compiled: bool = False,
@@ -147,37 +149,37 @@ def stock(
 
     `vocab_size`: of a class that knows fewer tokens than ours; it gets them modulo that.
     """
-    shifts = family_of(recipe.objective) == "decoder"
+    shifts = family_of(config.objective) == "decoder"
     batches = [
         [
             part
             for m in chosen
-            for part in (parts(one_by_one(m.batch), recipe.micro_rows) if padded else [m.batch])
+            for part in (parts(one_by_one(m.batch), config.micro_rows) if padded else [m.batch])
         ]
         for chosen in steps
     ]
     inputs = [[stock_inputs(batch, shifts, vocab_size) for batch in chosen] for chosen in batches]
-    low = recipe.engine.precision != "fp32"
+    low = config.engine.precision != "fp32"
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
-        net = model().to(place.device).train()
+        net = model().to(rank_info.device).train()
         optimizer = torch.optim.AdamW(
             net.parameters(),
-            lr=recipe.optimizer.lr,
-            betas=recipe.optimizer.betas,
-            weight_decay=recipe.optimizer.weight_decay,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
         run: Any = torch.compile(net) if compiled else net
 
         def step(i: int) -> None:
             for given in inputs[i % len(inputs)]:
-                given = {key: value.to(place.device, non_blocking=True) for key, value in given.items()}
-                with torch.autocast(place.device, torch.bfloat16, enabled=low):
+                given = {key: value.to(rank_info.device, non_blocking=True) for key, value in given.items()}
+                with torch.autocast(rank_info.device, torch.bfloat16, enabled=low):
                     loss = run(**given).loss
                 (loss / len(inputs[i % len(inputs)])).backward()
-            if recipe.optimizer.clip:
-                nn.utils.clip_grad_norm_(net.parameters(), recipe.optimizer.clip)
+            if config.optimizer.clip:
+                nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -186,9 +188,9 @@ def stock(
     return Contender(name, make, *_counted(steps), flops)
 
 
-def same_shape(config: ModelConfig) -> Callable[[], nn.Module]:
+def same_shape(model_config: ModelConfig) -> Callable[[], nn.Module]:
     """The stock class that publishes this model, with new weights."""
-    architecture, hf = express(config, SPECIAL)
+    architecture, hf = express(model_config, SPECIAL)
     return lambda: stock_class(architecture.stock_class, hf)
 
 
@@ -196,42 +198,42 @@ def of_class(name: str, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
     return lambda: stock_class(name, settings)
 
 
-def stock_name(config: ModelConfig) -> str:
-    return express(config, SPECIAL)[0].stock_class
+def stock_name(model_config: ModelConfig) -> str:
+    return express(model_config, SPECIAL)[0].stock_class
 
 
 def stock_class(name: str, settings: Mapping[str, Any]) -> nn.Module:
     """A class of transformers from its config's settings; with SDPA attention where it has that."""
     transformers = _transformers()
     kind = getattr(transformers, name)
-    config = kind.config_class(
+    model_config = kind.config_class(
         **{key: value for key, value in settings.items() if key not in ("architectures", "model_type")}
     )
-    config.use_cache = False
+    model_config.use_cache = False
     torch.manual_seed(0)
     try:
-        return kind._from_config(config, attn_implementation="sdpa")
+        return kind._from_config(model_config, attn_implementation="sdpa")
     except ValueError:  # T5Gemma has none
-        return kind._from_config(config, attn_implementation="eager")
+        return kind._from_config(model_config, attn_implementation="eager")
 
 
 def race(
-    contenders: Sequence[Contender], place: RankInfo, warmup: int, steps: int, turn: Path | None = None
+    contenders: Sequence[Contender], rank_info: RankInfo, warmup: int, steps: int, turn: Path | None = None
 ) -> None:
     """Build, warm up and time them, in turn step by step, so that noise hits all alike. What a contender
     raises is its own result.
 
     `turn`: a file that processes lock while they warm up and are timed, so that one at a time does.
     """
-    torch.set_num_threads(place.threads)
+    torch.set_num_threads(rank_info.threads)
     going = []
     for contender in contenders:
         try:
             began = time.perf_counter()
-            with bytes_held(place) as held:
+            with bytes_held(rank_info) as held:
                 contender.model, contender.step = contender.make()
                 contender.step(0)
-                _wait(place)
+                _wait(rank_info)
             contender.resident, contender.peak = held
             contender.first_seconds = time.perf_counter() - began
             going.append(contender)
@@ -240,7 +242,7 @@ def race(
             contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:120]
     with _alone(turn):
         for i, contender in itertools.product(range(1, warmup + 1 + steps), going):
-            timed_step(contender, place, i)
+            timed_step(contender, rank_info, i)
     for contender in going:
         del contender.seconds[:warmup], contender.cpu_seconds[:warmup]
 
@@ -255,24 +257,24 @@ def _alone(turn: Path | None) -> Iterator[None]:
         yield
 
 
-def timed_step(contender: Contender, place: RankInfo, i: int) -> None:
+def timed_step(contender: Contender, rank_info: RankInfo, i: int) -> None:
     """Step i, and how long it took."""
     assert contender.step is not None
-    _wait(place)
+    _wait(rank_info)
     began, cpu = time.perf_counter(), time.process_time()
     contender.step(i)
-    _wait(place)
+    _wait(rank_info)
     contender.seconds.append(time.perf_counter() - began)
     contender.cpu_seconds.append(time.process_time() - cpu)
 
 
 @contextlib.contextmanager
-def bytes_held(place: RankInfo) -> Iterator[list[int]]:
+def bytes_held(rank_info: RankInfo) -> Iterator[list[int]]:
     """[bytes held afterwards, bytes held at most] beyond those held before, as torch's allocator counts
     them.
     """
     found = [0, 0]
-    if place.device == "cuda":
+    if rank_info.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield found
@@ -290,8 +292,8 @@ def bytes_held(place: RankInfo) -> Iterator[list[int]]:
     found[:] = live[-1], max(live)
 
 
-def _wait(place: RankInfo) -> None:
-    if place.device == "cuda":
+def _wait(rank_info: RankInfo) -> None:
+    if rank_info.device == "cuda":
         torch.cuda.synchronize()
 
 

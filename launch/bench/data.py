@@ -56,26 +56,26 @@ VOCABULARY, STEPS, ROUNDS = 32_000, 20, 5
 
 
 def bench(
-    recipe: PretrainRecipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
+    config: PretrainRecipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
 ) -> None:
     """Measure and show."""
     rows = [
-        *tokenizing(recipe, megabytes),
-        *(making(recipe, name, dials, documents_per_row) for name, dials in OBJECTIVES.items()),
+        *tokenizing(config, megabytes),
+        *(making(config, name, dials, documents_per_row) for name, dials in OBJECTIVES.items()),
     ]
     show(
         console,
-        f"{recipe.run}: text and rows of {recipe.data.row_length}, one core's own time\n{machine('cpu', 1)}",
+        f"{config.run}: text and rows of {config.data.row_length}, one core's own time\n{machine('cpu', 1)}",
         rows,
         out,
     )
 
 
-def tokenizing(recipe: PretrainRecipe, megabytes: int) -> list[Row]:
+def tokenizing(config: PretrainRecipe, megabytes: int) -> list[Row]:
     """Ours on words never seen and on words seen before, and SentencePiece by the same model."""
-    tokenizer = make_tokenizer(recipe, lambda what, done: None)
-    texts = _sample(recipe, megabytes * 1_000_000)
-    folder = Path(recipe.run) / "tokenizer"
+    tokenizer = make_tokenizer(config, lambda what, done: None)
+    texts = _sample(config, megabytes * 1_000_000)
+    folder = Path(config.run) / "tokenizer"
     again = Tokenizer.open(folder)
 
     def ours() -> int:
@@ -95,17 +95,17 @@ def tokenizing(recipe: PretrainRecipe, megabytes: int) -> list[Row]:
     return rows
 
 
-def making(recipe: PretrainRecipe, name: str, dials: AnyObjective, documents_per_row: int) -> Row:
+def making(config: PretrainRecipe, name: str, dials: AnyObjective, documents_per_row: int) -> Row:
     """An epoch's steps, packing included: rows packed, drawn, hashed and stacked, as the loader's thread does
     it. The best of ROUNDS: what else the machine does slows even a thread's own time.
     """
-    asked = recipe.model_copy(update={"objective": dials, "stages": ()})
+    asked = config.model_copy(update={"objective": dials, "stages": ()})
 
     def once() -> tuple[float, int]:
         source = synthetic(
-            asked, VOCABULARY, documents_per_row, STEPS * recipe.step_rows
+            asked, VOCABULARY, documents_per_row, STEPS * config.step_rows
         )  # has packed nothing yet
-        steps = source.num_rows // recipe.step_rows
+        steps = source.num_rows // config.step_rows
         loader = Loader([source], resolve_stages(asked), start=0, stop=steps, rank=0, world=1, prefetch=1)
         return _timed(lambda: sum(loader.share(step).tokens for step in range(steps)))
 
@@ -123,14 +123,14 @@ def _timed(work: Callable[[], int]) -> tuple[float, int]:
     return time.process_time() - began, done
 
 
-def _sample(recipe: PretrainRecipe, size: int) -> Sequence[str]:
+def _sample(config: PretrainRecipe, size: int) -> Sequence[str]:
     """The first texts of the recipe's first source."""
     texts, held = [], 0
-    for text in islice(documents(recipe.data.sources[0]), 1_000_000):
+    for text in islice(documents(config.data.sources[0]), 1_000_000):
         texts.append(text)
         held += len(text)
         if held >= size:
             return texts
     if not texts:
-        raise UserError(f"the first source of {recipe.run} has no text to measure with")
+        raise UserError(f"the first source of {config.run} has no text to measure with")
     return texts

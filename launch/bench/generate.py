@@ -25,37 +25,39 @@ BATCHES, BEAMS, PROMPT = (1, 32), (1, 4), 32
 
 
 def bench(
-    recipe: PretrainRecipe, place: RankInfo, console: Console, *, new: int, rounds: int, out: Path | None
+    config: PretrainRecipe, rank_info: RankInfo, console: Console, *, new: int, rounds: int, out: Path | None
 ) -> None:
     """Measure and show. Texts have exactly `new` tokens: their end is forbidden until then."""
-    config = load_initial_model(recipe.model, Path(recipe.run))[0]
-    if config.family == "encoder":
+    model_config = load_initial_model(config.model, Path(config.run))[0]
+    if model_config.family == "encoder":
         raise UserError(
-            f"{recipe.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder"
+            f"{config.run} trains an encoder, which writes no text: take a decoder or an encoder-decoder"
         )
-    torch.set_num_threads(place.threads)
-    new = min(new, config.max_positions // 2)
+    torch.set_num_threads(rank_info.threads)
+    new = min(new, model_config.max_positions // 2)
     rows = [
         row
         for batch in BATCHES
         for beams in BEAMS
-        for row in measure(config, place, batch, beams, new, rounds)
+        for row in measure(model_config, rank_info, batch, beams, new, rounds)
     ]
-    show(console, f"{recipe.run}: generation\n{machine(place.device, place.threads)}", rows, out)
+    show(console, f"{config.run}: generation\n{machine(rank_info.device, rank_info.threads)}", rows, out)
 
 
-def measure(config: ModelConfig, place: RankInfo, batch: int, beams: int, new: int, rounds: int) -> list[Row]:
+def measure(
+    model_config: ModelConfig, rank_info: RankInfo, batch: int, beams: int, new: int, rounds: int
+) -> list[Row]:
     """Both in turn, the same prompts and weights."""
-    ours = build(config, 0)
-    hf, state = export(config, ours.state_dict(), SPECIAL)
+    ours = build(model_config, 0)
+    hf, state = export(model_config, ours.state_dict(), SPECIAL)
     theirs = stock_class(hf["architectures"][0], hf)
     theirs.load_state_dict(state, strict=False)  # tied weights have one name in `state`
-    ours, theirs = ours.to(place.device), theirs.to(place.device).eval()
+    ours, theirs = ours.to(rank_info.device), theirs.to(rank_info.device).eval()
     prompts = torch.randint(
-        105, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)
+        105, model_config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)
     )
     how = Generation(max_new=new, min_new=new, beams=beams)
-    given = prompts.to(place.device)
+    given = prompts.to(rank_info.device)
 
     def stock() -> None:
         limits = {
@@ -71,7 +73,7 @@ def measure(config: ModelConfig, place: RankInfo, batch: int, beams: int, new: i
     def mine() -> None:
         generate(ours, prompts.tolist(), how, bos=SPECIAL["bos"], eos=SPECIAL["eos"], pad=SPECIAL["pad"])
 
-    seconds = [[_timed(work, place) for work in (mine, stock)] for _ in range(rounds + 1)][1:]
+    seconds = [[_timed(work, rank_info) for work in (mine, stock)] for _ in range(rounds + 1)][1:]
     fast, slow = (median(pair[i][0] for pair in seconds) for i in (0, 1))
     cpu = median(pair[1][1] for pair in seconds) / median(pair[0][1] for pair in seconds)
     name = f"batch {batch}, " + ("greedy" if beams == 1 else f"{beams} beams")
@@ -86,9 +88,9 @@ def measure(config: ModelConfig, place: RankInfo, batch: int, beams: int, new: i
     ]
 
 
-def _timed(work: Callable[[], None], place: RankInfo) -> tuple[float, float]:
+def _timed(work: Callable[[], None], rank_info: RankInfo) -> tuple[float, float]:
     began, cpu = time.perf_counter(), time.process_time()
     work()
-    if place.device == "cuda":
+    if rank_info.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, time.process_time() - cpu

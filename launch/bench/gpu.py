@@ -237,14 +237,16 @@ class _Room:
 
 
 def measure(
-    name: str, i: int, out: Path, *, steps: int, tiny: bool, place: RankInfo, turn: Path | None = None
+    name: str, i: int, out: Path, *, steps: int, tiny: bool, rank_info: RankInfo, turn: Path | None = None
 ) -> None:
     """One contender of a shape, in this process; its row is written to `out`."""
     torch.set_float32_matmul_precision("high")
-    shape, recipe = SHAPES[name], recipe_of(SHAPES[name], tiny)
-    contender = contender_of(shape, i, recipe, place, tiny)
-    contenders.race([contender], place, warmup=5, steps=steps, turn=turn)
-    peak = None if tiny else peak_flops(place, torch.bfloat16)  # of a CPU that emulates bf16 it says nothing
+    shape, config = SHAPES[name], recipe_of(SHAPES[name], tiny)
+    contender = contender_of(shape, i, config, rank_info, tiny)
+    contenders.race([contender], rank_info, warmup=5, steps=steps, turn=turn)
+    peak = (
+        None if tiny else peak_flops(rank_info, torch.bfloat16)
+    )  # of a CPU that emulates bf16 it says nothing
     append_line(out, train.result(contender, contender, peak))
 
 
@@ -270,37 +272,37 @@ def recipe_of(shape: Shape, tiny: bool) -> PretrainRecipe:
     )
 
 
-def contender_of(shape: Shape, i: int, recipe: PretrainRecipe, place: RankInfo, tiny: bool) -> Contender:
+def contender_of(shape: Shape, i: int, config: PretrainRecipe, rank_info: RankInfo, tiny: bool) -> Contender:
     """The contender of that number: ours, on plain rows too where the shape is packed, in a plain loop, then
     the peers.
     """
-    assert isinstance(recipe.model, ModelConfig)
+    assert isinstance(config.model, ModelConfig)
     who, vocab, flops = (
         shape.contenders[i],
-        recipe.model.vocab_size,
-        train.flops_of_step(recipe, recipe.model),
+        config.model.vocab_size,
+        train.flops_of_step(config, config.model),
     )
     documents = 0 if who == PLAIN_ROWS else shape.documents
-    here = contenders.steps_of(micros(recipe, vocab, documents, train.DIFFERENT, place.device), 1)
+    here = contenders.steps_of(micros(config, vocab, documents, train.DIFFERENT, rank_info.device), 1)
     if who in (OURS, PLAIN_ROWS, FP8):
-        engine = recipe.engine.model_copy(update={"fp8": who == FP8})
+        engine = config.engine.model_copy(update={"fp8": who == FP8})
         return contenders.ours(
-            who, recipe.model_copy(update={"engine": engine}), recipe.model, here, place, flops
+            who, config.model_copy(update={"engine": engine}), config.model, here, rank_info, flops
         )
     if who == PLAIN_LOOP:
-        return contenders.bare(who, recipe, recipe.model, here, place, flops)
+        return contenders.bare(who, config, config.model, here, rank_info, flops)
     kind, settings, compiled, _ = shape.peers[i - len(shape.contenders)]
     make = (
-        contenders.same_shape(recipe.model)
+        contenders.same_shape(config.model)
         if settings is None
         else contenders.of_class(kind, settings | (SMALL[kind] if tiny else {}))
     )
     return contenders.stock(
         who,
         make,
-        recipe,
+        config,
         here,
-        place,
+        rank_info,
         flops,
         compiled=compiled and not tiny,
         padded=shape.documents > 0,

@@ -47,10 +47,10 @@ STEPS = 3
 
 
 def profile(
-    step: Callable[[int], None], model: nn.Module, place: RankInfo, file: Path, console: Console
+    step: Callable[[int], None], model: nn.Module, rank_info: RankInfo, file: Path, console: Console
 ) -> list[Row]:
     """Run a few steps under the profiler, write the trace to `file`, show and return the parts."""
-    cuda = place.device == "cuda"
+    cuda = rank_info.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with _named(model), torch.profiler.profile(activities=activities) as found:
         began = time.perf_counter()

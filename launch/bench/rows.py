@@ -60,28 +60,28 @@ class Micro:
     tokens: int  # positions that are no padding, of both sides
 
 
-def synthetic(recipe: PretrainConfig, vocab_size: int, documents: int, rows: int) -> Rows:
+def synthetic(config: PretrainConfig, vocab_size: int, documents: int, rows: int) -> Rows:
     """At least `rows` rows of about `documents` documents each (lengths exponential, as real ones nearly
     are); 0: each row is one whole document.
     """
     words = Words(vocab_size)
-    goal = ObjectiveMixture(recipe.objective, words, recipe.data.row_length)
+    goal = ObjectiveMixture(config.objective, words, config.data.row_length)
     whole = goal.longest - goal.parts[0].marks.count
     lengths = np.full(rows, whole)
     if documents:
-        drawn = np.random.default_rng(2).exponential(recipe.data.row_length / documents, 2 * rows * documents)
+        drawn = np.random.default_rng(2).exponential(config.data.row_length / documents, 2 * rows * documents)
         lengths = np.clip(drawn, 8, whole).astype(np.int64)
-    return Rows(recipe, words, [Documents(lengths, words)], "train")
+    return Rows(config, words, [Documents(lengths, words)], "train")
 
 
-def micros(recipe: PretrainConfig, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:
+def micros(config: PretrainConfig, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:
     """`number` micro batches. Rows that are one whole document come without segments: then every family has
     its plain kernels.
     """
-    source = synthetic(recipe, vocab_size, documents, number * recipe.micro_rows)
+    source = synthetic(config, vocab_size, documents, number * config.micro_rows)
     made = []
     for i in range(number):
-        rows = source.rows(range(i * recipe.micro_rows, (i + 1) * recipe.micro_rows))
+        rows = source.rows(range(i * config.micro_rows, (i + 1) * config.micro_rows))
         batch = stack(rows, pin=device == "cuda")
         batch = batch if documents else replace(batch, segments=None, source_segments=None)
         made.append(Micro(batch, sum(row.num_targets for row in rows), sum(row.num_tokens for row in rows)))

@@ -37,15 +37,15 @@ class Costs(NamedTuple):
 
 
 def bench(
-    recipe: PretrainRecipe, place: RankInfo, console: Console, *, folder: Path, out: Path | None
+    config: PretrainRecipe, rank_info: RankInfo, console: Console, *, folder: Path, out: Path | None
 ) -> None:
     """Measure in a new folder below `folder`, which is removed, and show."""
-    [racer] = field(recipe, place, 0, ())
+    [racer] = field(config, rank_info, 0, ())
     racer.model, racer.step = racer.make()
     for i in range(2):
-        timed_step(racer, place, i)
+        timed_step(racer, rank_info, i)
     assert racer.engine is not None
-    found = measure(racer.engine, recipe, folder)
+    found = measure(racer.engine, config, folder)
     named = {
         "training waits (copy and call)": found.waits,
         "written and committed, in the background": found.written,
@@ -57,13 +57,18 @@ def bench(
         {"": name, "MB/s": found.size / seconds / 1e6, "seconds": seconds, "MB": found.size / 1e6}
         for name, seconds in named.items()
     ]
-    every, step = recipe.checkpoints.every, racer.seconds[-1]
+    every, step = config.checkpoints.every, racer.seconds[-1]
     share = found.waits / (every * step + found.waits)
     rows.insert(1, {"": f"of training, saved every {every} steps of {step:.2g} s", "share %": 100 * share})
-    show(console, f"{recipe.run}: one rank's checkpoint\n{machine(place.device, place.threads)}", rows, out)
+    show(
+        console,
+        f"{config.run}: one rank's checkpoint\n{machine(rank_info.device, rank_info.threads)}",
+        rows,
+        out,
+    )
 
 
-def measure(engine: Engine, recipe: PretrainRecipe, folder: Path) -> Costs:
+def measure(engine: Engine, config: PretrainRecipe, folder: Path) -> Costs:
     """Real saves of an engine into a run of their own below `folder`, and the newest one read back."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-save-") as made:
@@ -73,7 +78,7 @@ def measure(engine: Engine, recipe: PretrainRecipe, folder: Path) -> Costs:
             if event == "save_committed":
                 written.append(facts["seconds"])
 
-        saver = Checkpointer(Lease(run, take_generation(run).generation), 0, 1, recipe.checkpoints, heard)
+        saver = Checkpointer(Lease(run, take_generation(run).generation), 0, 1, config.checkpoints, heard)
         waits = []
         for step in range(1, SAVES + 1):
             began = time.perf_counter()

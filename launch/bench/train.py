@@ -31,8 +31,8 @@ DIFFERENT = 4  # steps with rows of their own, read in turn
 
 
 def bench(
-    recipe: PretrainRecipe,
-    place: RankInfo,
+    config: PretrainRecipe,
+    rank_info: RankInfo,
     console: Console,
     *,
     documents: int,
@@ -44,61 +44,65 @@ def bench(
     trace: Path | None,
 ) -> None:
     """Measure and show. `trace`: a file for a profile of our own steps, made after them."""
-    recipe = resolve_precision(recipe, place.device)
-    racing = field(recipe, place, documents, (False,) * peers + (True,) * (peers and not eager))
-    contenders.race(racing, place, warmup, steps)
-    shape = f"rows of {recipe.data.row_length}, " + (
+    config = resolve_precision(config, rank_info.device)
+    racing = field(config, rank_info, documents, (False,) * peers + (True,) * (peers and not eager))
+    contenders.race(racing, rank_info, warmup, steps)
+    shape = f"rows of {config.data.row_length}, " + (
         f"about {documents} documents each" if documents else "each one whole document"
     )
-    title = f"{recipe.run}: {recipe.objective.kind}, {shape}, {recipe.micro_rows} x {recipe.step_rows // recipe.micro_rows} rows a step,"
+    title = f"{config.run}: {config.objective.kind}, {shape}, {config.micro_rows} x {config.step_rows // config.micro_rows} rows a step,"
     show(
         console,
-        f"{title} {recipe.engine.precision}\n{machine(place.device, place.threads)}",
-        results(racing, recipe, place),
+        f"{title} {config.engine.precision}\n{machine(rank_info.device, rank_info.threads)}",
+        results(racing, config, rank_info),
         out,
     )
     first = racing[0]
     if trace is not None and first.step is not None and first.model is not None:
-        profile(first.step, first.model, place, trace, console)
+        profile(first.step, first.model, rank_info, trace, console)
 
 
-def field(recipe: PretrainRecipe, place: RankInfo, documents: int, peers: Sequence[bool]) -> list[Contender]:
+def field(
+    config: PretrainRecipe, rank_info: RankInfo, documents: int, peers: Sequence[bool]
+) -> list[Contender]:
     """Ours, and for each of `peers` (compiled or not) the stock class of the same shape; for packed rows it
     gets the documents padded.
     """
-    config = load_initial_model(recipe.model, Path(recipe.run))[0]
-    per_step = max(1, recipe.step_rows // recipe.micro_rows)
+    model_config = load_initial_model(config.model, Path(config.run))[0]
+    per_step = max(1, config.step_rows // config.micro_rows)
     packed = contenders.steps_of(
-        micros(recipe, config.vocab_size, documents, DIFFERENT * per_step, place.device), per_step
+        micros(config, model_config.vocab_size, documents, DIFFERENT * per_step, rank_info.device), per_step
     )
-    flops = flops_of_step(recipe, config)
+    flops = flops_of_step(config, model_config)
     racing = [
-        contenders.ours(f"Trifold, ZeRO-{recipe.engine.zero_stage}", recipe, config, packed, place, flops)
+        contenders.ours(
+            f"Trifold, ZeRO-{config.engine.zero_stage}", config, model_config, packed, rank_info, flops
+        )
     ]
     for compiled in peers:
-        name = f"{contenders.stock_name(config)}, {'compiled' if compiled else 'eager'}" + (
+        name = f"{contenders.stock_name(model_config)}, {'compiled' if compiled else 'eager'}" + (
             ", padded" if documents else ""
         )
-        make = contenders.same_shape(config)
+        make = contenders.same_shape(model_config)
         racing.append(
             contenders.stock(
-                name, make, recipe, packed, place, flops, compiled=compiled, padded=documents > 0
+                name, make, config, packed, rank_info, flops, compiled=compiled, padded=documents > 0
             )
         )
     return racing
 
 
-def flops_of_step(recipe: PretrainRecipe, config: ModelConfig) -> float:
+def flops_of_step(config: PretrainRecipe, model_config: ModelConfig) -> float:
     """By the one formula, for the rows as they stand, padding included."""
-    words = contenders.Words(config.vocab_size)
-    room = ObjectiveMixture(recipe.objective, words, recipe.data.row_length).capacity
-    rows = recipe.micro_rows * max(1, recipe.step_rows // recipe.micro_rows)
-    return rows * train_flops_per_row(config, room.tokens, room.source)
+    words = contenders.Words(model_config.vocab_size)
+    room = ObjectiveMixture(config.objective, words, config.data.row_length).capacity
+    rows = config.micro_rows * max(1, config.step_rows // config.micro_rows)
+    return rows * train_flops_per_row(model_config, room.tokens, room.source)
 
 
-def results(racing: Sequence[Contender], recipe: PretrainRecipe, place: RankInfo) -> list[Row]:
+def results(racing: Sequence[Contender], config: PretrainRecipe, rank_info: RankInfo) -> list[Row]:
     """A row each; the ratio is ours over theirs in tokens per second."""
-    peak = peak_flops(place, torch.float32 if recipe.engine.precision == "fp32" else torch.bfloat16)
+    peak = peak_flops(rank_info, torch.float32 if config.engine.precision == "fp32" else torch.bfloat16)
     return [result(contender, racing[0], peak) for contender in racing]
 
 

@@ -38,22 +38,22 @@ class Failure:
 
 
 def attempt(
-    recipe: AnyRecipe, train: Train, workers: int, number: int, meet: str | None, look: Callable[[], None]
+    config: AnyRecipe, train: Train, workers: int, number: int, meet: str | None, look: Callable[[], None]
 ) -> Failure | None:
     """Train on a group of `workers`, which meet through the file `meet`, or at an address; `look()` is called
     twice a second meanwhile.
     """
-    cluster = recipe.cluster
-    shutil.rmtree(Path(recipe.run) / "workers", ignore_errors=True)  # of the attempt before
-    shipped = ray.cloudpickle.dumps((recipe, train))
+    cluster = config.cluster
+    shutil.rmtree(Path(config.run) / "workers", ignore_errors=True)  # of the attempt before
+    shipped = ray.cloudpickle.dumps((config, train))
     trainer = _Trainer(
-        partial(work, os.getcwd(), recipe.run, cluster.step_timeout, meet, shipped),
+        partial(work, os.getcwd(), config.run, cluster.step_timeout, meet, shipped),
         backend_config=RendezvousConfig(meet),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=needs(cluster)
         ),
         run_config=ray.train.RunConfig(
-            name=f"attempt-{number}", storage_path=str(Path(recipe.run).resolve() / "ray")
+            name=f"attempt-{number}", storage_path=str(Path(config.run).resolve() / "ray")
         ),
     )
     failures: list[Failure] = []
@@ -74,7 +74,7 @@ def attempt(
         look()
         thread.join(0.5)
     shutil.rmtree(
-        Path(recipe.run) / "ray", ignore_errors=True
+        Path(config.run) / "ray", ignore_errors=True
     )  # Ray Train's own bookkeeping, of no use without its checkpoints
     return failures[0] if failures else None
 

@@ -106,7 +106,7 @@ def _silence() -> Iterator[None]:
 
 
 def run(
-    recipe: AnyRecipe,
+    config: AnyRecipe,
     train: Train,
     address: str | None = None,
     asked: Callable[[], bool] = lambda: False,
@@ -120,19 +120,19 @@ def run(
     """
     join(
         address,
-        recipe.cluster.workers * recipe.cluster.cpus_per_worker
-        + (beside.recipe.scoring.cpus if beside else 0),
+        config.cluster.workers * config.cluster.cpus_per_worker
+        + (beside.config.scoring.cpus if beside else 0),
     )
-    folder, cluster, sharing, restarts = Path(recipe.run), recipe.cluster, recipe.engine.sequence_parallel, 0
+    folder, cluster, sharing, restarts = Path(config.run), config.cluster, config.engine.sequence_parallel, 0
     saves = _saves(folder)
     workers = capacity.wait_for_workers(
         cluster, sharing, cluster.wait_at_start, partial(log_event, folder, "waiting"), asked
     )
     for number in itertools.count():
-        watch = _Monitor(recipe, workers, beside)
+        watch = _Monitor(config, workers, beside)
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
             failure = attempt(
-                recipe, train, workers, number, None if address else f"file://{here}/meet", watch.look
+                config, train, workers, number, None if address else f"file://{here}/meet", watch.look
             )
         watch.regroup.unlink(missing_ok=True)
         if failure is None and (asked() or last_outcome(folder) != "stopped"):
@@ -149,9 +149,9 @@ def run(
             raise failure.error
         if (now := _saves(folder)) > saves:
             restarts, saves = 0, now
-        end = watch.hung or Cause(failure.rank, _end(recipe, failure))
+        end = watch.hung or Cause(failure.rank, _end(config, failure))
         log_event(folder, "failed", rank=end.rank, error=end.why, workers=workers)
-        verdict = render(recipe, workers, end, restarts, _tail)
+        verdict = render(config, workers, end, restarts, _tail)
         with (folder / "failures.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {verdict}\n\n")
         if (
@@ -175,14 +175,14 @@ class _Monitor:
     hangs.
     """
 
-    def __init__(self, recipe: AnyRecipe, workers: int, beside: BackgroundScorer | None) -> None:
-        self.recipe, self.workers, self.folder, self.beside = recipe, workers, Path(recipe.run), beside
+    def __init__(self, config: AnyRecipe, workers: int, beside: BackgroundScorer | None) -> None:
+        self.config, self.workers, self.folder, self.beside = config, workers, Path(config.run), beside
         self.regroup = self.folder / "regroup"  # asks the group to save and end (pretrain/train.py)
         self.hung: Cause | None = None
         self._placed, self._next = False, 0.0
         self._growth, self._watchdog = (
-            capacity.ResizePolicy(recipe.cluster, recipe.engine.sequence_parallel, workers),
-            Watchdog(recipe),
+            capacity.ResizePolicy(config.cluster, config.engine.sequence_parallel, workers),
+            Watchdog(config),
         )
 
     def look(self) -> None:
@@ -207,7 +207,7 @@ class _Monitor:
         if (beat := self._watchdog.hanging()) is not None:
             self.hung = Cause(
                 beat.rank,
-                f"no rank came forward for {self.recipe.cluster.step_timeout:g} s, and this one is behind",
+                f"no rank came forward for {self.config.cluster.step_timeout:g} s, and this one is behind",
             )
             log_event(
                 self.folder, "hanging", rank=beat.rank, host=beat.host, step=beat.step, phase=beat.phase
@@ -218,11 +218,11 @@ class _Monitor:
                 _on_host(beat, lambda pid: os.kill(pid, signal.SIGKILL), beat.pid)
 
 
-def _end(recipe: AnyRecipe, failure: Failure) -> str:
+def _end(config: AnyRecipe, failure: Failure) -> str:
     """One line: how a rank, or the placing of all, ended."""
     if not failure.died:
         return f"{type(failure.error).__name__}: {_first_line(failure.error)}"
-    beat = heartbeat.read(Path(recipe.run)).get(failure.rank) if failure.rank is not None else None
+    beat = heartbeat.read(Path(config.run)).get(failure.rank) if failure.rank is not None else None
     if beat is not None and beat.node not in (host["NodeID"] for host in capacity.hosts()):
         return f"its host {beat.host} is dead or cut off"
     if "low on memory" in str(failure.error):

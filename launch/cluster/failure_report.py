@@ -38,8 +38,8 @@ class Watchdog:
     they take.
     """
 
-    def __init__(self, recipe: AnyRecipe) -> None:
-        self.run, self.timeout = Path(recipe.run), recipe.cluster.step_timeout
+    def __init__(self, config: AnyRecipe) -> None:
+        self.run, self.timeout = Path(config.run), config.cluster.step_timeout
         self._seen, self._since = -1, time.monotonic()
 
     def hanging(self) -> RankStatus | None:
@@ -57,11 +57,11 @@ class Watchdog:
 
 
 def render(
-    recipe: AnyRecipe, workers: int, end: Cause, restarts: int, tail: Callable[[RankStatus], list[str]]
+    config: AnyRecipe, workers: int, end: Cause, restarts: int, tail: Callable[[RankStatus], list[str]]
 ) -> str:
     """The verdict; `tail(beat)` fetches what a rank wrote last."""
-    run, beats = Path(recipe.run), heartbeat.read(Path(recipe.run))
-    used = f"{restarts} restarts of {recipe.cluster.max_restarts} were used: {end.why}."
+    run, beats = Path(config.run), heartbeat.read(Path(config.run))
+    used = f"{restarts} restarts of {config.cluster.max_restarts} were used: {end.why}."
     beat = beats.get(end.rank) if end.rank is not None else None
     if beat is None:
         who = (
@@ -85,7 +85,7 @@ def render(
             for rank, other in sorted(beats.items())[:RANKS]
             if rank != end.rank
         ]
-    return "\n".join([*lines, _saved(recipe) + f" Continue with: {resume_command(recipe)}"])
+    return "\n".join([*lines, _saved(config) + f" Continue with: {resume_command(config)}"])
 
 
 def last_lines(log: str) -> list[str]:
@@ -110,9 +110,9 @@ def _waits(stack: list[str]) -> bool:
     return bool(stack) and "torch/distributed" in stack[0]
 
 
-def _saved(recipe: AnyRecipe) -> str:
+def _saved(config: AnyRecipe) -> str:
     try:
-        saved = valid_folders(storage.checkpoint_root(Path(recipe.run), recipe.checkpoints.storage))
+        saved = valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
     except UserError as refusal:
         return f"What was saved cannot be read: {refusal}."
     return f"Saved: {saved[-1]}." if saved else "No checkpoint was saved yet."

@@ -45,36 +45,36 @@ from trifold.pretrain.storage import storage
 Tasks = dict[str, FinetuneRecipe]  # by name, as they begin from a checkpoint
 
 
-def resolve_tasks(recipe: PretrainRecipe) -> Tasks:
+def resolve_tasks(config: PretrainRecipe) -> Tasks:
     """The tasks that `scoring` names. Raises UserError where a recipe cannot be read or a text is not there."""
-    for name, sources in recipe.scoring.held_out.items():
+    for name, sources in config.scoring.held_out.items():
         with _error_context(f"scoring.held_out.{name}"):
             for source in sources:
                 corpus_fingerprint(source)
     tasks: Tasks = {}
-    for name, path in recipe.scoring.tasks.items():
+    for name, path in config.scoring.tasks.items():
         with _error_context(f"scoring.tasks.{name}"):
             task = resolve(path, (), FinetuneRecipe)
-        model = task.model.model_copy(update={"folder": recipe.run, "random": False, "config": None})
+        model = task.model.model_copy(update={"folder": config.run, "random": False, "config": None})
         here = task.checkpoints.model_copy(update={"storage": None})
         tasks[name] = task.model_copy(update={"model": model, "checkpoints": here})
     return tasks
 
 
-def prepare(recipe: PretrainRecipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
+def prepare(config: PretrainRecipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
     """Tokenize the texts, and read every task's examples. Raises UserError where the model or its tokenizer
     cannot do one of them.
     """
-    vocabulary = Tokenizer.open(Path(recipe.run) / "tokenizer")
-    for name, sources in recipe.scoring.held_out.items():
+    vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
+    for name, sources in config.scoring.held_out.items():
         with _error_context(f"scoring.held_out.{name}"):
             progress(f"tokenizing {name}", 0)
-            for source, folder in zip(sources, _folders(recipe, name), strict=True):
+            for source, folder in zip(sources, _folders(config, name), strict=True):
                 preparation.prepare(source, vocabulary, folder, spread=preparation.over_processes(workers))
-            _rows(recipe, name, workers)
+            _rows(config, name, workers)
     if not tasks:
         return
-    model, _ = load_initial_model(recipe.model, Path(recipe.run))
+    model, _ = load_initial_model(config.model, Path(config.run))
     with _error_context("scoring.tasks"):
         express(model, published_folder.special_ids(vocabulary))
     for name, task in tasks.items():
@@ -86,25 +86,27 @@ def prepare(recipe: PretrainRecipe, tasks: Tasks, workers: int, progress: Callab
 class Scorer:
     """Scores checkpoints of a prepared run, one after another."""
 
-    def __init__(self, recipe: PretrainRecipe, tasks: Tasks, threads: int) -> None:
+    def __init__(self, config: PretrainRecipe, tasks: Tasks, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.recipe, self.tasks, self.run = recipe, tasks, Path(recipe.run)
-        self.place = RankInfo(0, 1, 0, "cuda" if recipe.scoring.gpus else "cpu", None, threads)
+        self.config, self.tasks, self.run = config, tasks, Path(config.run)
+        self.rank_info = RankInfo(0, 1, 0, "cuda" if config.scoring.gpus else "cpu", None, threads)
 
     def score(self, name: str) -> dict[str, Any]:
         """A line for the metrics: step, checkpoint, and every score as NAME/SCORE. UserError where the
         checkpoint is damaged or gone.
         """
         began = time.monotonic()
-        checkpoint, config, state = self._read(name)
+        checkpoint, model_config, state = self._read(name)
         scores: dict[str, Any] = {}
-        model = SingleProcessModel(config, state, self.place.device)
-        for text in self.recipe.scoring.held_out:
-            rows = _rows(self.recipe, text)
-            found = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.recipe.micro_rows)
+        model = SingleProcessModel(model_config, state, self.rank_info.device)
+        for text in self.config.scoring.held_out:
+            rows = _rows(self.config, text)
+            found = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.config.micro_rows)
             scores |= {f"{text}/{score}": value for score, value in found.items()}
         for task in self.tasks:
-            found = self._finetune_and_score(self.tasks[task], config, state, checkpoint.state.fingerprint)
+            found = self._finetune_and_score(
+                self.tasks[task], model_config, state, checkpoint.state.fingerprint
+            )
             scores |= {f"{task}/{score}": value for score, value in found.items()}
         return {
             "step": checkpoint.state.step,
@@ -115,7 +117,7 @@ class Scorer:
 
     def _read(self, name: str) -> tuple[Checkpoint, ModelConfig, dict[str, Tensor]]:
         """A checkpoint, verified, and its model in memory: from here on it may be deleted."""
-        folder = storage.checkpoint_root(self.run, self.recipe.checkpoints.storage) / "checkpoints" / name
+        folder = storage.checkpoint_root(self.run, self.config.checkpoints.storage) / "checkpoints" / name
         try:
             verify(folder)
             checkpoint = open_checkpoint(folder)
@@ -127,30 +129,30 @@ class Scorer:
             ) from error
 
     def _finetune_and_score(
-        self, task: FinetuneRecipe, config: ModelConfig, state: dict[str, Tensor], fingerprint: str
+        self, task: FinetuneRecipe, model_config: ModelConfig, state: dict[str, Tensor], fingerprint: str
     ) -> dict[str, float]:
         """The scores of a task's best step on all of its dev examples, that which chose it first."""
         with tempfile.TemporaryDirectory(prefix="trifold-") as here:
             folder, vocabulary = Path(here) / "model", Tokenizer.open(self.run / "tokenizer")
             folder.mkdir()
-            published_folder.write_folder(folder, config, state, vocabulary)
-            published_folder.write_record(folder, config, vocabulary, fingerprint, {})
+            published_folder.write_folder(folder, model_config, state, vocabulary)
+            published_folder.write_record(folder, model_config, vocabulary, fingerprint, {})
             model = task.model.model_copy(update={"folder": str(folder)})
             taught = task.model_copy(update={"run": f"{here}/run", "model": model})
             trifold.finetune.run.prepare(taught, lambda what, done: None)
-            trifold.finetune.run.train(taught, self.place)
+            trifold.finetune.run.train(taught, self.rank_info)
             found = published_folder.read_json(Path(here) / "run" / "scores.json")
         return {found["best"]: found["scores"][found["best"]], **found["scores"]}
 
 
-def score_here(recipe: PretrainRecipe, tasks: Tasks) -> None:
+def score_here(config: PretrainRecipe, tasks: Tasks) -> None:
     """Score the last checkpoint in this process, which has trained it. What goes wrong is told, and ends
     nothing.
     """
-    run, name = Path(recipe.run), valid_folders(checkpoint_root_of_run(Path(recipe.run)))[-1].name
+    run, name = Path(config.run), valid_folders(checkpoint_root_of_run(Path(config.run)))[-1].name
     if name not in scored_checkpoints(run):
         try:
-            queue_scores(run, Scorer(recipe, tasks, recipe.cluster.threads(1)).score(name))
+            queue_scores(run, Scorer(config, tasks, config.cluster.threads(1)).score(name))
         except Exception as error:  # whatever a task raises: the run is trained
             log_event(run, "scoring_failed", checkpoint=name, reason=why(error))
 
@@ -160,11 +162,11 @@ def why(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def join(recipe: PretrainRecipe) -> None:
+def join(config: PretrainRecipe) -> None:
     """Take the scores that came after the last step into the metrics: the ranks have ended, and this process
     writes for them.
     """
-    run = Path(recipe.run)
+    run = Path(config.run)
     if queued_scores(run):
         with closing(
             Recorder(run, RankInfo(0, 1, 0, "cpu", None, 1), newest_generation(checkpoint_root_of_run(run)))
@@ -177,8 +179,8 @@ class SingleProcessModel:
 
     rank, world, counts = 0, 1, True
 
-    def __init__(self, config: ModelConfig, state: dict[str, Tensor], device: str) -> None:
-        self.device, self.model = device, Transformer(config)
+    def __init__(self, model_config: ModelConfig, state: dict[str, Tensor], device: str) -> None:
+        self.device, self.model = device, Transformer(model_config)
         self.model.load_state_dict(state)
         self.model.to(device).eval()
 
@@ -191,19 +193,19 @@ class SingleProcessModel:
         return values
 
 
-def _folders(recipe: PretrainRecipe, name: str) -> list[Path]:
+def _folders(config: PretrainRecipe, name: str) -> list[Path]:
     """Where the token shards of a text's sources are."""
     return [
-        shards_folder(recipe) / f"scoring-{name}-{number}"
-        for number in range(len(recipe.scoring.held_out[name]))
+        shards_folder(config) / f"scoring-{name}-{number}"
+        for number in range(len(config.scoring.held_out[name]))
     ]
 
 
-def _rows(recipe: PretrainRecipe, name: str, processes: int = 1) -> Rows:
+def _rows(config: PretrainRecipe, name: str, processes: int = 1) -> Rows:
     """A text's rows, under the recipe's objective: all of its documents, as of `data.heldout`."""
-    vocabulary = Tokenizer.open(Path(recipe.run) / "tokenizer")
-    shards = [Shards(folder / "train") for folder in _folders(recipe, name)]
-    return Rows(recipe, vocabulary, shards, "heldout", shards_folder(recipe), processes)
+    vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
+    shards = [Shards(folder / "train") for folder in _folders(config, name)]
+    return Rows(config, vocabulary, shards, "heldout", shards_folder(config), processes)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class BackgroundScorer:
     begins, `last` after training.
     """
 
-    def __init__(self, recipe: PretrainRecipe, tasks: Tasks) -> None:
-        self.recipe, self.tasks, self.folder = recipe, tasks, Path(recipe.run)
+    def __init__(self, config: PretrainRecipe, tasks: Tasks) -> None:
+        self.config, self.tasks, self.folder = config, tasks, Path(config.run)
         found = [folder.name for folder in valid_folders(checkpoint_root_of_run(self.folder))]
         self._newest = next(
             (name for name in found[-1:] if name not in scored_checkpoints(self.folder)), None
@@ -63,7 +63,7 @@ class BackgroundScorer:
             self._where = None
         elif self._where is not None and time.monotonic() - self._began > ROOM:
             self._began = math.inf  # said once
-            dials = self.recipe.scoring
+            dials = self.config.scoring
             log_event(
                 self.folder,
                 "scoring_waits",
@@ -73,7 +73,7 @@ class BackgroundScorer:
     def reclaimable(self) -> Reclaimable:
         """What the actor uses of a host, which a worker may have."""
         return (
-            {self._node: {"CPU": self.recipe.scoring.cpus, "GPU": self.recipe.scoring.gpus}}
+            {self._node: {"CPU": self.config.scoring.cpus, "GPU": self.config.scoring.gpus}}
             if self._node
             else {}
         )
@@ -91,19 +91,19 @@ class BackgroundScorer:
         """Wait for the scores of the last checkpoint, for `scoring.wait` seconds at most or until
         `asked()`.
         """
-        deadline = time.monotonic() + self.recipe.scoring.wait
+        deadline = time.monotonic() + self.config.scoring.wait
         self.poll()
         if self._newest is not None:  # it is busy with an older one
             self.stop()
             self.poll()
         if self._pending is not None:
-            log_event(self.folder, "scoring_last", checkpoint=self._name, seconds=self.recipe.scoring.wait)
+            log_event(self.folder, "scoring_last", checkpoint=self._name, seconds=self.config.scoring.wait)
         while self._pending is not None and not asked() and time.monotonic() < deadline:
             time.sleep(0.2)
             self.poll()
         if self._pending is not None:
             self._failed(
-                f"not done within {self.recipe.scoring.wait:g} s (scoring.wait)"
+                f"not done within {self.config.scoring.wait:g} s (scoring.wait)"
                 if not asked()
                 else "the run was asked to end"
             )
@@ -111,9 +111,9 @@ class BackgroundScorer:
 
     def _scorer(self) -> Any:
         if self._actor is None:
-            dials = self.recipe.scoring
+            dials = self.config.scoring
             self._actor = ray.remote(num_cpus=dials.cpus, num_gpus=dials.gpus)(_OnItsOwn).remote(
-                self.recipe, self.tasks, os.getcwd()
+                self.config, self.tasks, os.getcwd()
             )
             self._where, self._began = self._actor.host.remote(), time.monotonic()
         return self._actor
@@ -141,11 +141,11 @@ class BackgroundScorer:
 class _OnItsOwn(Scorer):
     """The scorer as a process that gives way to whatever else its host computes."""
 
-    def __init__(self, recipe: PretrainRecipe, tasks: Tasks, here: str) -> None:
+    def __init__(self, config: PretrainRecipe, tasks: Tasks, here: str) -> None:
         os.nice(19)
         if os.path.isdir(here):  # else the recipe's paths are absolute
             os.chdir(here)
-        super().__init__(recipe, tasks, max(1, int(recipe.scoring.cpus)))
+        super().__init__(config, tasks, max(1, int(config.scoring.cpus)))
 
     def host(self) -> str:
         """Ray's name of the host that this process runs on."""

@@ -73,8 +73,8 @@ def work(here: str, run: str, patience: float, file: str | None, shipped: bytes)
         Path(run), rank, socket.gethostname(), ray.get_runtime_context().get_node_id(), log, patience
     )
     try:
-        recipe, train = ray.cloudpickle.loads(shipped)
-        train(recipe, _place(recipe, file))
+        config, train = ray.cloudpickle.loads(shipped)
+        train(config, _rank_info(config, file))
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()  # the verdict shows the last lines of its log
@@ -88,10 +88,10 @@ def is_peer_failure(error: BaseException) -> bool:
     return "onnection" in str(error)  # gloo and NCCL name the peer's lost connection
 
 
-def _place(recipe: "AnyRecipe", file: str | None) -> "RankInfo":
+def _rank_info(config: "AnyRecipe", file: str | None) -> "RankInfo":
     from trifold.pretrain.distributed import RankInfo
 
-    context, gpus = ray.train.get_context(), recipe.cluster.gpus_per_worker > 0
+    context, gpus = ray.train.get_context(), config.cluster.gpus_per_worker > 0
     if file is None:
         _join(context.get_world_rank(), context.get_world_size(), "nccl" if gpus else "gloo")
     return RankInfo(
@@ -100,7 +100,7 @@ def _place(recipe: "AnyRecipe", file: str | None) -> "RankInfo":
         local_rank=context.get_local_rank(),
         device="cuda" if gpus else "cpu",
         init_method=file,  # the training function makes the process group
-        threads=recipe.cluster.threads(context.get_local_world_size()),
+        threads=config.cluster.threads(context.get_local_world_size()),
     )
 
 

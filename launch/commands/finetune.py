@@ -31,65 +31,65 @@ from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.published_folder import read_json
 
 
-def finetune(recipe: FinetuneRecipe, console: Console, address: str | None = None) -> None:
+def finetune(config: FinetuneRecipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end and score its best checkpoint, or until SIGTERM or Ctrl-C: then the run is
     saved.
     """
-    folder = Path(recipe.run)
-    connect(recipe, address)
-    for change in reconcile_run_folder(recipe):
+    folder = Path(config.run)
+    connect(config, address)
+    for change in reconcile_run_folder(config):
         console.print(
             f"{change.key}: {change.old!r} so far, {change.new!r} from here",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    with ProgressWatcher(folder, recipe.steps, console) as watch, tracking(recipe, console):
-        run.prepare(recipe, watch.prepared)
+    with ProgressWatcher(folder, config.steps, console) as watch, tracking(config, console):
+        run.prepare(config, watch.prepared)
         with stopping(folder) as stop:
-            if recipe.cluster.workers == 0:
+            if config.cluster.workers == 0:
                 run.train(
-                    recipe,
+                    config,
                     RankInfo(
                         0,
                         1,
                         0,
-                        "cuda" if recipe.cluster.gpus_per_worker else "cpu",
+                        "cuda" if config.cluster.gpus_per_worker else "cpu",
                         None,
-                        recipe.cluster.threads(1),
+                        config.cluster.threads(1),
                     ),
                 )
             else:
                 from trifold.launch.cluster import driver  # imports Ray: 2 s
 
-                driver.run(recipe, run.train, address, stop.asked)
+                driver.run(config, run.train, address, stop.asked)
     if last_outcome(folder) == "stopped":
         console.print(
-            f"Continue with: {resume_command(recipe)}", markup=False, highlight=False, soft_wrap=True
+            f"Continue with: {resume_command(config)}", markup=False, highlight=False, soft_wrap=True
         )
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
     show(read_json(folder / "scores.json"), console)
 
 
-def evaluate(folder: Path, recipe: FinetuneRecipe, out: Path | None, console: Console) -> None:
+def evaluate(folder: Path, config: FinetuneRecipe, out: Path | None, console: Console) -> None:
     """Score a published folder on a task's dev examples. `out`: a file for its predictions."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()  # where it cannot be written, that is said before the work
     opened = LoadedModel(folder)
-    task = TASKS[recipe.task.kind](recipe.task, opened.tokenizer, opened.config.family, recipe.row_length)
+    task = TASKS[config.task.kind](config.task, opened.tokenizer, opened.config.family, config.row_length)
     if task.with_head(opened.config) != opened.config:
         raise UserError(
-            f"{folder} was not trained for {recipe.task.kind} with these labels: fine-tune it first (trifold"
+            f"{folder} was not trained for {config.task.kind} with these labels: fine-tune it first (trifold"
             " finetune)."
         )
-    predictions = task.predict(opened, task.dev, recipe.generation, recipe.micro_rows * recipe.row_length)
+    predictions = task.predict(opened, task.dev, config.generation, config.micro_rows * config.row_length)
     if out is not None:
         records = [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)]
         out.write_text(
             "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
         )
-    show({"task": recipe.task.kind, **report(task, predictions)}, console)
+    show({"task": config.task.kind, **report(task, predictions)}, console)
 
 
 def show(found: dict[str, Any], console: Console) -> None:

@@ -30,7 +30,7 @@ Code = Annotated[
 
 @app.command()
 def submit(
-    config: Config,
+    recipe: Config,
     changes: Changes = None,
     address: Address = JOBS,
     code: Code = False,
@@ -39,7 +39,7 @@ def submit(
     from trifold.launch.jobs.jobs import Jobs
 
     jobs = Jobs(address)
-    jobs.follow(jobs.submit(resolve_any(config, changes or []), code), Console())
+    jobs.follow(jobs.submit(resolve_any(recipe, changes or []), code), Console())
 
 
 @app.command()

@@ -53,13 +53,13 @@ class Machine:
     restart_seconds: float = 60.0  # from a failure to the first step after it, reading the checkpoint aside
 
 
-def plan(recipe: PretrainRecipe, where: Machine, console: Console) -> dict[str, Any]:
+def plan(config: PretrainRecipe, where: Machine, console: Console) -> dict[str, Any]:
     """Work it out, write RUN/plan.json, show it."""
-    found = predict(resolve_precision(recipe, where.device), where)
-    file = Path(recipe.run) / "plan.json"
+    found = predict(resolve_precision(config, where.device), where)
+    file = Path(config.run) / "plan.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    table = Table(title=f"{recipe.run} on {where.ranks} {where.device} rank(s)", show_header=False)
+    table = Table(title=f"{config.run} on {where.ranks} {where.device} rank(s)", show_header=False)
     for name, value in found.items():
         table.add_row(_said(name), shown(name, value))
     console.print(table)
@@ -85,29 +85,29 @@ class Rates(NamedTuple):
     process: int | None  # None: not known, as no process was seen
 
 
-def predict(recipe: PretrainRecipe, where: Machine) -> dict[str, Any]:
+def predict(config: PretrainRecipe, where: Machine) -> dict[str, Any]:
     """What is known before a run, by name; the names say the unit."""
-    if recipe.engine.fp8:
+    if config.engine.fp8:
         check_device(where.device)
-    model = load_initial_model(recipe.model, Path(recipe.run))[0]
-    part = resolve_stages(recipe)[-1]
-    micros = (_batch(recipe, model, part.micro_rows, part.row_length) for part in resolve_stages(recipe))
+    model = load_initial_model(config.model, Path(config.run))[0]
+    part = resolve_stages(config)[-1]
+    micros = (_batch(config, model, part.micro_rows, part.row_length) for part in resolve_stages(config))
     recompute = memory_estimate.needs_recompute(
-        recipe, model, micros, where.ranks, where.device, where.memory
+        config, model, micros, where.ranks, where.device, where.memory
     )
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": recompute})})
-    micro = _batch(recipe, model, part.micro_rows)
-    memory = memory_estimate.estimate_memory(recipe, model, micro, where.ranks, where.device)
-    saved = memory_estimate.checkpoint_bytes(recipe, model)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": recompute})})
+    micro = _batch(config, model, part.micro_rows)
+    memory = memory_estimate.estimate_memory(config, model, micro, where.ranks, where.device)
+    saved = memory_estimate.checkpoint_bytes(config, model)
     tokens = part.micro_rows * (
         micro.tokens.shape[1] + (0 if micro.source is None else micro.source.shape[1])
     )
-    share = tokens / recipe.engine.sequence_parallel  # positions of a rank
+    share = tokens / config.engine.sequence_parallel  # positions of a rank
     rates = (
-        _measured(recipe, model, where) if where.tokens_per_second is None else _given(where, share, saved)
+        _measured(config, model, where) if where.tokens_per_second is None else _given(where, share, saved)
     )
-    rounds = -(-part.micros // recipe.engine.data_parallel_size(where.ranks))
-    exchanged = memory_estimate.sequence_parallel_bytes(recipe, model, micro, where.device)
+    rounds = -(-part.micros // config.engine.data_parallel_size(where.ranks))
+    exchanged = memory_estimate.sequence_parallel_bytes(config, model, micro, where.device)
     step = rounds * rates.micro + rates.optimizer
     process = rates.process or 0
     peak, fits = memory.total + process, where.memory - process
@@ -118,24 +118,24 @@ def predict(recipe: PretrainRecipe, where: Machine) -> dict[str, Any]:
         "memory_process_bytes": rates.process,
         "memory_peak_bytes": peak,
         "largest_micro_rows": memory_estimate.largest_micro(
-            recipe, model, lambda n: _batch(recipe, model, n), where.ranks, where.device, fits
+            config, model, lambda n: _batch(config, model, n), where.ranks, where.device, fits
         ),
         "micros_of_a_rank": rounds,
-        "sent_bytes_of_a_rank_and_step": memory_estimate.gradient_bytes(recipe, model, where.ranks, rounds)
+        "sent_bytes_of_a_rank_and_step": memory_estimate.gradient_bytes(config, model, where.ranks, rounds)
         + rounds * exchanged,
         "step_seconds": step,
         "positions_per_second": part.micros * tokens / step,
         "checkpoint_bytes": saved,
         "checkpoint_seconds": rates.save_written,
-        **_whole_run(recipe, where, step, rates),
+        **_whole_run(config, where, step, rates),
     }
 
 
-def compare_to_measured(recipe: PretrainRecipe) -> Table | None:
+def compare_to_measured(config: PretrainRecipe) -> Table | None:
     """What RUN/plan.json said beside what the run's metrics and events found; None where nothing was planned.
     It is written there too.
     """
-    folder = Path(recipe.run)
+    folder = Path(config.run)
     if not (folder / "plan.json").exists():
         return None
     said = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
@@ -190,15 +190,15 @@ def shown(name: str, value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
 
 
-def _whole_run(recipe: PretrainRecipe, where: Machine, step: float, rates: Rates) -> dict[str, float]:
+def _whole_run(config: PretrainRecipe, where: Machine, step: float, rates: Rates) -> dict[str, float]:
     """Time, price and what failures cost. A save is written beside the steps, so saves cannot follow each
     other faster than that.
     """
     between = where.hours_per_failure * 3600 / where.ranks
     restart = where.restart_seconds + rates.save_read
     interval = max(memory_estimate.best_interval(rates.save_waits, between), rates.save_written)
-    lost = memory_estimate.lost_fraction(recipe.checkpoints.every * step, rates.save_waits, restart, between)
-    hours = recipe.steps * step / 3600 * (1 + lost)
+    lost = memory_estimate.lost_fraction(config.checkpoints.every * step, rates.save_waits, restart, between)
+    hours = config.steps * step / 3600 * (1 + lost)
     return {
         "run_hours": hours,
         "run_price": hours * where.ranks * where.price_per_hour,
@@ -220,7 +220,7 @@ def _given(where: Machine, tokens: float, saved: int) -> Rates:
     return Rates(tokens / where.tokens_per_second, 0.0, COPY_SHARE * written, written, written, process)
 
 
-def _measured(recipe: PretrainRecipe, model: ModelConfig, where: Machine) -> Rates:
+def _measured(config: PretrainRecipe, model: ModelConfig, where: Machine) -> Rates:
     """A few steps of one and of two micros on this machine, and a few saves beside the run folder, by one
     rank.
     """
@@ -229,22 +229,22 @@ def _measured(recipe: PretrainRecipe, model: ModelConfig, where: Machine) -> Rat
             "there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a"
             " run's folder"
         )
-    place = RankInfo(
+    rank_info = RankInfo(
         0,
         1,
         0,
         "cuda" if where.device == "cuda" else "cpu",
         None,
-        recipe.cluster.threads(max(1, recipe.cluster.workers)),
+        config.cluster.threads(max(1, config.cluster.workers)),
     )
-    alone = recipe.engine.model_copy(update={"sequence_parallel": 1})
-    one = recipe.model_copy(update={"step_rows": 2 * recipe.micro_rows, "engine": alone})
-    batches = rows.micros(recipe, model.vocab_size, 2, 2, place.device)
-    racer = contenders.ours("both", one, model, [batches[:1], batches], place, 0.0)
+    alone = config.engine.model_copy(update={"sequence_parallel": 1})
+    one = config.model_copy(update={"step_rows": 2 * config.micro_rows, "engine": alone})
+    batches = rows.micros(config, model.vocab_size, 2, 2, rank_info.device)
+    racer = contenders.ours("both", one, model, [batches[:1], batches], rank_info, 0.0)
     try:  # not contenders.race: its profiler would be counted as memory of the process
         racer.model, racer.step = racer.make()
         for i in range(WARMUP + 2 * STEADY):
-            contenders.timed_step(racer, place, i)
+            contenders.timed_step(racer, rank_info, i)
     except RuntimeError as error:
         raise UserError(
             f"the steps that were to be measured failed: {error}. Give --tokens-per-second instead."
@@ -256,8 +256,8 @@ def _measured(recipe: PretrainRecipe, model: ModelConfig, where: Machine) -> Rat
     assert racer.engine is not None
     counted = memory_estimate.estimate_memory(one, model, batches[0].batch, 1, where.device).total
     process = max(0, racer.engine.meter.peak() - counted) if where.device == "cpu" else 0
-    costs = save.measure(racer.engine, recipe, Path(recipe.run))
-    slice_ = micro / recipe.engine.sequence_parallel
+    costs = save.measure(racer.engine, config, Path(config.run))
+    slice_ = micro / config.engine.sequence_parallel
     return Rates(
         slice_,
         one_micro - micro,
@@ -268,11 +268,11 @@ def _measured(recipe: PretrainRecipe, model: ModelConfig, where: Machine) -> Rat
     )
 
 
-def _batch(recipe: PretrainRecipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:
+def _batch(config: PretrainRecipe, model: ModelConfig, number: int, row_length: int | None = None) -> Batch:
     """Rows of the recipe's shape, or of another length."""
     if row_length is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"row_length": row_length})})
-    source = rows.synthetic(recipe, model.vocab_size, 2, number)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"row_length": row_length})})
+    source = rows.synthetic(config, model.vocab_size, 2, number)
     return stack(source.rows(range(number)))
 
 

@@ -29,13 +29,13 @@ from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.storage.jsonl import read_lines
 
 
-def make_tokenizer(recipe: PretrainRecipe, console: Console) -> Tokenizer:
+def make_tokenizer(config: PretrainRecipe, console: Console) -> Tokenizer:
     """Train (or take over) the recipe's tokenizer into its run folder."""
-    with _prepare_run_folder(recipe, console) as watch:
-        return run.make_tokenizer(recipe, watch.prepared)
+    with _prepare_run_folder(config, console) as watch:
+        return run.make_tokenizer(config, watch.prepared)
 
 
-def prepare(recipe: PretrainRecipe, console: Console, address: str | None = None) -> None:
+def prepare(config: PretrainRecipe, console: Console, address: str | None = None) -> None:
     """Make tokenizer, token shards and packed rows in the run folder; tokenizing on this machine, or on all
     of the cluster at `address`.
     """
@@ -44,69 +44,69 @@ def prepare(recipe: PretrainRecipe, console: Console, address: str | None = None
         from trifold.launch.cluster.tokenize_tasks import over_cluster
 
         spread = over_cluster(address)
-    with _prepare_run_folder(recipe, console) as watch:
-        run.prepare(recipe, os.cpu_count() or 1, watch.prepared, spread)
+    with _prepare_run_folder(config, console) as watch:
+        run.prepare(config, os.cpu_count() or 1, watch.prepared, spread)
 
 
-def pretrain(recipe: PretrainRecipe, console: Console, address: str | None = None) -> None:
+def pretrain(config: PretrainRecipe, console: Console, address: str | None = None) -> None:
     """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits
     with 128 + the signal.
     """
-    folder, tasks = Path(recipe.run), scorer.resolve_tasks(recipe)
-    connect(recipe, address)
-    with _prepare_run_folder(recipe, console) as watch, tracking(recipe, console):
-        run.prepare(recipe, os.cpu_count() or 1, watch.prepared)
-        scorer.prepare(recipe, tasks, os.cpu_count() or 1, watch.prepared)
+    folder, tasks = Path(config.run), scorer.resolve_tasks(config)
+    connect(config, address)
+    with _prepare_run_folder(config, console) as watch, tracking(config, console):
+        run.prepare(config, os.cpu_count() or 1, watch.prepared)
+        scorer.prepare(config, tasks, os.cpu_count() or 1, watch.prepared)
         with stopping(folder) as stop:
-            _train(recipe, tasks, address, stop)
+            _train(config, tasks, address, stop)
     if last_outcome(folder) == "stopped":
         console.print(
-            f"Continue with: {resume_command(recipe)}", markup=False, highlight=False, soft_wrap=True
+            f"Continue with: {resume_command(config)}", markup=False, highlight=False, soft_wrap=True
         )
         raise SystemExit(
             128 + (stop.number or signal.SIGTERM)
         )  # in this process the training loop hears SIGTERM itself
-    console.print(scores(recipe))
-    if (table := compare_to_measured(recipe)) is not None:
+    console.print(scores(config))
+    if (table := compare_to_measured(config)) is not None:
         console.print(table)
 
 
-def connect(recipe: AnyRecipe, address: str | None) -> None:
+def connect(config: AnyRecipe, address: str | None) -> None:
     """Join the cluster that is asked for, before anything is made for it. Raises UserError where nobody
     answers.
     """
-    if address is not None and recipe.cluster.workers > 0:
+    if address is not None and config.cluster.workers > 0:
         from trifold.launch.cluster import driver
 
         driver.join(address)
 
 
-def _train(recipe: PretrainRecipe, tasks: scorer.Tasks, address: str | None, stop: "StopSignal") -> None:
+def _train(config: PretrainRecipe, tasks: scorer.Tasks, address: str | None, stop: "StopSignal") -> None:
     """Train, with a scorer beside it where one is asked for; without Ray this process scores the last
     checkpoint afterwards.
     """
-    folder, wanted = Path(recipe.run), bool(recipe.scoring.names)
-    if recipe.cluster.workers == 0:
-        run.train(recipe, single_rank(recipe))
+    folder, wanted = Path(config.run), bool(config.scoring.names)
+    if config.cluster.workers == 0:
+        run.train(config, single_rank(config))
         if wanted and last_outcome(folder) == "finished":
-            scorer.score_here(recipe, tasks)
+            scorer.score_here(config, tasks)
     else:
         from trifold.launch.cluster import driver, scoring_actor  # import Ray: 2 s
 
-        beside = scoring_actor.BackgroundScorer(recipe, tasks) if wanted else None
-        driver.run(recipe, run.train, address, stop.asked, beside)
+        beside = scoring_actor.BackgroundScorer(config, tasks) if wanted else None
+        driver.run(config, run.train, address, stop.asked, beside)
         if beside is not None and last_outcome(folder) == "finished":
             beside.finish(stop.asked)
-    scorer.join(recipe)
+    scorer.join(config)
 
 
-def scores(recipe: PretrainRecipe) -> Table:
+def scores(config: PretrainRecipe) -> Table:
     """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model
     there is; of a mixture the loss of each part too.
     """
-    found = [record for record in read_lines(Path(recipe.run) / "metrics.jsonl") if "heldout_loss" in record]
-    table = Table(title=f"{recipe.run}: {recipe.objective.kind} on held-out text")
-    parts = member_labels(recipe.objective) if isinstance(recipe.objective, MixtureConfig) else []
+    found = [record for record in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in record]
+    table = Table(title=f"{config.run}: {config.objective.kind} on held-out text")
+    parts = member_labels(config.objective) if isinstance(config.objective, MixtureConfig) else []
     for name in ("step", "nats per target", "a unigram", "right", "bits per byte", *parts):
         table.add_column(name, justify="right")
     wanted = (
@@ -158,20 +158,20 @@ def stopping(folder: Path) -> Iterator[StopSignal]:
         stop.file.unlink(missing_ok=True)
 
 
-def _prepare_run_folder(recipe: PretrainRecipe, console: Console) -> ProgressWatcher:
+def _prepare_run_folder(config: PretrainRecipe, console: Console) -> ProgressWatcher:
     """The recipe agreed with its run folder, and that folder watched."""
-    for change in reconcile_run_folder(recipe):
+    for change in reconcile_run_folder(config):
         console.print(
             f"{change.key}: {change.old!r} so far, {change.new!r} from here",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    return ProgressWatcher(Path(recipe.run), recipe.steps, console)
+    return ProgressWatcher(Path(config.run), config.steps, console)
 
 
-def single_rank(recipe: PretrainRecipe) -> RankInfo:
+def single_rank(config: PretrainRecipe) -> RankInfo:
     """This process as the only rank."""
     return RankInfo(
-        0, 1, 0, "cuda" if recipe.cluster.gpus_per_worker else "cpu", None, recipe.cluster.threads(1)
+        0, 1, 0, "cuda" if config.cluster.gpus_per_worker else "cpu", None, config.cluster.threads(1)
     )

@@ -70,17 +70,17 @@ def compare(
     if word:
         ends(sentence or "", word)
     comparable(recipes)
-    finished = [recipe for recipe in recipes if _finished(recipe)]
+    finished = [config for config in recipes if _finished(config)]
     _same_rows(finished)
-    for recipe in recipes:
-        if recipe not in finished:
-            console.rule(recipe.run)
-            finetune(recipe, console) if isinstance(recipe, FinetuneRecipe) else pretrain(recipe, console)
+    for config in recipes:
+        if config not in finished:
+            console.rule(config.run)
+            finetune(config, console) if isinstance(config, FinetuneRecipe) else pretrain(config, console)
     _same_rows(recipes)
     runs = []
-    for recipe in recipes:
-        console.print(f"measuring {recipe.run}", highlight=False)
-        runs.append(_measured(recipe, sentence, word))
+    for config in recipes:
+        console.print(f"measuring {config.run}", highlight=False)
+        runs.append(_measured(config, sentence, word))
     return report.write(out, runs)
 
 
@@ -114,29 +114,29 @@ def comparable(recipes: Sequence[AnyRecipe]) -> None:
                 raise UserError(f"{key} is {said}: models that are compared learn from the same.")
 
 
-def _group(recipe: AnyRecipe) -> str:
-    return recipe.task.kind if isinstance(recipe, FinetuneRecipe) else recipe.objective.kind
+def _group(config: AnyRecipe) -> str:
+    return config.task.kind if isinstance(config, FinetuneRecipe) else config.objective.kind
 
 
-def _shape(recipe: AnyRecipe) -> ModelConfig:
-    return load_initial_model(recipe.model, Path(recipe.run))[0]
+def _shape(config: AnyRecipe) -> ModelConfig:
+    return load_initial_model(config.model, Path(config.run))[0]
 
 
-def _finished(recipe: AnyRecipe) -> bool:
+def _finished(config: AnyRecipe) -> bool:
     """Whether the run is at its end, by this very recipe: a changed one goes to training, which refuses it or
     scores the model anew.
     """
-    file = Path(recipe.run) / "config.yaml"
+    file = Path(config.run) / "config.yaml"
     if not file.exists() or any(
         not change.key.startswith(ELSEWHERE)
-        for change in differences(resolve(file, kind=type(recipe)), recipe, recipe.steps)  # type: ignore[type-var]
+        for change in differences(resolve(file, kind=type(config)), config, config.steps)  # type: ignore[type-var]
     ):
         return False
-    end = last_outcome(Path(recipe.run))
-    steps = max((line["step"] for line in read_lines(Path(recipe.run) / "metrics.jsonl")), default=0)
-    if isinstance(recipe, FinetuneRecipe):
-        return end == "scored" and (steps >= recipe.steps or recipe.patience > 0)
-    return end == "finished" and steps >= recipe.steps
+    end = last_outcome(Path(config.run))
+    steps = max((line["step"] for line in read_lines(Path(config.run) / "metrics.jsonl")), default=0)
+    if isinstance(config, FinetuneRecipe):
+        return end == "scored" and (steps >= config.steps or config.patience > 0)
+    return end == "finished" and steps >= config.steps
 
 
 def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
@@ -159,29 +159,29 @@ def _same_rows(recipes: Sequence[AnyRecipe]) -> None:
                     )
 
 
-def _rows(recipe: AnyRecipe) -> tuple[Any, Any]:
+def _rows(config: AnyRecipe) -> tuple[Any, Any]:
     """The rows that a run learns from at its end, and those held out."""
-    if isinstance(recipe, PretrainRecipe):
-        rows, heldout = text_rows(recipe)
+    if isinstance(config, PretrainRecipe):
+        rows, heldout = text_rows(config)
         return rows[-1], heldout
-    tokenizer = Tokenizer.open(Path(recipe.run) / "tokenizer")
-    return task_rows(recipe, open_tasks(recipe, tokenizer, _shape(recipe).family), tokenizer)
+    tokenizer = Tokenizer.open(Path(config.run) / "tokenizer")
+    return task_rows(config, open_tasks(config, tokenizer, _shape(config).family), tokenizer)
 
 
-def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
-    folder = Path(recipe.run)
+def _measured(config: AnyRecipe, sentence: str | None, word: str | None) -> Run:
+    folder = Path(config.run)
     model, tokenizer = opened(folder), Tokenizer.open(folder / "tokenizer")
-    heldout, first = _heldout(recipe, tokenizer)
+    heldout, first = _heldout(config, tokenizer)
     points = curve(folder)
-    by_length = _by_length(folder) if _group(recipe) == "translation" else []
+    by_length = _by_length(folder) if _group(config) == "translation" else []
     return Run(
         name=folder.name,
-        group=_group(recipe),
+        group=_group(config),
         cell=model.config.cell,
         attends=model.config.cell == "attention" or model.config.alignment != "none",
-        on_cpu=recipe.cluster.gpus_per_worker == 0,
+        on_cpu=config.cluster.gpus_per_worker == 0,
         parameters=num_parameters(model.config),
-        steps=recipe.steps,
+        steps=config.steps,
         curve=points,
         scores=_scores(folder, points, by_length),
         by_length=by_length,
@@ -191,13 +191,13 @@ def _measured(recipe: AnyRecipe, sentence: str | None, word: str | None) -> Run:
     )
 
 
-def _heldout(recipe: AnyRecipe, tokenizer: Tokenizer) -> tuple[RowSource, str]:
+def _heldout(config: AnyRecipe, tokenizer: Tokenizer) -> tuple[RowSource, str]:
     """Held-out rows, and a text of theirs to look at."""
-    heldout = _rows(recipe)[1]
-    if isinstance(recipe, PretrainRecipe):
+    heldout = _rows(config)[1]
+    if isinstance(config, PretrainRecipe):
         row = heldout.row(0)
         return heldout, tokenizer.decode([int(i) for i in row.tokens[row.segments == 1][1:25]])
-    lines = read_lines(Path(recipe.run) / "predictions.jsonl")
+    lines = read_lines(Path(config.run) / "predictions.jsonl")
     texts = sorted(
         (line["source"] for line in lines if "source" in line), key=lambda text: abs(len(text.split()) - 14)
     )

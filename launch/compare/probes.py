@@ -44,10 +44,10 @@ class Map(NamedTuple):
 
 def opened(run: Path) -> Transformer:
     """The model that was scored: of the best checkpoint, or of pretraining's newest one."""
-    config, state = model_of(
+    model_config, state = model_of(
         initial_model_of(run, lambda event, **facts: None, best_step(checkpoint_root_of_run(run)))
     )
-    model = Transformer(config).eval()
+    model = Transformer(model_config).eval()
     model.load_state_dict(state)
     return model
 
@@ -79,21 +79,24 @@ def reach(model: Transformer, rows: RowSource, documents: int = 64) -> list[floa
     return [sum(norms) / len(norms) for _, norms in sorted(sums.items()) if len(norms) >= ENOUGH]
 
 
-def speed(config: ModelConfig) -> dict[int, float]:
+def speed(model_config: ModelConfig) -> dict[int, float]:
     """Tokens a CPU second of one thread, forward and backward, in rows of each length, as many positions a
     batch (an encoder-decoder reads as many more). CPU time, so that a machine that others use too gives the
     same.
     """
     torch.set_num_threads(1)
-    model, made = build(config, 0), {}
-    for length in (n for n in LENGTHS if n <= config.max_positions):
+    model, made = build(model_config, 0), {}
+    for length in (n for n in LENGTHS if n <= model_config.max_positions):
         tokens = torch.randint(
-            0, config.vocab_size, (POSITIONS // length, length), generator=torch.Generator().manual_seed(0)
+            0,
+            model_config.vocab_size,
+            (POSITIONS // length, length),
+            generator=torch.Generator().manual_seed(0),
         )
-        targets, segments = torch.zeros_like(tokens), torch.ones_like(tokens) if config.spans else None
-        if config.spans:
+        targets, segments = torch.zeros_like(tokens), torch.ones_like(tokens) if model_config.spans else None
+        if model_config.spans:
             targets[:, 2:] = IGNORE
-        batch = Batch(tokens, segments, targets, tokens if config.family == "encoder-decoder" else None)
+        batch = Batch(tokens, segments, targets, tokens if model_config.family == "encoder-decoder" else None)
         times = []
         for _ in range(3):
             start = time.process_time()

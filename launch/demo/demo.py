@@ -92,24 +92,24 @@ def _side_by_side(title: str, rows: list[dict[str, str]]) -> Table:
 
 def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
     """One recipe from text to a verified folder, as a row of the table."""
-    recipe = resolve(path)
-    assert isinstance(recipe.model, ModelConfig), "the demo begins with new weights"
-    run = Path(recipe.run)
+    config = resolve(path)
+    assert isinstance(config.model, ModelConfig), "the demo begins with new weights"
+    run = Path(config.run)
     shutil.rmtree(run, ignore_errors=True)
-    console.rule(f"{recipe.model.family}: {path}")
+    console.rule(f"{config.model.family}: {path}")
     killed = _kill_when(
-        run, recipe.steps // 2 + 5, rank=1
+        run, config.steps // 2 + 5, rank=1
     )  # after a save, so that steps are lost and done again
-    pretrain(recipe, console)
+    pretrain(config, console)
 
     out, verified = _published(run, prompt, console)
     metrics, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
     scores = [record for record in metrics if "heldout_loss" in record]
     speeds = sorted(record["tokens_per_s"] for record in metrics if "tokens_per_s" in record)
     return {
-        "family": recipe.model.family,
-        "parameters": f"{num_parameters(recipe.model) / 1e6:.2f}M",
-        "steps": str(recipe.steps),
+        "family": config.model.family,
+        "parameters": f"{num_parameters(config.model) / 1e6:.2f}M",
+        "steps": str(config.steps),
         "held-out loss": _change(scores, "heldout_loss"),
         "held-out bits/byte": _change(scores, "bits_per_byte"),
         "held-out accuracy": _change(scores, "accuracy"),
@@ -125,33 +125,33 @@ def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
     """One recipe from a family's published folder to a task's, and the same from random weights, as a row of
     the table.
     """
-    recipe = resolve(path, (), FinetuneRecipe)
-    random = resolve(path, ["model.random=true", f"run={recipe.run}-random"], FinetuneRecipe)
+    config = resolve(path, (), FinetuneRecipe)
+    random = resolve(path, ["model.random=true", f"run={config.run}-random"], FinetuneRecipe)
     scores, seconds = [], []
     killed: dict[str, Any] = {}
-    for one in (recipe, random):
+    for one in (config, random):
         console.rule(
-            f"{recipe.task.kind} from {'random weights' if one is random else recipe.model.folder}: {path}"
+            f"{config.task.kind} from {'random weights' if one is random else config.model.folder}: {path}"
         )
         shutil.rmtree(one.run, ignore_errors=True)
         began = time.monotonic()
-        if one is recipe and recipe.task.kind == KILLED:
-            killed = _kill_when(Path(one.run), recipe.steps // 2 + 5, rank=1)
+        if one is config and config.task.kind == KILLED:
+            killed = _kill_when(Path(one.run), config.steps // 2 + 5, rank=1)
         finetune(one, console)
         seconds.append(time.monotonic() - began)
         scores.append(read_json(Path(one.run) / "scores.json"))
-    out, verified = _published(Path(recipe.run), prompt, console)
+    out, verified = _published(Path(config.run), prompt, console)
     best, trivial = scores[0]["best"], scores[0]["trivial"]
     return {
-        "task": recipe.task.kind,
-        "family": Path(str(recipe.model.folder)).parent.name,
-        "steps": str(recipe.steps),
+        "task": config.task.kind,
+        "family": Path(str(config.model.folder)).parent.name,
+        "steps": str(config.steps),
         "score": best,
         "from pretrained": f"{scores[0]['scores'][best]:.1f}",
         "from random": f"{scores[1]['scores'][best]:.1f}",
         "trivial": f"{trivial['scores'][best]:.1f} ({trivial['system']})",
         "seconds": " and ".join(f"{value:.0f}" for value in seconds),
-        "killed and resumed": _killed(Path(recipe.run), killed) if killed else "-",
+        "killed and resumed": _killed(Path(config.run), killed) if killed else "-",
         "folder": str(out),
         "verified": verified,
     }

@@ -74,11 +74,11 @@ class Jobs:
                 " both sides."
             )
 
-    def submit(self, recipe: AnyRecipe, code: bool = False) -> str:
+    def submit(self, config: AnyRecipe, code: bool = False) -> str:
         """Start (or continue) a run; returns its name. `code`: with this working tree, not the Trifold that
         is installed there.
         """
-        run = Path(recipe.run).resolve()
+        run = Path(config.run).resolve()
         earlier = [job for job in self._jobs() if job.metadata["name"] == run.name]
         if other := [job for job in earlier if job.metadata["run"] != str(run)]:
             raise UserError(
@@ -89,13 +89,13 @@ class Jobs:
             self._already(run, alive[-1].status)
         self._fit(run, code)
         with _shipped(code) as folder:
-            write(recipe.model_copy(update={"run": str(run)}), folder / "recipe.yaml")
+            write(config.model_copy(update={"run": str(run)}), folder / "recipe.yaml")
             try:
                 self._client.submit_job(
                     submission_id=run.name
                     if not earlier
                     else f"{run.name}-{len(earlier) + 1}",  # Ray takes an id once
-                    entrypoint=_trifold(f"{recipe.command} $shipped/recipe.yaml --address $RAY_ADDRESS"),
+                    entrypoint=_trifold(f"{config.command} $shipped/recipe.yaml --address $RAY_ADDRESS"),
                     runtime_env={"working_dir": str(folder)},
                     metadata={"name": run.name, "run": str(run)},
                 )

@@ -110,13 +110,13 @@ def differences(old: AnyRecipe, new: AnyRecipe, step: int) -> list[Change]:
     return [Change(key, before.get(key), after.get(key), _safe(key, old, new, step)) for key in changed]
 
 
-def reconcile_run_folder(recipe: AnyRecipe) -> list[Change]:
+def reconcile_run_folder(config: AnyRecipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml; of a folder that exists, return what changed, or
     refuse each unsafe key.
     """
-    file = Path(recipe.run) / "config.yaml"
+    file = Path(config.run) / "config.yaml"
     changes: list[Change] = []
-    home = storage.checkpoint_root(file.parent, recipe.checkpoints.storage)
+    home = storage.checkpoint_root(file.parent, config.checkpoints.storage)
     made = (file.parent / "tokenizer").exists()  # first; before it, nothing here depends on the recipe
     steps = max((record["step"] for record in read_lines(file.parent / "metrics.jsonl")), default=0)
     if not (made and steps) and (
@@ -124,13 +124,13 @@ def reconcile_run_folder(recipe: AnyRecipe) -> list[Change]:
     ):  # a folder that is new here, of a run that was trained elsewhere
         state = read_marker(found[-1])["state"]
         changes = differences(
-            validate(type(recipe), state["config"], {}, str(found[-1])), recipe, state["step"]
+            validate(type(config), state["config"], {}, str(found[-1])), config, state["step"]
         )
     elif made:
-        changes = differences(resolve(file, kind=type(recipe)), recipe, steps)  # type: ignore[type-var]
-        if steps and recipe.checkpoints.storage is not None and newest_generation(home) == 0:
+        changes = differences(resolve(file, kind=type(config)), config, steps)  # type: ignore[type-var]
+        if steps and config.checkpoints.storage is not None and newest_generation(home) == 0:
             raise UserError(
-                f"{recipe.run} has trained {steps} steps, and {home} holds nothing of it:"
+                f"{config.run} has trained {steps} steps, and {home} holds nothing of it:"
                 " checkpoints.storage knows a run by the"
                 " name of its folder. Give the folder back its name."
             )
@@ -141,7 +141,7 @@ def reconcile_run_folder(recipe: AnyRecipe) -> list[Change]:
             "Give them back their values to continue it, or name another folder with run=...,"
             " which model.from=... begins with the weights of a published one."
         )
-    write(recipe, file)
+    write(config, file)
     return changes
 
 

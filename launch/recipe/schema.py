@@ -80,11 +80,11 @@ class ScoringConfig(Settings):
         return self
 
 
-def _whole_groups(recipe: Any) -> Any:
+def _whole_groups(config: Any) -> Any:
     """Raises UserError for workers that cannot share rows as the engine's settings say."""
-    for workers in (recipe.cluster.workers or 1, recipe.cluster.min_required or 1):
-        recipe.engine.data_parallel_size(workers)
-    return recipe
+    for workers in (config.cluster.workers or 1, config.cluster.min_required or 1):
+        config.engine.data_parallel_size(workers)
+    return config
 
 
 class PretrainRecipe(PretrainConfig):
@@ -117,6 +117,6 @@ R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
 S = TypeVar("S", bound=Settings)
 
 
-def resume_command(recipe: AnyRecipe) -> str:
+def resume_command(config: AnyRecipe) -> str:
     """The command that continues a run."""
-    return shlex.join(["trifold", recipe.command, f"{recipe.run}/config.yaml"])
+    return shlex.join(["trifold", config.command, f"{config.run}/config.yaml"])

@@ -33,11 +33,11 @@ PRELOAD = [
 class Ranks:
     """A group of `world` ranks. What they print goes to `log`, one file for all."""
 
-    def __init__(self, recipe: AnyRecipe, train: Train, world: int, log: Path) -> None:
+    def __init__(self, config: AnyRecipe, train: Train, world: int, log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="trifold-")
         meet = f"file://{self._folder.name}/meet" if world > 1 else None
-        threads = recipe.cluster.threads(world)
-        cuda = recipe.cluster.gpus_per_worker > 0
+        threads = config.cluster.threads(world)
+        cuda = config.cluster.gpus_per_worker > 0
         if not cuda:  # its accelerator named, DeepSpeed touches no device when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"
         _context.set_forkserver_preload(PRELOAD if cuda else [*PRELOAD, "deepspeed"])
@@ -45,7 +45,8 @@ class Ranks:
             RankInfo(rank, world, rank, "cuda" if cuda else "cpu", meet, threads) for rank in range(world)
         ]
         self.processes = [
-            _context.Process(target=_rank, args=(recipe, train, place, log), daemon=True) for place in places
+            _context.Process(target=_rank, args=(config, train, rank_info, log), daemon=True)
+            for rank_info in places
         ]
 
     def __enter__(self) -> "Ranks":
@@ -78,13 +79,13 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _rank(recipe: AnyRecipe, train: Train, place: RankInfo, log: Path) -> None:
+def _rank(config: AnyRecipe, train: Train, rank_info: RankInfo, log: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        train(recipe, place)
+        train(config, rank_info)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -60,18 +60,18 @@ class Difference(NamedTuple):
     largest: float  # relative, between losses, of training and held out
 
 
-def verify_resume(config: str, changes: list[str], kills: int, seed: int, console: Console) -> None:
+def verify_resume(recipe: str, changes: list[str], kills: int, seed: int, console: Console) -> None:
     """Rehearse a recipe's continuation. Raises UserError where a killed run is not the straight one."""
-    recipe = resolve_any(config, changes)
-    home = Path(recipe.run) / "verify-resume"
+    config = resolve_any(recipe, changes)
+    home = Path(config.run) / "verify-resume"
     shutil.rmtree(home, ignore_errors=True)
     short = {
-        name: resolve_any(config, [*changes, *_short(recipe, home, name, kills)])
+        name: resolve_any(recipe, [*changes, *_short(config, home, name, kills)])
         for name in ("straight", "same", "moved")
     }
-    legs = draw_legs(recipe, kills, seed)
+    legs = draw_legs(config, kills, seed)
     table = Table(
-        title=f"{recipe.run}: {kills} kills (seed {seed}) in runs of {short['straight'].steps} steps"
+        title=f"{config.run}: {kills} kills (seed {seed}) in runs of {short['straight'].steps} steps"
     )
     for column in ("run", "workers", "ZeRO", "from step", "rank killed", "aimed at", "fell in"):
         table.add_column(column)
@@ -97,22 +97,22 @@ def verify_resume(config: str, changes: list[str], kills: int, seed: int, consol
     ]
     if wrong:
         raise UserError(
-            f"{recipe.run} does not continue exactly: see what was said of {' and '.join(wrong)}; the runs"
+            f"{config.run} does not continue exactly: see what was said of {' and '.join(wrong)}; the runs"
             f" are in {home}."
         )
-    console.print(f"{recipe.run} continues exactly.", style="green", highlight=False)
+    console.print(f"{config.run} continues exactly.", style="green", highlight=False)
 
 
-def draw_legs(recipe: AnyRecipe, kills: int, seed: int) -> list[Leg]:
+def draw_legs(config: AnyRecipe, kills: int, seed: int) -> list[Leg]:
     """The straight run; half of the kills (or one more) for `same`, the others for `moved`; each in its own
     window of steps.
     """
     draw = random.Random(seed)
-    sharing = recipe.engine.sequence_parallel
-    most = max(2, recipe.cluster.workers) // sharing * sharing
+    sharing = config.engine.sequence_parallel
+    most = max(2, config.cluster.workers) // sharing * sharing
     worlds = range(sharing, most + 1, sharing)
-    stages = (1, 2) if recipe.engine.fp8 else (1, 2, 3)
-    usual = (most, recipe.engine.zero_stage)
+    stages = (1, 2) if config.engine.fp8 else (1, 2, 3)
+    usual = (most, config.engine.zero_stage)
     legs = [Leg("straight", *usual)]
     for run, count in (("same", kills - kills // 2), ("moved", kills // 2)):
         place: tuple[int, Any] = usual
@@ -144,11 +144,11 @@ def differences(straight: Path, other: Path) -> Difference:
     return Difference(rows, max(math.inf if math.isnan(value) else value for value in found))
 
 
-def _short(recipe: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str]:
+def _short(config: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str]:
     """The changes that make a recipe short: few steps, saves and evaluations every few, the data and the
     tokenizer shared.
     """
-    early = len(recipe.stages) if isinstance(recipe, PretrainRecipe) else 0
+    early = len(config.stages) if isinstance(config, PretrainRecipe) else 0
     steps = WINDOW * (kills - kills // 2 + 1) + EVERY * early
     yield from (
         f"run={_text(home / name)}",
@@ -159,12 +159,12 @@ def _short(recipe: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str
         "engine.precision=fp32",
     )
     yield from (f"stages.{number}.steps={EVERY}" for number in range(early))
-    yield f"schedule.warmup_steps={min(recipe.schedule.warmup_steps, steps // 4)}"
-    yield f"schedule.decay_steps={min(recipe.schedule.decay_steps, steps // 4)}"
-    if isinstance(recipe, PretrainRecipe):
-        yield f"data.cache={_text(recipe.data.cache or Path(recipe.run) / 'shards')}"
+    yield f"schedule.warmup_steps={min(config.schedule.warmup_steps, steps // 4)}"
+    yield f"schedule.decay_steps={min(config.schedule.decay_steps, steps // 4)}"
+    if isinstance(config, PretrainRecipe):
+        yield f"data.cache={_text(config.data.cache or Path(config.run) / 'shards')}"
     else:
-        yield from ("patience=0", f"evaluate_examples={min(recipe.evaluate_examples, 20)}")
+        yield from ("patience=0", f"evaluate_examples={min(config.evaluate_examples, 20)}")
     if name != "straight":
         yield f"tokenizer.path={_text(home / 'straight' / 'tokenizer')}"
 
@@ -174,20 +174,20 @@ def _text(path: str | Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _prepare(recipe: AnyRecipe, console: Console) -> None:
-    reconcile_run_folder(recipe)
-    with console.status(f"preparing {recipe.run}"):
-        if isinstance(recipe, PretrainRecipe):
-            pretraining.prepare(recipe, 1, lambda what, done: None)
+def _prepare(config: AnyRecipe, console: Console) -> None:
+    reconcile_run_folder(config)
+    with console.status(f"preparing {config.run}"):
+        if isinstance(config, PretrainRecipe):
+            pretraining.prepare(config, 1, lambda what, done: None)
         else:
-            finetuning.prepare(recipe, lambda what, done: None)
+            finetuning.prepare(config, lambda what, done: None)
 
 
-def _trained(recipe: AnyRecipe, leg: Leg, straight: Path) -> str:
+def _trained(config: AnyRecipe, leg: Leg, straight: Path) -> str:
     """One attempt, to its end or its kill; where that fell. Raises UserError where it ended otherwise."""
-    run = Path(recipe.run)
+    run = Path(config.run)
     generation, log = newest_generation(run) + 1, run / "ranks.log"
-    with Ranks(recipe, TRAIN[recipe.command], leg.workers, log) as ranks:
+    with Ranks(config, TRAIN[config.command], leg.workers, log) as ranks:
         if leg.moment is not None:
             while ranks.alive and not _reached(leg, run, generation):
                 time.sleep(0.005)
@@ -204,7 +204,7 @@ def _trained(recipe: AnyRecipe, leg: Leg, straight: Path) -> str:
     if any(codes):
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise UserError(
-            f"{recipe.run}: ranks that nobody killed ended with {codes}; {log} ends with: {''.join(last)}"
+            f"{config.run}: ranks that nobody killed ended with {codes}; {log} ends with: {''.join(last)}"
         )
     return "its end" if leg.moment is None else "nothing: it had ended"
 

@@ -34,7 +34,7 @@ class Mlflow:
     --backend-store-uri).
     """
 
-    def __init__(self, recipe: AnyRecipe, known: str | None) -> None:
+    def __init__(self, config: AnyRecipe, known: str | None) -> None:
         import mlflow
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
@@ -42,7 +42,7 @@ class Mlflow:
         os.environ.setdefault(
             "MLFLOW_ALLOW_FILE_STORE", "true"
         )  # its newest releases ask for a database; files need no more packages
-        folder, self.metric = Path(recipe.run).resolve(), Metric
+        folder, self.metric = Path(config.run).resolve(), Metric
         self.client = MlflowClient(None if mlflow.is_tracking_uri_set() else f"file:{folder / 'mlflow'}")
         if known:
             self.id = known
@@ -53,7 +53,7 @@ class Mlflow:
         experiment = found.experiment_id if found else self.client.create_experiment(name)
         self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
         params = [
-            Param(key, str(value)[:500]) for key, value in flatten(recipe.model_dump(mode="json")).items()
+            Param(key, str(value)[:500]) for key, value in flatten(config.model_dump(mode="json")).items()
         ]
         for first in range(0, len(params), 100):  # as many as it takes at once
             self.client.log_batch(self.id, params=params[first : first + 100])
@@ -79,18 +79,18 @@ class Wandb:
     (wandb sync).
     """
 
-    def __init__(self, recipe: AnyRecipe, known: str | None) -> None:
+    def __init__(self, config: AnyRecipe, known: str | None) -> None:
         import wandb
 
         self.id = known or uuid4().hex[:12]
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=Path(recipe.run).name,
+                name=Path(config.run).name,
                 id=self.id,
                 resume="allow",
-                dir=recipe.run,
-                config=flatten(recipe.model_dump(mode="json")),
+                dir=config.run,
+                config=flatten(config.model_dump(mode="json")),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
@@ -113,11 +113,11 @@ TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflo
 
 
 @contextmanager
-def tracking(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[None]:
+def tracking(config: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[None]:
     """While inside, the recipe's trackers are told what the run records, every few seconds. UserError where one
     cannot be used.
     """
-    followed = [_Followed(name, recipe, console) for name in recipe.trackers]
+    followed = [_Followed(name, config, console) for name in config.trackers]
     done = threading.Event()
 
     def follow() -> None:
@@ -133,7 +133,7 @@ def tracking(recipe: AnyRecipe, console: Console, every: float = 2.0) -> Iterato
         done.set()
         thread.join()
         for one in followed:
-            one.tell(last_outcome(Path(recipe.run)))
+            one.tell(last_outcome(Path(config.run)))
 
 
 def _said(error: Exception) -> str:
@@ -144,14 +144,14 @@ def _said(error: Exception) -> str:
 class _Followed:
     """One tracker, and how much of metrics.jsonl it has taken: kept in the run folder, in trackers.json."""
 
-    def __init__(self, name: str, recipe: AnyRecipe, console: Console) -> None:
-        self.name, self.console, self.run = name, console, Path(recipe.run)
+    def __init__(self, name: str, config: AnyRecipe, console: Console) -> None:
+        self.name, self.console, self.run = name, console, Path(config.run)
         self.file = self.run / "trackers.json"
         self.well = True
         try:
             known = self._known().get(name, {"id": None, "place": 0})
             self.place: int = known["place"]
-            self.tracker = TRACKERS[name](recipe, known["id"])
+            self.tracker = TRACKERS[name](config, known["id"])
         except UserError:
             raise
         except ImportError:
