@@ -1,20 +1,24 @@
-"""The model card: what a published model is, what it read, how well it did, where it comes from, and how to
-load it.
+"""The model card of a published folder: what the model is, how to load it, its scores, its data and its
+provenance.
 
-In: a run folder and the checkpoint that is published. Out: the text of README.md.
+A run folder and the checkpoint that is published come in; the text of README.md goes out.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trifold.modeling.config import ModelConfig
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint
-from trifold.pretrain.publish.published_folder import read_json, recorded_config
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.publish.published_folder import recorded_config
+from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.storage.jsonl import read_lines
 
-_LOADING = {  # the hub's tag, the stock class, an example
+_USE = {  # the Hub's pipeline tag, the stock class, an example
     "decoder": (
         "text-generation",
         "AutoModelForCausalLM",
@@ -26,14 +30,14 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))""",
         "fill-mask",
         "AutoModelForMaskedLM",
         """\
-logits = model(**tokenizer("The capital of France is<mask>.", return_tensors="pt")).logits
+logits = model(**tokenizer("The capital of France is{hidden}.", return_tensors="pt")).logits
 print(tokenizer.decode(logits[0].argmax(-1)))""",
     ),
     "encoder-decoder": (
         "text2text-generation",
         "AutoModelForSeq2SeqLM",
         """\
-tokens = model.generate(**tokenizer("Once upon a<extra_id_0>.", return_tensors="pt"), max_new_tokens=40)
+tokens = model.generate(**tokenizer("Once upon a{hidden}.", return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))""",
     ),
     "labels": (
@@ -47,150 +51,193 @@ print([model.config.id2label[int(label)] for label in labels])""",
         "question-answering",
         "AutoModelForQuestionAnswering",
         """\
-out = model(**(asked := tokenizer("Where did Ada go?", "Ada went to Rome.", return_tensors="pt")))
-print(tokenizer.decode(asked.input_ids[0, out.start_logits.argmax() : out.end_logits.argmax() + 1]))""",
+out = model(**(inputs := tokenizer("Where did Ada go?", "Ada went to Rome.", return_tensors="pt")))
+print(tokenizer.decode(inputs.input_ids[0, out.start_logits.argmax() : out.end_logits.argmax() + 1]))""",
     ),
 }
 
-_STOCK = """\
+_STOCK_LOADING = """\
 ```python
 from transformers import AutoTokenizer, {auto_class}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto_class}.from_pretrained(folder)
 {example}
 ```"""
-_OWN = """\
-A recurrent model has no stock class. The tokenizer loads as `AutoTokenizer`; the model loads in Trifold, as in
+_RECURRENT_LOADING = """\
+transformers has no class for this recurrent model. The tokenizer loads as `AutoTokenizer`; the model loads in
+Trifold:
 ```
 trifold generate FOLDER "a text"
 ```"""
 
-
-def render(run: Path, source: Checkpoint, record: dict[str, Any], stock_class: str) -> str:
-    """The card, in Markdown with the hub's header."""
-    config, state = recorded_config(record), source.state
-    kind = "labels" if config.labels else "spans" if config.spans else config.family
-    tag, auto_class, example = _LOADING[kind]
-    auto_class = "T5GemmaForTokenClassification" if stock_class.startswith("T5GemmaForToken") else auto_class
-    own = config.cell != "attention"
-    loading = _OWN if own else _STOCK.format(auto_class=auto_class, example=example)
-    parameters = sum(math.prod(source.shape(name)) for name in source.names)
-    recipe = yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True)
-    return f"""\
+_CARD = """\
 ---
-library_name: {"trifold" if own else "transformers"}
+library_name: {library}
 pipeline_tag: {tag}
 tags: [trifold]
 ---
 # {stock_class}, trained with Trifold
 
-{parameters:,} parameters, {config.num_layers} layers of {config.dim}, {
-        config.vocab_size:,} pieces, documents up to \
-{config.max_positions:,} tokens. Trained for {state.step:,} steps{_tokens(state.extra)}.{
-        _averaged(record, state.config)
-    }
+{summary}
 
-## Load it
+## How to use
 {loading}
 
-## Held-out scores
-{_scores(run, state.step)}
+## Evaluation
+{scores}
 
-## Data
-{_data(run, state.config)}
+## Training data
+{data}
 
-## Where it comes from
-{
-        _list(
-            {
-                "checkpoint": f"{record['checkpoint']['name']}, sha256 {record['checkpoint']['sha256']}, {record['checkpoint']['time']}",
-                "code": record["code"] or "unknown",
-                "packages": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-                "data fingerprint": record["fingerprints"]["data"],
-                "tokenizer fingerprint": record["fingerprints"]["tokenizer"],
-            }
-        )
-    }
-
-## Recipe
+## Training recipe
 ```yaml
 {recipe}```
+
+## Provenance
+{provenance}
 """
 
 
-def _tokens(extra: dict[str, Any]) -> str:
-    return f", {extra['tokens']:,} tokens" if "tokens" in extra else ""
+def render(
+    run: Path, source: Checkpoint, record: Mapping[str, Any], stock_class: str, tokenizer: Tokenizer
+) -> str:
+    """The card, in Markdown with the Hub's YAML header."""
+    config, state = recorded_config(record), source.state
+    is_recurrent = config.cell != "attention"
+    kind = "labels" if config.labels else "spans" if config.spans else config.family
+    tag, auto_class, example = _USE[kind]
+    if stock_class.startswith("T5GemmaForToken"):  # no auto class knows it
+        auto_class = "T5GemmaForTokenClassification"
+    example = example.replace("{hidden}", _hidden_token(config, tokenizer))
+
+    return _CARD.format(
+        library="trifold" if is_recurrent else "transformers",
+        tag=tag,
+        stock_class=stock_class,
+        summary=_summary(source, record, config),
+        loading=(
+            _RECURRENT_LOADING
+            if is_recurrent
+            else _STOCK_LOADING.format(auto_class=auto_class, example=example)
+        ),
+        scores=_scores(run, state.step),
+        data=_data(run, state.config),
+        recipe=yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True),
+        provenance=_provenance(record),
+    )
 
 
-def _averaged(record: dict[str, Any], recipe: dict[str, Any]) -> str:
-    if record["weights"] == "trained":
+def _hidden_token(config: ModelConfig, tokenizer: Tokenizer) -> str:
+    """The token that stands for hidden text in this tokenizer, as a user writes it; "" where there is none."""
+    if config.family == "encoder-decoder" and tokenizer.sentinels:
+        return tokenizer.decode(tokenizer.sentinels[:1])
+    if tokenizer.mask is None:
         return ""
-    return f" These weights are the exponential moving average of the trained ones, with a decay of {recipe['ema']:g} per step."
+    written = tokenizer.decode([tokenizer.mask])
+    # trained here, a mask takes the space before its word; BERT's tokenizers split at spaces
+    return written if tokenizer.is_trained_here else f" {written}"
+
+
+def _summary(source: Checkpoint, record: Mapping[str, Any], config: ModelConfig) -> str:
+    parameters = sum(math.prod(source.shape(name)) for name in source.names)
+    tokens = source.state.extra.get("tokens")
+    sentences = [
+        f"{parameters:,} parameters, {config.num_layers} layers of width {config.dim}, a vocabulary of"
+        f" {config.vocab_size:,} tokens, at most {config.max_positions:,} positions.",
+        f"Trained for {source.state.step:,} steps{'' if tokens is None else f', {tokens:,} tokens'}.",
+    ]
+    if record["weights"] == "ema":
+        sentences.append(
+            "These weights are the exponential moving average of the trained ones, with a decay of"
+            f" {source.state.config['ema']:g} per step."
+        )
+    return " ".join(sentences)
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    checkpoint = record["checkpoint"]
+    return _list(
+        {
+            "checkpoint": f"{checkpoint['name']}, sha256 {checkpoint['sha256']}, {checkpoint['time']}",
+            "code": record["code"] or "unknown",
+            "packages": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+            "data fingerprint": record["fingerprints"]["data"],
+            "tokenizer fingerprint": record["fingerprints"]["tokenizer"],
+        }
+    )
 
 
 def _scores(run: Path, step: int) -> str:
-    """The last evaluation at or before the checkpoint's step; a later generation's line of the same step
-    counts.
-    """
-    lines = [
-        line for line in read_lines(run / "metrics.jsonl") if "heldout_loss" in line and line["step"] <= step
-    ]
-    if not lines:
-        return "None were taken."
-    last = max(reversed(lines), key=lambda line: (line["step"], line.get("generation", 0)))
-    names = {
+    """The last evaluation at or before the checkpoint's step, and the scores of a fine-tuned model."""
+    lines = read_lines(run / "metrics.jsonl")
+    evaluations = [line for line in lines if "heldout_loss" in line and line["step"] <= step]
+    if not evaluations:
+        return "Not evaluated."
+    # a later generation has trained the same step again: its line counts
+    last = max(reversed(evaluations), key=lambda line: (line["step"], line.get("generation", 0)))
+    labels = _metric_labels(last)
+    measured = {label: last[name] for name, label in labels.items() if name in last}
+    held_out = f"On held-out data:\n\n{_list({'step': last['step'], **measured})}"
+    task_scores = run / "scores.json"
+    return held_out + (_task_scores(read_json_object(task_scores)) if task_scores.exists() else "")
+
+
+def _metric_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What the card calls each metric of an evaluation."""
+    labels = {
         "heldout_loss": "loss, nats per target",
         "perplexity": "perplexity",
         "bits_per_byte": "bits per byte",
         "accuracy": "accuracy",
         "heldout_targets": "targets",
     }
-    for name in last:  # the parts of a mixture
+    for name in metrics:  # one loss for each objective of a mixture
         if name.startswith("heldout_loss_") and not name.endswith("_ema"):
-            names[name] = f"loss of {name.removeprefix('heldout_loss_')}, nats per target"
-    names |= {f"{name}_ema": f"{said}, averaged weights" for name, said in names.items()}
-    held_out = _list(
-        {"step": last["step"], **{said: last[name] for name, said in names.items() if name in last}}
-    )
-    return held_out + (_task_scores(read_json(run / "scores.json")) if (run / "scores.json").exists() else "")
+            labels[name] = f"loss of {name.removeprefix('heldout_loss_')}, nats per target"
+    return labels | {f"{name}_ema": f"{label}, averaged weights" for name, label in labels.items()}
 
 
-def _task_scores(found: dict[str, Any]) -> str:
-    """What a fine-tuning run reached on all of its dev examples, beside a trivial system."""
-    intervals, trivial = found["intervals"], found["trivial"]
-    rows = "\n".join(
-        f"| {name} | {score:.2f} | {intervals[name][0]:.2f} to {intervals[name][1]:.2f} |"
-        f" {trivial['scores'][name]:.2f} |"
-        for name, score in found["scores"].items()
-    )
-    head = f"| {found['task']}, {found['examples']:,} examples, step {found['step']} | score | 95 % interval | {trivial['system']} |"
-    signatures = "\n".join(f"- {name}: {signature}" for name, signature in found["signatures"].items())
-    return f"\n\n{head}\n|---|---|---|---|\n{rows}\n\n{signatures}"
+def _task_scores(result: Mapping[str, Any]) -> str:
+    """The scores of a fine-tuned model on all dev examples, beside those of a trivial baseline."""
+    intervals, baseline = result["intervals"], result["trivial"]
+    examples = f"{result['task']}, {result['examples']:,} examples, step {result['step']}"
+    rows = [f"| {examples} | score | 95 % interval | {baseline['system']} |", "|---|---|---|---|"]
+    for name, score in result["scores"].items():
+        low, high = intervals[name]
+        rows.append(f"| {name} | {score:.2f} | {low:.2f} to {high:.2f} | {baseline['scores'][name]:.2f} |")
+    signatures = [f"- {name}: {signature}" for name, signature in result["signatures"].items()]
+    return "\n".join(["\n", *rows, "", *signatures])
 
 
-def _data(run: Path, recipe: dict[str, Any]) -> str:
-    if "data" not in recipe:
-        tasks = [recipe["task"], *recipe["more"]]
-        told = {
-            f"{task['kind']}, {side}": ", ".join(task[side]) for task in tasks for side in ("train", "dev")
-        }
-        return _list({"started from": recipe["model"].get("from") or "new weights", **told})
-    data = recipe["data"]
-    told = {
-        f"{kind}-{i}": source.get("path") or source.get("hub")
-        for kind in ("sources", "heldout")
-        for i, source in enumerate(data[kind])
-    }
+def _data(run: Path, recipe: Mapping[str, Any]) -> str:
+    return _list(_task_data(recipe) if "data" not in recipe else _corpora(run, recipe["data"]))
+
+
+def _task_data(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {"started from": recipe["model"].get("from") or "new weights"}
+    for task in (recipe["task"], *recipe["more"]):
+        for split in ("train", "dev"):
+            facts[f"{task['kind']}, {split}"] = ", ".join(task[split])
+    return facts
+
+
+def _corpora(run: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {}
+    for kind in ("sources", "heldout"):
+        for i, source in enumerate(data[kind]):
+            facts[f"{kind}-{i}"] = source.get("path") or source.get("hub")
     cache = Path(data["cache"] or run / "shards")
     for index in sorted(cache.glob("*/*/index.json")):
-        shards = read_json(index)
-        told[str(index.parent.relative_to(cache))] = (
-            f"{shards['documents']:,} documents, {shards['tokens']:,} tokens, {shards['bytes']:,} bytes"
+        size = read_json_object(index)
+        facts[str(index.parent.relative_to(cache))] = (
+            f"{size['documents']:,} documents, {size['tokens']:,} tokens, {size['bytes']:,} bytes"
         )
-    return _list(told)
+    return facts
 
 
-def _list(facts: dict[str, Any]) -> str:
-    return "\n".join(
-        f"- {name}: {f'{value:.4f}' if isinstance(value, float) else value}" for name, value in facts.items()
-    )
+def _list(facts: Mapping[str, Any]) -> str:
+    lines = []
+    for name, value in facts.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        lines.append(f"- {name}: {shown}")
+    return "\n".join(lines)

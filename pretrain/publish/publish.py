@@ -1,37 +1,34 @@
 """From a run's newest verified checkpoint to a folder that stock Hugging Face classes load: published means
 verified.
 
-In: a run folder. Out: the published folder (pretrain/publish/published_folder.py says what is in it). It is
-written as a hidden folder beside its place and renamed once verify.py has found nothing wrong with it; after
-a refusal nothing of it is left.
+A run folder comes in, the published folder goes out (published_folder.py lists its files). It is written as a
+hidden folder beside its final name and renamed once verify.py finds nothing wrong with it; after a failure
+nothing of it is left.
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.lora import merge_lora
+from trifold.pretrain.checkpoint import checkpoint as checkpoints
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import (
-    Checkpoint,
-    CorruptCheckpoint,
-    OnEvent,
-    newest_verified,
-    open_checkpoint,
-)
-from trifold.pretrain.checkpoint.checkpoint import verify as verify_checkpoint
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint, OnEvent
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import model_card, published_folder
 from trifold.pretrain.publish.verify import verify
+from trifold.pretrain.publish.weights import SHARD_BYTES
 from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage import Location
 
 Weights = Literal["ema", "trained"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,63 +42,47 @@ def publish(
     checkpoint: int | None = None,
     weights: Weights | None = None,
     dtype: str = "fp32",
-    shard_bytes: int = published_folder.SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Publish a run's newest verified checkpoint, or that of step `checkpoint`, as the folder `out`. Returns
     `out`.
 
     `weights` are those of the moving average ("ema", the default where the checkpoint has them) or the
-    "trained" ones. A newer checkpoint that was passed over is reported to `on_event`. Raises UserError where
-    there is nothing to publish, no average was kept, `out` exists, no published architecture expresses the
-    model, or the gate finds something wrong (each failed check by name).
+    "trained" ones. A newer checkpoint that does not verify is reported to `on_event`. Raises UserError where
+    there is no checkpoint, no average was kept, `out` exists, no published architecture expresses the model, or
+    the verification fails (each failed check by name).
     """
+    out = out.absolute()  # "." has no name to put a hidden folder beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
-    source = initial_model_of(run, on_event, checkpoint)
+    source = find_checkpoint(run, on_event, checkpoint)
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        reference = _write(run, source, _weights(source, weights), partial, DTYPES[dtype], shard_bytes)
+        reference = _write_folder(
+            run, source, choose_weights(source, weights), partial, DTYPES[dtype], shard_bytes
+        )
         report = verify(partial, reference)
         if not report.ok:
-            raise UserError(
-                f"{out} was not published, because it is not what it should be: {report.failures}"
-            )
+            raise UserError(f"{out} was not published, because it failed its verification: {report.failures}")
         os.rename(partial, out)
         storage.sync_folder(out.parent)
     except (OSError, SafetensorError) as error:  # a full disk, most often
-        said = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
-        raise UserError(f"{out} was not published: {said}; nothing was left behind") from error
+        reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
+        raise UserError(f"{out} was not published: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
-def initial_model_of(run: Path, on_event: OnEvent, checkpoint: int | None) -> Checkpoint:
-    """The checkpoint to publish: that of a step, or the newest that verifies. Raises UserError where there is
+def find_checkpoint(run: Path, on_event: OnEvent, step: int | None) -> Checkpoint:
+    """The verified checkpoint of a step, or the newest one that verifies. Raises UserError where there is
     none.
     """
-    return _newest(run, on_event) if checkpoint is None else _checkpoint_of_step(run, checkpoint)
-
-
-def model_of(
-    source: Checkpoint, weights: Weights | None = None
-) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """A checkpoint's model, its adapters merged in; `weights` as for `publish`."""
-    config = ModelConfig.model_validate_json(
-        json.dumps(source.state.extra.get("model") or source.state.config["model"])
-    )
-    ema = _weights(source, weights) == "ema"
-    averaged = {
-        name for name in source.names if ema and "ema" in source.keys(name)
-    }  # frozen ones have no average
-    state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
-    scale = source.state.extra.get("lora_scale")
-    return config, state if scale is None else merge_lora(state, scale)
-
-
-def _newest(run: Path, on_event: OnEvent) -> Checkpoint:
-    source = newest_verified(lease.checkpoint_root_of_run(run), on_event)
+    root = lease.checkpoint_root_of_run(run)
+    if step is not None:
+        return checkpoints.open_checkpoint(verified_folder_of_step(root, step))
+    source = checkpoints.newest_verified(root, on_event)
     if source is None:
         raise UserError(
             f"{run} has no checkpoint to publish: train it first (trifold pretrain), at least until"
@@ -110,52 +91,74 @@ def _newest(run: Path, on_event: OnEvent) -> Checkpoint:
     return source
 
 
-def _checkpoint_of_step(run: Path, step: int) -> Checkpoint:
-    committed = lease.valid_folders(lease.checkpoint_root_of_run(run))
+def verified_folder_of_step(root: Location, step: int) -> Location:
+    """The committed checkpoint of a step (of the last generation that saved one), its content verified. Raises
+    UserError where there is none, or it is damaged.
+    """
+    committed = lease.valid_folders(root)
     folders = [folder for folder in committed if lease.parse_folder_name(folder.name)[1] == step]
     if not folders:
-        have = ", ".join(str(lease.parse_folder_name(folder.name)[1]) for folder in committed) or "none"
-        raise UserError(f"{run} has no checkpoint of step {step}; there are those of: {have}")
+        steps = ", ".join(str(lease.parse_folder_name(folder.name)[1]) for folder in committed) or "none"
+        raise UserError(f"{root} has no checkpoint of step {step}; there are those of: {steps}")
     try:
-        verify_checkpoint(folders[-1])
-        return open_checkpoint(folders[-1])
+        checkpoints.verify(folders[-1])
     except CorruptCheckpoint as error:
-        raise UserError(f"{folders[-1]} cannot be published: {error}") from None
+        raise UserError(f"{folders[-1]} is damaged and cannot be used: {error}") from None
+    return folders[-1]
 
 
-def _weights(source: Checkpoint, asked: Weights | None) -> Weights:
-    """Which weights to publish."""
-    kept = any("ema" in source.keys(name) for name in source.names)
-    if asked == "ema" and not kept:
+def read_checkpoint_model(
+    source: Checkpoint, weights: Weights | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A checkpoint's model, its adapters merged in: (config, fp32 state dict). `weights` as for `publish`."""
+    recorded = source.state.extra.get("model") or source.state.config["model"]
+    config = ModelConfig.model_validate_json(json.dumps(recorded))
+    averaged: set[str] = set()
+    if choose_weights(source, weights) == "ema":  # frozen parameters have no average
+        averaged = {name for name in source.names if "ema" in source.keys(name)}
+    state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
+    scale = source.state.extra.get("lora_scale")
+    return config, state if scale is None else merge_lora(state, scale)
+
+
+def choose_weights(source: Checkpoint, requested: Weights | None) -> Weights:
+    """Which weights to publish: those requested, else the averaged ones where the checkpoint has them."""
+    has_average = any("ema" in source.keys(name) for name in source.names)
+    if requested == "ema" and not has_average:
         raise UserError(
-            f"{source.folder} holds no averaged weights, because its recipe's `ema` was 0: publish the"
-            " trained ones"
+            f"{source.folder} holds no averaged weights, because its recipe's `ema` was 0: publish the trained"
+            " ones"
         )
-    return asked or ("ema" if kept else "trained")
+    return requested or ("ema" if has_average else "trained")
 
 
-def _write(
+def _write_folder(
     run: Path, source: Checkpoint, weights: Weights, folder: Path, dtype: torch.dtype, shard_bytes: int
-) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Everything that a published folder holds. Returns the model it was made of."""
-    config, state = model_of(source, weights)
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Write all files of a published folder. Returns the model that they hold."""
+    config, state = read_checkpoint_model(source, weights)
     tokenizer = Tokenizer.open(run / "tokenizer")
-    told = source.state.config.get("generation")
-    how = None if told is None else Generation.model_validate_json(json.dumps(told))
-    hf = published_folder.write_folder(folder, config, state, tokenizer, dtype, shard_bytes, how)
-    origin = {
-        "checkpoint": {
-            "name": source.folder.name,
-            "sha256": source.record["sha256"],
-            "time": source.record["time"],
-        },
+    settings = source.state.config.get("generation")
+    generation = None if settings is None else Generation.model_validate_json(json.dumps(settings))
+    stock_config = published_folder.write_folder(
+        folder, config, state, tokenizer, dtype, shard_bytes, generation
+    )
+
+    record = published_folder.write_record(
+        folder, config, tokenizer, source.state.fingerprint, _origin(source, weights)
+    )
+    card = model_card.render(run, source, record, stock_config["architectures"][0], tokenizer)
+    (folder / published_folder.CARD).write_text(card, encoding="utf-8")
+    return config, state
+
+
+def _origin(source: Checkpoint, weights: Weights) -> dict[str, Any]:
+    """Where the weights come from, for trifold.json."""
+    marker = source.record
+    return {
+        "checkpoint": {"name": source.folder.name, "sha256": marker["sha256"], "time": marker["time"]},
         "weights": weights,
-        "code": source.record["code"],
-        "versions": source.record["versions"],
+        "code": marker["code"],
+        "versions": marker["versions"],
         "task": source.state.extra.get("task"),
     }
-    record = published_folder.write_record(folder, config, tokenizer, source.state.fingerprint, origin)
-    (folder / published_folder.CARD).write_text(
-        model_card.render(run, source, record, hf["architectures"][0]), encoding="utf-8"
-    )
-    return config, state
