@@ -1,10 +1,13 @@
-"""Tiny models of odd shapes, with weights that give every mistake a chance to show, for the tests of
-publishing.
+"""Tiny models of odd shapes, with weights that give every mistake a chance to show, and published folders of
+them, for the tests of publishing.
 """
 
+import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import Transformer, build
 from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
+from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish.verify import Report
+from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
@@ -200,3 +206,43 @@ def batch_of(config: ModelConfig, length: int, seed: int = 0) -> Batch:
     target, source = tokens(length), tokens(length + 3) if config.family == "encoder-decoder" else None
     ones = torch.ones_like
     return Batch(target, ones(target), target, source, None if source is None else ones(source))
+
+
+def write_published(
+    folder: Path, config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """A published folder of a model, with its record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    published_folder.write_folder(folder, config, state, tokenizer(), dtype)
+    published_folder.write_record(folder, config, tokenizer(), "rows", {})
+
+
+@cache
+def _published_once(config: ModelConfig, dtype: torch.dtype) -> tuple[Path, Mapping[str, Tensor]]:
+    folder, state = Path(mkdtemp(prefix="published-")), random_model(config).state_dict()
+    write_published(folder, config, state, dtype)
+    return folder, state
+
+
+def copy_published(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Fill `folder` with a published model of MODELS, some settings changed. Returns its (config, state).
+
+    Each distinct folder is written once in a process and copied from then on.
+    """
+    config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **changes})
+    source, state = _published_once(config, dtype)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    return config, state
+
+
+def update_hashes(folder: Path) -> None:
+    """Bring the hashes of trifold.json up to date, so that only the other checks can notice a change."""
+    record = read_json_object(folder / published_folder.RECORD)
+    write_json(folder / published_folder.RECORD, {**record, "files": published_folder.measure(folder)})
+
+
+def failed(report: Report) -> set[str]:
+    """The names of the checks that failed."""
+    return {check.name for check in report.checks if not check.ok}

@@ -17,14 +17,15 @@ from trifold.finetune.evaluation.evaluate import evenly_spaced, report, score_pr
 from trifold.finetune.rows import TaskRows
 from trifold.finetune.tasks.task import Task
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import open_checkpoint, read_marker, verify
+from trifold.pretrain.checkpoint.checkpoint import open_checkpoint, read_marker
 from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.evaluate import evaluate
 from trifold.pretrain.monitor.metrics import Recorder
-from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish.publish import verified_folder_of_step
 from trifold.pretrain.session import broadcast_from_rank0
 from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.json_files import write_json
 
 
 class DevEvaluator:
@@ -62,8 +63,9 @@ class DevEvaluator:
         """Score the best checkpoint on all of dev."""
         home = storage.checkpoint_root(self.run, self.config.checkpoints.storage)
         step = broadcast_from_rank0(self.engine, partial(best_step, home))
+        assert step is not None, "the last step is scored before this"
         checkpoint = open_checkpoint(
-            broadcast_from_rank0(self.engine, lambda: _checkpoint_of_step(home, step))
+            broadcast_from_rank0(self.engine, lambda: verified_folder_of_step(home, step))
         )
         self.engine.load(checkpoint.read, checkpoint.state.optimizer_step)
         losses, predictions = self._asked(self.task.dev, self.heldout.num_rows)
@@ -76,7 +78,7 @@ class DevEvaluator:
                 **losses,
                 **report(self.task, predictions),
             }
-            published_folder.write_json(self.run / "scores.json", found)
+            write_json(self.run / "scores.json", found)
             recorder.event("scored", step=step, **found["scores"])
 
     def _asked(self, examples: Sequence[Any], num_rows: int) -> tuple[dict[str, Any], list[Any]]:
@@ -113,9 +115,3 @@ def best_step(home: storage.Location) -> int | None:
         if state.get("selection_loss") is not None
     ]
     return min(judged)[1] if judged else None
-
-
-def _checkpoint_of_step(home: storage.Location, step: int | None) -> storage.Location:
-    folder = [f for f in valid_folders(home) if read_marker(f)["state"]["step"] == step][-1]
-    verify(folder)
-    return folder

@@ -14,6 +14,7 @@ from typing import Any
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.data.corpus import check_unicode, lines
+from trifold.pretrain.storage.json_files import parse_json
 
 Record = tuple[str, dict[str, Any]]  # "FILE, line N", and its columns
 
@@ -83,12 +84,8 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value of a file. Raises UserError where it is not whole."""
-    text = "".join(lines(path))
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not whole JSON: {error}.") from None
+    """The JSON value of a file, which may be gzipped. Raises UserError where it is not complete."""
+    return parse_json("".join(lines(path)), path)
 
 
 def hub_rows(place: str) -> Iterator[Record]:

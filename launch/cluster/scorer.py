@@ -38,9 +38,10 @@ from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.monitor.run_folder import log_event, queue_scores, queued_scores, scored_checkpoints
 from trifold.pretrain.publish import published_folder
-from trifold.pretrain.publish.publish import model_of
+from trifold.pretrain.publish.publish import read_checkpoint_model
 from trifold.pretrain.run import shards_folder
 from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.json_files import read_json_object
 
 Tasks = dict[str, FinetuneRecipe]  # by name, as they begin from a checkpoint
 
@@ -121,7 +122,7 @@ class Scorer:
         try:
             verify(folder)
             checkpoint = open_checkpoint(folder)
-            return checkpoint, *model_of(checkpoint)
+            return checkpoint, *read_checkpoint_model(checkpoint)
         except (CorruptCheckpoint, FileNotFoundError) as error:
             gone = not (folder / COMMIT).exists()
             raise UserError(
@@ -141,7 +142,7 @@ class Scorer:
             taught = task.model_copy(update={"run": f"{here}/run", "model": model})
             trifold.finetune.run.prepare(taught, lambda what, done: None)
             trifold.finetune.run.train(taught, self.rank_info)
-            found = published_folder.read_json(Path(here) / "run" / "scores.json")
+            found = read_json_object(Path(here) / "run" / "scores.json")
         return {found["best"]: found["scores"][found["best"]], **found["scores"]}
 
 

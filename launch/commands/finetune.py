@@ -28,7 +28,7 @@ from trifold.modeling.errors import UserError
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.publish import published_folder
-from trifold.pretrain.publish.published_folder import read_json
+from trifold.pretrain.storage.json_files import read_json_object
 
 
 def finetune(config: FinetuneRecipe, console: Console, address: str | None = None) -> None:
@@ -68,7 +68,7 @@ def finetune(config: FinetuneRecipe, console: Console, address: str | None = Non
             f"Continue with: {resume_command(config)}", markup=False, highlight=False, soft_wrap=True
         )
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
-    show(read_json(folder / "scores.json"), console)
+    show(read_json_object(folder / "scores.json"), console)
 
 
 def evaluate(folder: Path, config: FinetuneRecipe, out: Path | None, console: Console) -> None:

@@ -32,8 +32,8 @@ from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.monitor.run_folder import last_outcome
-from trifold.pretrain.publish.published_folder import read_json
 from trifold.pretrain.run import open_rows as text_rows
+from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.storage.jsonl import read_lines
 
 LARGEST = 1.1  # times as many parameters as the smallest
@@ -213,7 +213,7 @@ def _scores(folder: Path, points: list[Point], by_length: list[Bin]) -> dict[str
     }
     said["held-out nats"] = f"{last.loss:.3f}"
     if (folder / "scores.json").exists():
-        found = read_json(folder / "scores.json")
+        found = read_json_object(folder / "scores.json")
         low, high = found["intervals"][found["best"]]
         said[found["best"]] = f"{found['scores'][found['best']]:.2f} ({low:.2f} to {high:.2f})"
     if by_length:

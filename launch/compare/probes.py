@@ -26,7 +26,7 @@ from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.publish.publish import initial_model_of, model_of
+from trifold.pretrain.publish.publish import find_checkpoint, read_checkpoint_model
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 POSITIONS = 2048  # of each batch whose speed is measured
@@ -44,8 +44,8 @@ class Map(NamedTuple):
 
 def opened(run: Path) -> Transformer:
     """The model that was scored: of the best checkpoint, or of pretraining's newest one."""
-    model_config, state = model_of(
-        initial_model_of(run, lambda event, **facts: None, best_step(checkpoint_root_of_run(run)))
+    model_config, state = read_checkpoint_model(
+        find_checkpoint(run, lambda event, **facts: None, best_step(checkpoint_root_of_run(run)))
     )
     model = Transformer(model_config).eval()
     model.load_state_dict(state)

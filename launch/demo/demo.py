@@ -30,8 +30,8 @@ from trifold.launch.watch.progress import EVENTS
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
 from trifold.pretrain.publish.publish import publish
-from trifold.pretrain.publish.published_folder import read_json
 from trifold.pretrain.publish.verify import verify
+from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.storage.jsonl import read_lines
 
 FAMILIES = {  # recipe: what its model is asked once it is published
@@ -139,7 +139,7 @@ def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
             killed = _kill_when(Path(one.run), config.steps // 2 + 5, rank=1)
         finetune(one, console)
         seconds.append(time.monotonic() - began)
-        scores.append(read_json(Path(one.run) / "scores.json"))
+        scores.append(read_json_object(Path(one.run) / "scores.json"))
     out, verified = _published(Path(config.run), prompt, console)
     best, trivial = scores[0]["best"], scores[0]["trivial"]
     return {

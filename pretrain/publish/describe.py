@@ -1,5 +1,5 @@
-"""What Trifold reads of anybody's folder, in words: a folder comes in, the lines of `trifold import FOLDER` go
-out.
+"""What Trifold reads of anybody's folder, in words: a folder comes in, the lines of `trifold import FOLDER`
+go out.
 
 Nothing is written. Cost: the weights are read once, as training from the folder would read them.
 """
@@ -19,7 +19,11 @@ from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.storage.json_files import read_json_object
 
-_NORM_PLACES = {"pre": "before each layer", "inner": "after each layer, inside the sum", "post": "after each sum"}
+_NORM_PLACES = {
+    "pre": "before each layer",
+    "inner": "after each layer, inside the sum",
+    "post": "after each sum",
+}
 _DEFAULT_SCALES = {"attention": None, "embeddings": 1.0, "logits": 1.0}
 
 

@@ -97,7 +97,9 @@ def weights(read: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Check
 def dtype(named: str, tensors: Mapping[str, Tensor]) -> Check:
     """The tensors have the dtype that config.json names."""
     wrong = [
-        f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if str(tensor.dtype) != f"torch.{named}"
+        f"{name} is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if str(tensor.dtype) != f"torch.{named}"
     ]
     if wrong:
         return Check("dtype", False, f"config.json says {named}, but {', '.join(wrong[:_SHOWN])}")
@@ -105,8 +107,8 @@ def dtype(named: str, tensors: Mapping[str, Tensor]) -> Check:
 
 
 def tokenizer(fast: Any, ours: Tokenizer, family: Family, record: Mapping[str, Any]) -> Check:
-    """The stock tokenizer gives the ids that training read, and in our folders the special tokens around them;
-    one trained by Trifold gives every text back.
+    """The stock tokenizer gives the ids that training read, and in our folders the special tokens around
+    them; one trained by Trifold gives every text back.
     """
     wrong = []
     before, after = ours.special_prefix_suffix(family)
@@ -127,8 +129,8 @@ def tokenizer(fast: Any, ours: Tokenizer, family: Family, record: Mapping[str, A
 
 
 def special_tokens(folder: Path, fast: Any, ours: Tokenizer, vocab_size: int) -> Check:
-    """Each file that names a special token gives it the same id. A tokenizer made elsewhere may not name all of
-    them.
+    """Each file that names a special token gives it the same id. A tokenizer made elsewhere may not name all
+    of them.
     """
     wrong = []
     if ours.vocab_size > vocab_size:
@@ -161,8 +163,8 @@ def names(stock: Any, loading_info: Mapping[str, Any], record: Mapping[str, Any]
 def settings(
     written: Mapping[str, Any], loaded: Mapping[str, Any], expected: Mapping[str, Any], all_written: bool
 ) -> Check:
-    """Every setting has its value in config.json and in the loaded class: windows, softcaps and thetas may not
-    show in short inputs. `all_written`: config.json must name each of them.
+    """Every setting has its value in config.json and in the loaded class: windows, softcaps and thetas may
+    not show in short inputs. `all_written`: config.json must name each of them.
     """
     wrong = []
     fields = {name: value for name, value in flat(expected) if all_written or bears_on_logits(name)}

@@ -1,16 +1,13 @@
 """LoRA adapters alone, in PEFT's format, over the published folder that training started from: a fraction of
 the size of the merged model.
 
-A run that trained adapters comes in; a folder with adapter_config.json and adapter_model.safetensors goes out,
-which PEFT's `from_pretrained` reads. PEFT is no dependency: a test holds that the adapters compute in the stock
-class what the merged weights compute, and those are verified when they are published.
+A run that trained adapters comes in; a folder with adapter_config.json and adapter_model.safetensors goes
+out, which PEFT's `from_pretrained` reads. PEFT is no dependency: a test holds that the adapters compute in
+the stock class what the merged weights compute, and those are verified when they are published.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
-from uuid import uuid4
 
 from trifold.modeling.config import Lora, ModelConfig
 from trifold.modeling.errors import UserError
@@ -19,6 +16,7 @@ from trifold.pretrain.checkpoint.checkpoint import OnEvent
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import find_checkpoint
+from trifold.pretrain.storage.atomic import replace_folder
 from trifold.pretrain.storage.json_files import write_json
 
 
@@ -36,7 +34,8 @@ def publish_adapter(run: Path, out: Path, *, on_event: OnEvent, checkpoint: int 
     base = (recipe.get("model") or {}).get("from")
     if not recipe.get("lora") or base is None:
         raise UserError(
-            f"{run} trained no adapters over a published folder (lora, model.from): publish its weights instead"
+            f"{run} trained no adapters over a published folder (lora, model.from): publish its weights"
+            " instead"
         )
 
     config = ModelConfig.model_validate_json(json.dumps(extra["model"]))
@@ -45,12 +44,7 @@ def publish_adapter(run: Path, out: Path, *, on_event: OnEvent, checkpoint: int 
     special = published_folder.special_ids(Tokenizer.open(run / "tokenizer"))
     settings, tensors = adapters(config, state, lora, special, base)
 
-    partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
-        write_json(partial / "adapter_config.json", settings)
-        weights.save_tensors(partial / "adapter_model.safetensors", tensors)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replace_folder(out, overwrite=False) as folder:
+        write_json(folder / "adapter_config.json", settings)
+        weights.save_tensors(folder / "adapter_model.safetensors", tensors)
     return out

@@ -128,7 +128,7 @@ def render(
 
 
 def _hidden_token(config: ModelConfig, tokenizer: Tokenizer) -> str:
-    """The token that stands for hidden text in this tokenizer, as a user writes it; "" where there is none."""
+    """The token that stands for hidden text, as users of this tokenizer write it; "" where there is none."""
     if config.family == "encoder-decoder" and tokenizer.sentinels:
         return tokenizer.decode(tokenizer.sentinels[:1])
     if tokenizer.mask is None:

@@ -1,8 +1,8 @@
 """Does a stock class compute what our model computes? The checks of verify.py that run both models.
 
-Our model, the stock one, and the table that names its tensors come in; named checks go out: logits, the loss and
-gradients of one batch, tied weights, and text generated with either one's cache. Cost: a few hundred tokens
-through each model, and a copy of the gradients of each.
+Our model, the stock one, and the table that names its tensors come in; named checks go out: logits, the loss
+and gradients of one batch, tied weights, and text generated with either one's cache. Cost: a few hundred
+tokens through each model, and a copy of the gradients of each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface.tables import Architecture, gradients
 from trifold.modeling.transformer import Transformer
 
-# Of the largest logit, at least 1. fp32 rounding gives up to 1.4e-5 in trained models; a softcap of 50 changes
-# 1e-2.
+# Of the largest logit, at least 1. fp32 rounding gives up to 1.4e-5 in trained models; a softcap of 50
+# changes 1e-2.
 TOLERANCE = 5e-5
 # Of the largest entry of a tensor's gradient, at least a hundredth of the model's largest.
 GRADIENT_TOLERANCE = 1e-4
@@ -71,8 +71,8 @@ def training(ours: Transformer, stock: Any, architecture: Architecture, pad: int
     """The mean loss of one batch, ours and torch's own over the stock logits, and the gradient of every
     tensor.
 
-    What differs in fp32 is compared again in fp64: rounding disappears there (it reached 1.3e-4 in a random BERT
-    on a CPU with AVX2), a mistake does not.
+    What differs in fp32 is compared again in fp64: rounding disappears there (it reached 1.3e-4 in a random
+    BERT on a CPU with AVX2), a mistake does not.
     """
     check = _training(ours, stock, architecture, pad)
     if not check.ok:
@@ -99,8 +99,8 @@ def _training(ours: Transformer, stock: Any, architecture: Architecture, pad: in
         model.zero_grad()
 
     detail = (
-        f"losses differ by {loss_gap:.1e}, {len(gaps)} gradients by at most {gaps[worst]:.1e} of their largest"
-        f" entry (in {worst})"
+        f"losses differ by {loss_gap:.1e}, {len(gaps)} gradients by at most {gaps[worst]:.1e} of their"
+        f" largest entry (in {worst})"
     )
     ok = loss_gap <= TOLERANCE * max(1.0, stock_loss.item()) and gaps[worst] <= GRADIENT_TOLERANCE
     return Check("training", ok, detail)
@@ -133,12 +133,14 @@ def greedy(ours: Transformer, stock: Any, generation: Generation, special: Mappi
     config = ours.config
     prompt = _batch(config, special["pad"], min(9, config.max_positions - 1)).tokens[:1]
     new = min(NEW_TOKENS, config.max_positions - prompt.shape[1])
-    output = stock.generate(prompt, max_new_tokens=new, min_length=0, do_sample=False, num_beams=1)[0].tolist()
+    output = stock.generate(prompt, max_new_tokens=new, min_length=0, do_sample=False, num_beams=1)[
+        0
+    ].tolist()
     stock_text = output[prompt.shape[1] if config.family == "decoder" else 1 :]
 
     generation = generation.model_copy(update={"max_new": new, "beams": 1, "sample": False})
-    ids = {role: special[role] for role in ("bos", "eos", "pad")}
-    our_text = generate(ours, prompt.tolist(), generation, **ids)[0]
+    bos, eos, pad = special["bos"], special["eos"], special["pad"]
+    our_text = generate(ours, prompt.tolist(), generation, bos=bos, eos=eos, pad=pad)[0]
     detail = f"{len(stock_text)} tokens with the cache"
     if our_text != stock_text:
         detail += f": {stock_text}, not {our_text}"
@@ -146,13 +148,15 @@ def greedy(ours: Transformer, stock: Any, generation: Generation, special: Mappi
 
 
 def reload(ours: Transformer, again: Transformer, special: Mapping[str, int]) -> Iterator[Check]:
-    """For a model that no other library has: read back as `again`, it computes the same, and it writes with its
-    cache what it predicts without one.
+    """For a model that no other library has: read back as `again`, it computes the same, and it writes with
+    its cache what it predicts without one.
     """
     config, pad = again.config, special["pad"]
     batch = _batch(config, pad, 48)
     same = torch.equal(again.logits(batch), ours.logits(batch))
-    detail = f"read back, its logits are {'' if same else 'not '}equal to the last bit; there is no stock class"
+    detail = (
+        f"read back, its logits are {'' if same else 'not '}equal to the last bit; there is no stock class"
+    )
     yield Check("reload", same, detail)
     if config.family == "encoder" or config.outputs:
         return
@@ -172,8 +176,8 @@ def reload(ours: Transformer, again: Transformer, special: Mapping[str, int]) ->
 
 
 def _batch(config: ModelConfig, pad: int, length: int) -> Batch:
-    """Two rows of arbitrary tokens with targets, the same each time; no padding, which the stock classes would
-    mask.
+    """Two rows of arbitrary tokens with targets, the same each time; no padding, which the stock classes
+    would mask.
     """
     draw = torch.Generator().manual_seed(length)
 
@@ -205,7 +209,9 @@ def _scores(stock: Any, batch: Batch) -> Tensor:
     output = stock(**inputs)
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    return next(output[name] for name in ("logits", "prediction_logits", "last_hidden_state") if name in output)
+    return next(
+        output[name] for name in ("logits", "prediction_logits", "last_hidden_state") if name in output
+    )
 
 
 def _loss(scores: Tensor, batch: Batch) -> Tensor:

@@ -7,11 +7,8 @@ nothing of it is left.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +24,7 @@ from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import model_card, published_folder
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.publish.weights import SHARD_BYTES
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.atomic import replace_folder
 from trifold.pretrain.storage.storage import Location
 
 Weights = Literal["ema", "trained"]
@@ -49,29 +46,25 @@ def publish(
 
     `weights` are those of the moving average ("ema", the default where the checkpoint has them) or the
     "trained" ones. A newer checkpoint that does not verify is reported to `on_event`. Raises UserError where
-    there is no checkpoint, no average was kept, `out` exists, no published architecture expresses the model, or
-    the verification fails (each failed check by name).
+    there is no checkpoint, no average was kept, `out` exists, no published architecture expresses the model,
+    or the verification fails (each failed check by name).
     """
     out = out.absolute()  # "." has no name to put a hidden folder beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
     source = find_checkpoint(run, on_event, checkpoint)
-    partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    weights = choose_weights(source, weights)
     try:
-        partial.mkdir(parents=True)
-        reference = _write_folder(
-            run, source, choose_weights(source, weights), partial, DTYPES[dtype], shard_bytes
-        )
-        report = verify(partial, reference)
-        if not report.ok:
-            raise UserError(f"{out} was not published, because it failed its verification: {report.failures}")
-        os.rename(partial, out)
-        storage.sync_folder(out.parent)
+        with replace_folder(out, overwrite=False) as folder:
+            reference = _write_folder(run, source, weights, folder, DTYPES[dtype], shard_bytes)
+            report = verify(folder, reference)
+            if not report.ok:
+                raise UserError(
+                    f"{out} was not published, because it failed its verification: {report.failures}"
+                )
     except (OSError, SafetensorError) as error:  # a full disk, most often
         reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
         raise UserError(f"{out} was not published: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -92,8 +85,8 @@ def find_checkpoint(run: Path, on_event: OnEvent, step: int | None) -> Checkpoin
 
 
 def verified_folder_of_step(root: Location, step: int) -> Location:
-    """The committed checkpoint of a step (of the last generation that saved one), its content verified. Raises
-    UserError where there is none, or it is damaged.
+    """The committed checkpoint of a step (of the last generation that saved one), its content verified.
+    Raises UserError where there is none, or it is damaged.
     """
     committed = lease.valid_folders(root)
     folders = [folder for folder in committed if lease.parse_folder_name(folder.name)[1] == step]
@@ -126,8 +119,8 @@ def choose_weights(source: Checkpoint, requested: Weights | None) -> Weights:
     has_average = any("ema" in source.keys(name) for name in source.names)
     if requested == "ema" and not has_average:
         raise UserError(
-            f"{source.folder} holds no averaged weights, because its recipe's `ema` was 0: publish the trained"
-            " ones"
+            f"{source.folder} holds no averaged weights, because its recipe's `ema` was 0: publish the"
+            " trained ones"
         )
     return requested or ("ema" if has_average else "trained")
 

@@ -1,11 +1,11 @@
 """A published folder: what stock Hugging Face classes load, and what Trifold reads back to train on.
 
-    config.json             the stock class's settings
-    generation_config.json  how the model writes text
-    model.safetensors       or shards and model.safetensors.index.json (weights.py)
-    tokenizer.json ...      the tokenizer's files
-    README.md               the model card
-    trifold.json            the exact ModelConfig, fingerprints, provenance, size and sha256 of every other file
+config.json             the stock class's settings
+generation_config.json  how the model writes text
+model.safetensors       or shards and model.safetensors.index.json (weights.py)
+tokenizer.json ...      the tokenizer's files
+README.md               the model card
+trifold.json            the exact ModelConfig, fingerprints, provenance, size and sha256 of every other file
 """
 
 import json
@@ -91,8 +91,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         trained_with = record["fingerprints"].get("tokenizer")
         if trained_with != tokenizer.fingerprint:
             raise UserError(
-                f"{folder}: its tokenizer's fingerprint is {tokenizer.fingerprint}, its model was trained with"
-                f" {trained_with}: restore the folder."
+                f"{folder}: its tokenizer's fingerprint is {tokenizer.fingerprint}, its model was trained"
+                f" with {trained_with}: restore the folder."
             )
     return tokenizer
 

@@ -1,13 +1,15 @@
-"""Is a folder what it should be? The stock class itself decides. `publish` and `trifold verify` both ask here.
+"""Is a folder what it should be? The stock class itself decides. `publish` and `trifold verify` both ask
+here.
 
-A folder, ours or anybody's, comes in, and where known the model that it was made from; a Report of named checks
-goes out, one page. The checks do not rely on our own name tables: a wrong name shows as a missing or unexpected
-tensor, a wrong source as other logits, a wrong setting by its value, however short the input. For a recurrent
-model there is no stock class: it is read back and compared with itself. Cost: two copies of the model and of its
-gradients in host memory, in fp32, and a few hundred tokens through each. transformers is imported here only.
+A folder, ours or anybody's, comes in, and where known the model that it was made from; a Report of named
+checks goes out, one page. The checks do not rely on our own name tables: a wrong name shows as a missing or
+unexpected tensor, a wrong source as other logits, a wrong setting by its value, however short the input. For
+a recurrent model there is no stock class: it is read back and compared with itself. Cost: two copies of the
+model and of its gradients in host memory, in fp32, and a few hundred tokens through each. transformers is
+imported here only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +58,19 @@ class _Contents:
     found: Found
     tokenizer: Tokenizer
     special: Mapping[str, int]
-    trained: ModelConfig  # the model that was trained: the reference's, else trifold.json's, else config.json's
+    trained: (
+        ModelConfig  # the model that was trained: the reference's, else trifold.json's, else config.json's
+    )
     state: Mapping[str, Tensor]  # its weights, as the folder's dtype rounds them
 
 
 @torch.no_grad()
 def verify(folder: Path, reference: Reference | None = None) -> Report:
-    """Check a published folder against `reference` (config, fp32 state dict), or without one against the model
-    that Trifold reads from the folder.
+    """Check a published folder against `reference` (config, fp32 state dict), or without one against the
+    model that Trifold reads from the folder.
 
-    Raises UserError only where there is no such folder or transformers is not installed; everything else is in
-    the report.
+    Raises UserError only where there is no such folder or transformers is not installed; everything else is
+    in the report.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -93,8 +97,8 @@ def _import_transformers() -> Any:
 
 
 def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Iterator[Check]:
-    """All checks in order; those for which an earlier failure leaves no material are left out. A UserError is a
-    failure too.
+    """All checks in order; those for which an earlier failure leaves no material are left out. A UserError is
+    a failure too.
     """
     contents = yield from _read_contents(folder, reference)
     try:
@@ -114,8 +118,8 @@ def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Ite
         yield from _stock_checks(contents, ours, stock.eval(), loading_info)
 
 
-def _read_contents(folder: Path, reference: Reference | None) -> Iterator[Check]:
-    """The checks of the files alone. Returns what was read (`yield from` gives it)."""
+def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check, None, _Contents]:
+    """Yield the checks of the files alone; return what was read."""
     record = published_folder.read_record(folder)
     yield file_checks.hashes(folder, record)
     stock_config, tensors = published_folder.read_config(folder), read_tensors(folder)
@@ -140,8 +144,8 @@ def _read_contents(folder: Path, reference: Reference | None) -> Iterator[Check]
 
 
 def _load_stock(contents: _Contents, transformers: Any) -> tuple[Any, Mapping[str, Any]]:
-    """(the stock model in fp32, what it says about missing and unexpected tensors); (None, {}) for a recurrent
-    model.
+    """(the stock model in fp32, what it says about missing and unexpected tensors); (None, {}) for a
+    recurrent model.
     """
     if contents.trained.cell != "attention":
         return None, {}

@@ -1,7 +1,7 @@
 """The tensors of a published folder: model.safetensors, or shards and model.safetensors.index.json.
 
-    8 bytes: the header's length | header: JSON, name -> dtype, shape, where its bytes lie | the tensors' bytes
-    (github.com/huggingface/safetensors)
+    8 bytes: the header's length | header: JSON, name -> dtype, shape, where its bytes lie | the tensors'
+    bytes (github.com/huggingface/safetensors)
 
 Only safetensors files that lie in the folder are read, never a pickle; a link is followed, as in a hub cache
 (snapshots/COMMIT/model.safetensors -> ../../blobs/HASH). Each header is checked against the size of its file
@@ -24,7 +24,18 @@ from trifold.pretrain.storage.json_files import check_regular_file, read_json_ob
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the largest file that is written
 _MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors have about 12 MB
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
@@ -45,13 +56,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file, which those may read who may read any other new file: safetensors itself makes it 0600,
-    whatever the umask.
-    """
-    path.touch()
-    mode = path.stat().st_mode
+    """Write one file, marked as torch's as stock classes require."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(mode)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -76,13 +82,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def is_plain_name(name: str) -> bool:
     """Whether a name in a file of a folder is a name inside this folder: no separator, drive or `..`."""
     is_one_part = len(PurePosixPath(name).parts) == len(PureWindowsPath(name).parts) == 1
-    return is_one_part and name not in (".", "..") and not any(mark in name for mark in '/\\:\0')
+    return is_one_part and name not in (".", "..") and not any(mark in name for mark in "/\\:\0")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{path} has no weight_map that names a file for each tensor: copy or publish it again")
+        raise UserError(
+            f"{path} has no weight_map that names a file for each tensor: copy or publish it again"
+        )
     for tensor, file in weight_map.items():
         if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise UserError(
@@ -106,7 +114,9 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[st
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         pickles = ", ".join(sorted(other.name for other in path.parent.glob("*.bin")))
-        hint = f"; {pickles} may be a pickle, which could run code, and is not read: convert it to safetensors"
+        hint = (
+            f"; {pickles} may be a pickle, which could run code, and is not read: convert it to safetensors"
+        )
         raise UserError(f"there is no {path}{hint if pickles else ''}")
     check_regular_file(path)
     if problem := _header_problem(path):
@@ -118,7 +128,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _header_problem(path: Path) -> str | None:
-    """What is wrong with the header of a safetensors file; None where it describes the file's bytes exactly."""
+    """What is wrong with the header of a safetensors file; None where it describes exactly these bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

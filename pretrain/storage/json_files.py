@@ -28,11 +28,20 @@ def read_json(path: Path, purpose: str = "") -> Any:
     content = path.read_bytes()
     values = 1 + content.count(b",") + content.count(b"[") + content.count(b"{")
     if values > MAX_VALUES:
-        raise UserError(f"{path} holds up to {values:,} values; JSON files of at most {MAX_VALUES:,} are read")
+        raise UserError(
+            f"{path} holds up to {values:,} values; JSON files of at most {MAX_VALUES:,} are read"
+        )
     try:
-        return json.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): copy or write it again") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The JSON value of a file's text. Raises UserError naming the file."""
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not complete JSON ({error}): copy or write it again") from None
 
@@ -50,7 +59,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_regular_file(path: Path, purpose: str = "") -> None:
-    """Raise UserError where a path is missing, or is a folder, device, FIFO or socket (a link is followed)."""
+    """Raise UserError where a path is missing, or is a folder, device, FIFO or socket (a link is followed).
+    """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

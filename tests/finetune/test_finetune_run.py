@@ -25,6 +25,7 @@ from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.lora_adapter import publish_adapter
 from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.storage.json_files import read_json_object, write_json
 from trifold.pretrain.storage.jsonl import read_lines
 
 
@@ -303,10 +304,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
         prepare(config, quiet)
         train(config, RankInfo(0, 1, 0, "cpu", None, 1))
-    record = published_folder.read_json(both / published_folder.RECORD)
-    published_folder.write_json(
-        both / published_folder.RECORD, record | {"fingerprints": {"tokenizer": "another"}}
-    )
+    record = read_json_object(both / published_folder.RECORD)
+    write_json(both / published_folder.RECORD, record | {"fingerprints": {"tokenizer": "another"}})
     with pytest.raises(
         UserError, match=r"its tokenizer's fingerprint is .*, its model was trained with another"
     ):

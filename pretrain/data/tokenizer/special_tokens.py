@@ -5,11 +5,11 @@ end a text; GPT-2's <|endoftext|> does both, and pads; T5 has no begin, and its 
 mBART's and NLLB's start is in config.json.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from trifold.modeling.errors import UserError
+from trifold.pretrain.storage.json_files import read_json_object
 
 # the settings that name it, the first that there is; and the usual names, for folders that name none at all
 _ROLES = {
@@ -30,7 +30,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises UserError where one is missing or broken, names a mark that tokenizer.json has not, or none that ends
     a text.
     """
-    spec, settings = (_read_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    spec, settings = (
+        read_json_object(folder / name, "a tokenizer folder holds tokenizer.json and tokenizer_config.json")
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     for name in _NAMES:
         if isinstance(mark := settings.get(name), dict):
@@ -41,7 +44,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 " tokenizer.json"
             )
     if (folder / "config.json").exists():
-        start = _read_json(folder / "config.json").get("decoder_start_token_id")
+        start = read_json_object(folder / "config.json").get("decoder_start_token_id")
         settings |= {START: added[start]} if start in added else {}
     if special_tokens(spec, settings)["eos"] is None:
         raise UserError(
@@ -73,27 +76,3 @@ def special_tokens(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
         "bos": tokens["bos"] or tokens["eos"],
         "start": start,
     }
-
-
-def missing_file_error(path: Path, holds: str) -> UserError:
-    """What is said of a file that is not there; `holds`: what kind of folder it belongs to."""
-    if not path.parent.exists():
-        return UserError(f"there is no folder {path.parent}: {holds}")
-    if (path.parent / "config.yaml").exists():
-        return UserError(
-            f"{path.parent} is the folder of a run: publish it first, trifold publish {path.parent} --out"
-            " FOLDER"
-        )
-    return UserError(f"there is no {path}: {holds}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        raise missing_file_error(
-            path, "a tokenizer folder holds tokenizer.json and tokenizer_config.json"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not whole JSON ({error}); train or copy the tokenizer again") from None

@@ -31,20 +31,20 @@ def folder_of(name: str, folder: Path, **more: Tensor) -> Path:
 
 def test_what_was_read_is_said_and_what_was_dropped(tmp_path: Path) -> None:
     folder = folder_of("BERT", tmp_path, **{"bert.pooler.dense.weight": torch.ones(24, 24)})
-    said = dict(describe(folder))
-    assert said["architecture"] == "BertForMaskedLM, read as BertForMaskedLM: encoder"
-    assert said["layers"] == "2, dim 24, 3 heads of 8" and said["feed-forward"] == "40, gelu, biases"
-    assert said["norms"] == "layer (eps 1e-12) after each sum, on the embeddings"
-    assert said["head"] == "tied to the embeddings, after a dense layer, with a bias"
+    lines = dict(describe(folder))
+    assert lines["architecture"] == "BertForMaskedLM, read as BertForMaskedLM: encoder"
+    assert lines["layers"] == "2, dim 24, 3 heads of 8" and lines["feed-forward"] == "40, gelu, biases"
+    assert lines["norms"] == "layer (eps 1e-12) after each sum, on the embeddings"
+    assert lines["head"] == "tied to the embeddings, after a dense layer, with a bias"
     parameters = sum(
         tensor.numel()
         for name, tensor in load_file(folder / "model.safetensors").items()
         if "pooler" not in name
     )
-    assert said["parameters"].startswith(f"{parameters:,} (float32")
-    assert said["dropped"].startswith("bert.pooler.dense.weight: ")
-    assert said["tokenizer"] == "Unigram, 400 pieces" and said["trained on"].startswith("yes")
-    assert said["published again"] == "yes, as BertForMaskedLM"
+    assert lines["parameters"].startswith(f"{parameters:,} (float32")
+    assert lines["dropped"].startswith("bert.pooler.dense.weight: ")
+    assert lines["tokenizer"] == "Unigram, 400 tokens" and lines["trainable"].startswith("yes")
+    assert lines["publishable"] == "yes, as BertForMaskedLM"
 
 
 def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
@@ -59,9 +59,9 @@ def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
 
     folder_of("RoBERTa", tmp_path)
     transformers.RobertaModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "bare")
-    said = dict(describe(tmp_path / "bare"))
-    assert said["not there"].startswith("head.bias, head.dense.bias") and "pooler" in said["dropped"]
-    assert said["trained on"] == "not before it has one" and "tokenizer" in said["tokenizer"]
+    lines = dict(describe(tmp_path / "bare"))
+    assert lines["initialised"].startswith("head.bias, head.dense.bias") and "pooler" in lines["dropped"]
+    assert lines["trainable"] == "no: it has no tokenizer" and "tokenizer" in lines["tokenizer"]
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:

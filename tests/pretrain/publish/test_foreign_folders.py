@@ -36,7 +36,7 @@ def test_a_foreign_folder_passes_the_gate_and_so_does_what_is_published_of_it(
     report = verify(tmp_path / "hub")
     assert report.ok, report.failures
     assert "made elsewhere" in report.checks[0].detail
-    assert dict(describe(tmp_path / "hub"))["published again"].startswith("yes")
+    assert dict(describe(tmp_path / "hub"))["publishable"].startswith("yes")
 
     config, state = published_folder.load_model(tmp_path / "hub")
     (tmp_path / "ours").mkdir()

@@ -19,8 +19,9 @@ from trifold.pretrain.checkpoint import lease
 from trifold.pretrain.checkpoint.checkpoint import CheckpointState
 from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
-from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.jsonl import append_line
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +68,7 @@ def make_run(
     )
     shards = run / "shards" / "source-0" / "train"
     shards.mkdir(parents=True)
-    published_folder.write_json(shards / "index.json", {"documents": 1000, "tokens": 77777, "bytes": 300000})
+    write_json(shards / "index.json", {"documents": 1000, "tokens": 77777, "bytes": 300000})
     return config, model
 
 
@@ -148,14 +149,14 @@ def test_a_broken_newest_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -
     out = publish(tmp_path / "run", tmp_path / "out", on_event=lambda kind, **facts: events.append(kind))
     assert events == ["checkpoint_rejected"]
     assert "step-00000010" in json.loads((out / published_folder.RECORD).read_text())["checkpoint"]["name"]
-    with pytest.raises(UserError, match=r"cannot be published: .*rank-00000\.safetensors"):
+    with pytest.raises(UserError, match=r"is damaged and cannot be used: .*rank-00000\.safetensors"):
         publish(tmp_path / "run", tmp_path / "other", on_event=no_event, checkpoint=20)
 
 
 def test_large_weights_are_sharded_with_an_index_that_stock_classes_read(tmp_path: Path) -> None:
     _, trained = make_run(tmp_path / "run", "t5gemma")
     out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event, shard_bytes=30_000)
-    index = json.loads((out / published_folder.INDEX).read_text())
+    index = json.loads((out / weights.INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert (
         len(files) > 3
@@ -165,13 +166,11 @@ def test_large_weights_are_sharded_with_an_index_that_stock_classes_read(tmp_pat
     assert sum((out / file).stat().st_size for file in files) > index["metadata"]["total_size"]
     stock = transformers.T5GemmaForConditionalGeneration.from_pretrained(out)
     assert torch.equal(stock.model.encoder.embed_tokens.weight, trained.embed.weight)
-    whole, moved = (out / published_folder.INDEX).read_text(), next(iter(index["weight_map"]))
-    published_folder.write_json(
-        out / published_folder.INDEX, {**index, "weight_map": {**index["weight_map"], moved: files[-1]}}
-    )
+    whole, moved = (out / weights.INDEX).read_text(), next(iter(index["weight_map"]))
+    write_json(out / weights.INDEX, {**index, "weight_map": {**index["weight_map"], moved: files[-1]}})
     with pytest.raises(UserError, match=re.escape(f"disagree on {moved}")):
         published_folder.load_model(out)
-    (out / published_folder.INDEX).write_text(whole)
+    (out / weights.INDEX).write_text(whole)
     (out / files[1]).unlink()
     with pytest.raises(UserError, match=f"there is no .*{files[1]}"):
         published_folder.load_model(out)
@@ -271,7 +270,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full_too(*_: Any, **__: Any) -> None:  # how safetensors says it
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(published_folder, "save_file", full_too)
+    monkeypatch.setattr(weights, "save_file", full_too)
     with pytest.raises(
         UserError, match=r"was not published: .*No space left on device .*; nothing was left behind"
     ):

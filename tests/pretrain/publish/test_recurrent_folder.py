@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.modeling.families import CONFIGS, RECURRENT
-from tests.pretrain.publish.test_verify import failed, reseal
-from tests.published import SPECIAL, random_model, tokenizer
+from tests.published import SPECIAL, failed, random_model, tokenizer, update_hashes, write_published
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
-from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.verify import verify
+from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 pytest.importorskip("transformers")
 TAGGER = RECURRENT["lstm encoder"].model_copy(update={"labels": ("O", "B-X"), "crf": True})
@@ -26,8 +26,7 @@ MODELS = RECURRENT | {
 def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Any]:
     config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size})
     state = random_model(config).state_dict()
-    published_folder.write_folder(folder, config, state, tokenizer(), dtype)
-    published_folder.write_record(folder, config, tokenizer(), "rows", {})
+    write_published(folder, config, state, dtype)
     return config, state
 
 
@@ -45,7 +44,7 @@ def test_a_sound_folder_passes_and_comes_back_whole(name: str, tmp_path: Path) -
         and read.keys() == state.keys()
         and all(torch.equal(read[key], state[key]) for key in state)
     )
-    assert published_folder.read_json(tmp_path / "config.json")["architectures"] == ["TrifoldRecurrent"]
+    assert read_json_object(tmp_path / "config.json")["architectures"] == ["TrifoldRecurrent"]
 
 
 def test_a_bf16_folder_passes(tmp_path: Path) -> None:
@@ -54,22 +53,22 @@ def test_a_bf16_folder_passes(tmp_path: Path) -> None:
 
 def test_weights_and_dials_that_are_not_the_trained_ones_are_found(tmp_path: Path) -> None:
     config, state = write(tmp_path, "lstm additive")
-    tensors = published_folder.read_tensors(tmp_path)
+    tensors = weights.read_tensors(tmp_path)
     a, b = "decoder.align.score.query.weight", "decoder.align.score.key.weight"
-    published_folder.write_tensors(
-        tmp_path, tensors | {a: tensors[b].clone(), b: tensors[a].clone()}, published_folder.SHARD_BYTES
+    weights.write_tensors(
+        tmp_path, tensors | {a: tensors[b].clone(), b: tensors[a].clone()}, weights.SHARD_BYTES
     )
     assert failed(verify(tmp_path)) == {"files"}
-    reseal(tmp_path)
+    update_hashes(tmp_path)
     assert failed(verify(tmp_path, (config, state))) == {"weights", "reload"}
-    published_folder.write_tensors(tmp_path, tensors, published_folder.SHARD_BYTES)
-    hf = published_folder.read_json(tmp_path / "config.json")
-    published_folder.write_json(tmp_path / "config.json", hf | {"embed_scale": 2.0})
-    reseal(tmp_path)
+    weights.write_tensors(tmp_path, tensors, weights.SHARD_BYTES)
+    hf = read_json_object(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", hf | {"embed_scale": 2.0})
+    update_hashes(tmp_path)
     assert failed(verify(tmp_path, (config, state))) == {"config", "reload"}
-    published_folder.write_json(tmp_path / "config.json", hf | {"cell": "gru"})
+    write_json(tmp_path / "config.json", hf | {"cell": "gru"})
     assert "folder" in failed(verify(tmp_path))  # tensors of another shape
-    published_folder.write_json(tmp_path / "config.json", hf | {"head_count": 3})
+    write_json(tmp_path / "config.json", hf | {"head_count": 3})
     with pytest.raises(UserError, match="sets head_count = 3, which Trifold does not have"):
         published_folder.load_model(tmp_path)
 
