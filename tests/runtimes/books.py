@@ -1,4 +1,4 @@
-"""Small stock models with tokenizers of their kinds, made of real books by `transformers` and `tokenizers`
+"""Small stock models with tokenizers of their kinds, tokenizer of real books by `transformers` and `tokenizers`
 alone: what people import.
 """
 
@@ -25,35 +25,38 @@ def text(characters: int) -> str:
 
 
 def _wordpiece(lines: list[str]) -> Any:
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made.train_from_iterator(lines, trainers.WordPieceTrainer(vocab_size=PIECES, special_tokens=special))
-    return transformers.BertTokenizerFast(vocab=dict(made.get_vocab()))
+    tokenizer.train_from_iterator(lines, trainers.WordPieceTrainer(vocab_size=PIECES, special_tokens=special))
+    return transformers.BertTokenizerFast(vocab=dict(tokenizer.get_vocab()))
 
 
 def _bytes(lines: list[str]) -> Any:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    tokenizer.train_from_iterator(
         lines,
         trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"]),
     )
-    model = json.loads(made.to_str())["model"]
+    model = json.loads(tokenizer.to_str())["model"]
     return transformers.GPT2TokenizerFast(
         vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]]
     )
 
 
 def _unigram(lines: list[str]) -> Any:
-    made = Tokenizer(models.Unigram())
-    made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=PIECES, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"]
     )
-    made.train_from_iterator(lines, trainer)
-    vocab = [(piece, score) for piece, score in json.loads(made.to_str())["model"]["vocab"]]
+    tokenizer.train_from_iterator(lines, trainer)
+    vocab = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     return transformers.T5TokenizerFast(vocab=vocab, extra_ids=len(SENTINELS))
 
 

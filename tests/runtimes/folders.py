@@ -10,9 +10,9 @@ from trifold.pretrain.publish import published_folder
 LINES = ("Ada and Bob met by the river", "who knows why?", "town number 7", "  two  spaces, and tokyo 東京")
 
 
-def written(folder: Path, name: str, **dials: Any) -> Transformer:
+def write_random(folder: Path, name: str, **changes: Any) -> Transformer:
     """A model of tests/published.py in a folder as `publish` writes it. Returns the model."""
-    model = random_model(MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **dials}))
+    model = random_model(MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **changes}))
     folder.mkdir(parents=True)
     published_folder.write_folder(folder, model.config, model.state_dict(), tokenizer())
     return model

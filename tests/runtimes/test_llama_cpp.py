@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.published import SPECIAL, tokenizer
-from tests.runtimes.folders import written
+from tests.runtimes.folders import write_random
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.generation.generate import generate
@@ -56,7 +56,7 @@ def converted(
     assert PYDIST is not None and PYDIST.submodule_search_locations
     converter = Path(next(iter(PYDIST.submodule_search_locations))) / "llama.cpp" / "convert_hf_to_gguf.py"
     folder = tmp_path_factory.mktemp("llama") / "decoder"
-    model, out = written(folder, request.param, **MODELS[request.param]), folder.with_suffix(".gguf")
+    model, out = write_random(folder, request.param, **MODELS[request.param]), folder.with_suffix(".gguf")
     command = [sys.executable, str(converter), str(folder), "--outtype", "f32", "--outfile", str(out)]
     subprocess.run(command, check=True, capture_output=True)
     return model, folder, out
@@ -86,21 +86,21 @@ def test_the_converter_writes_our_tensors_settings_and_vocabulary(
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
         assert np.array_equal(tensors[key], tensor.numpy()), key
 
-    said = {key: field.contents() for key, field in read.fields.items()}
-    assert _settings(config).items() <= said.items()
+    fields = {key: field.contents() for key, field in read.fields.items()}
+    assert _settings(config).items() <= fields.items()
     pieces = [tokenizer()._fast.id_to_token(i) for i in range(config.vocab_size)]
-    assert said["tokenizer.ggml.tokens"] == pieces
-    assert said["tokenizer.ggml.scores"] == pytest.approx(
+    assert fields["tokenizer.ggml.tokens"] == pieces
+    assert fields["tokenizer.ggml.scores"] == pytest.approx(
         [score for _, score in tokenizer()._spec["model"]["vocab"]], abs=1e-6
     )
-    kinds = said["tokenizer.ggml.token_type"]
+    kinds = fields["tokenizer.ggml.token_type"]
     assert [kinds[i] for i in (0, 1, 2, 3)] == [3, 3, 3, 2] and kinds[105:361] == [
         6
     ] * 256  # control, unknown, bytes
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    dials = {
+    settings = {
         "block_count": config.num_layers,
         "context_length": config.max_positions,
         "embedding_length": config.dim,
@@ -122,7 +122,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
         "mask_token_id": 4,
         "add_bos_token": True,
     }
-    return {f"llama.{key}": value for key, value in dials.items()} | {
+    return {f"llama.{key}": value for key, value in settings.items()} | {
         f"tokenizer.ggml.{key}": value for key, value in tokens.items()
     }
 
@@ -145,7 +145,7 @@ def test_llama_cpp_writes_our_tokens_with_our_probabilities(
     server = llama_cpp.Server(settings)
     for prompt in ([1, 370, 365, 380], [1, 200, 390, 361, 362, 363, 364, 399]):
         ours = generate(model, [prompt], Generation(max_new=20), **SPECIAL)[0]
-        asked = {
+        payload = {
             "prompt": prompt,
             "n_predict": 20,
             "temperature": 0,
@@ -155,18 +155,18 @@ def test_llama_cpp_writes_our_tokens_with_our_probabilities(
         }
         request = Request(
             f"{server.listening_address}/completion",
-            json.dumps(asked).encode(),
+            json.dumps(payload).encode(),
             {"Content-Type": "application/json"},
         )
-        with urlopen(request, timeout=60) as answered:
-            answer = json.load(answered)
+        with urlopen(request, timeout=60) as response:
+            answer = json.load(response)
         assert answer["tokens"] == ours
         tokens = torch.tensor([prompt + ours])
         with torch.no_grad():
             log_p = model.logits(Batch(tokens, torch.ones_like(tokens), tokens))[0].log_softmax(-1)
         theirs = [(token["id"], token["logprob"]) for token in answer["completion_probabilities"]]
         shown = {token for token, _ in theirs}  # bytes that make no whole character are not
-        places = [i for i, token in enumerate(ours) if token in shown]
-        assert [token for token, _ in theirs] == [ours[i] for i in places] and len(places) >= 3
-        expected = [log_p[len(prompt) - 1 + i, ours[i]].item() for i in places]
+        positions = [i for i, token in enumerate(ours) if token in shown]
+        assert [token for token, _ in theirs] == [ours[i] for i in positions] and len(positions) >= 3
+        expected = [log_p[len(prompt) - 1 + i, ours[i]].item() for i in positions]
         assert [logprob for _, logprob in theirs] == pytest.approx(expected, abs=1e-4)

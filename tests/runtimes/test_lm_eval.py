@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.published import tokenizer
-from tests.runtimes.folders import LINES, written
+from tests.runtimes.folders import LINES, write_random
 from trifold.modeling.batch import Batch
 from trifold.modeling.transformer import Transformer
 
@@ -59,7 +59,7 @@ def _evaluated(
 
 def test_choices_and_whole_texts_have_our_log_likelihoods(tmp_path: Path) -> None:
     folder = tmp_path / "decoder"
-    model = written(folder, "llama, own head, other theta")
+    model = write_random(folder, "llama, own head, other theta")
     choices = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{text}}",
@@ -74,9 +74,9 @@ def test_choices_and_whole_texts_have_our_log_likelihoods(tmp_path: Path) -> Non
         )
 
     # lm-eval puts BOS before a whole text by itself: the tokenizer's own would be a second one, and counted
-    whole = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
     for sample, row in zip(
-        _evaluated(folder, {"task": "whole", **whole}, rows, add_bos_token=False), rows, strict=True
+        _evaluated(folder, {"task": "whole", **rolling}, rows, add_bos_token=False), rows, strict=True
     ):
         assert float(sample["resps"][0][0]) == pytest.approx(
             _log_likelihood(model, "", row["text"]), abs=1e-3

@@ -9,7 +9,7 @@ import torch
 
 from tests.modeling.huggingface import stock
 from tests.published import batch_of, tokenizer
-from tests.runtimes.folders import written
+from tests.runtimes.folders import write_random
 from trifold.modeling.config import Lora
 from trifold.modeling.lora import add_lora
 from trifold.pretrain.checkpoint import lease
@@ -40,7 +40,7 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
         tmp_path / "run",
         Lora(rank=3, alpha=5.0, targets=("q", "v", "up", "down")),
     )
-    model = written(base, name)
+    model = write_random(base, name)
     shape = model.config
     add_lora(model, lora, seed=1)
     for parameter_name, parameter in model.named_parameters():
@@ -48,18 +48,25 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
             parameter.normal_(generator=torch.Generator().manual_seed(0))
 
     tokenizer().save(run / "tokenizer", shape.family)
-    held = lease.take_generation(run)
-    folder = lease.checkpoint_folder(run, 1, held.generation)
+    run_lease = lease.take_generation(run)
+    folder = lease.checkpoint_folder(run, 1, run_lease.generation)
     write_rank(
         folder,
-        held,
+        run_lease,
         0,
         1,
         {n: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for n, p in model.named_parameters()},
     )
     recipe = {"run": str(run), "model": {"from": str(base)}, "lora": lora.model_dump(mode="json")}
     extra = {"model": shape.model_dump(mode="json"), "lora_scale": lora.scale}
-    commit(folder, held, 1, CheckpointState(1, 1, 1, [], "rows", recipe, 1.0, extra), provenance(), timeout=5)
+    commit(
+        folder,
+        run_lease,
+        1,
+        CheckpointState(1, 1, 1, [], "rows", recipe, 1.0, extra),
+        provenance(),
+        timeout=5,
+    )
 
     out = publish_adapter(run, tmp_path / "adapter", on_event=lambda kind, **facts: None)
     adapted = peft.PeftModel.from_pretrained(

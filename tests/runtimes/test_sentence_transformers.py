@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.published import tokenizer
-from tests.runtimes.folders import LINES, written
+from tests.runtimes.folders import LINES, write_random
 from trifold.modeling.batch import Batch
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install 'trifold[runtimes]'")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.proof
 )
 @torch.no_grad()
 def test_vectors_are_the_means_of_our_hidden_states(name: str, tmp_path: Path) -> None:
-    model = written(tmp_path / "encoder", name)
+    model = write_random(tmp_path / "encoder", name)
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(
         LINES, convert_to_tensor=True
     )

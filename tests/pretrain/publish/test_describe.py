@@ -1,4 +1,4 @@
-"""`trifold import FOLDER`: what it says of folders that the stock classes made."""
+"""`trifold import FOLDER` on folders that stock classes wrote."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def folder_of(name: str, folder: Path, **more: Tensor) -> Path:
     return folder
 
 
-def test_what_was_read_is_said_and_what_was_dropped(tmp_path: Path) -> None:
+def test_it_describes_what_is_read_and_what_is_dropped(tmp_path: Path) -> None:
     folder = folder_of("BERT", tmp_path, **{"bert.pooler.dense.weight": torch.ones(24, 24)})
     lines = dict(describe(folder))
     assert lines["architecture"] == "BertForMaskedLM, read as BertForMaskedLM: encoder"
@@ -47,14 +47,14 @@ def test_what_was_read_is_said_and_what_was_dropped(tmp_path: Path) -> None:
     assert lines["publishable"] == "yes, as BertForMaskedLM"
 
 
-def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
+def test_the_command_prints_a_line_for_each_property(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import", str(folder_of("M2M-100", tmp_path))])
     assert result.exit_code == 0, result.output
     assert "M2M100ForConditionalGeneration: encoder-decoder" in " ".join(result.output.split())
     assert "sinusoidal, at most 40, counted from 2" in result.output
 
 
-def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_head_is_described_as_initialised(tmp_path: Path) -> None:
     import transformers
 
     folder_of("RoBERTa", tmp_path)
@@ -64,7 +64,7 @@ def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert lines["trainable"] == "no: it has no tokenizer" and "tokenizer" in lines["tokenizer"]
 
 
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_is_rejected(tmp_path: Path) -> None:
     folder = folder_of("GPT-2", tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="may be a pickle"):

@@ -1,5 +1,5 @@
-"""Whole folders that Trifold did not make, model and tokenizer of one kind: verified as they are, and again
-as Trifold publishes them.
+"""Folders that Trifold did not write, with model and tokenizer of one kind: verified as they are, and again as
+Trifold publishes them.
 """
 
 from pathlib import Path
@@ -26,9 +26,7 @@ MODEL = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_foreign_folder_passes_the_gate_and_so_does_what_is_published_of_it(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_foreign_folder_is_verified_as_it_is_and_as_published_again(kind: str, tmp_path: Path) -> None:
     marks = Tokenizer.open(stock_folder(kind, tmp_path / "hub"))
     ids = {"pad_token_id": marks.pad, "bos_token_id": marks.bos, "eos_token_id": marks.eos}
     start = {} if kind in ("bert", "gpt2", "roberta") else {"decoder_start_token_id": marks.start}

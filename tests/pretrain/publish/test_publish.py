@@ -35,14 +35,14 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
     """A real checkpoint of a model, as a run of one rank writes it; with an average, all but its first
     parameter are trained.
     """
-    held = lease.take_generation(run)
-    folder = lease.checkpoint_folder(run, step, held.generation)
+    run_lease = lease.take_generation(run)
+    folder = lease.checkpoint_folder(run, step, run_lease.generation)
     slices = {
         name: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for name, p in model.named_parameters()
     }
     for name, p in list(average.named_parameters())[1:] if average else []:
         slices[name].tensors["ema"] = p.detach().flatten()
-    write_rank(folder, held, 0, 1, slices)
+    write_rank(folder, run_lease, 0, 1, slices)
     recipe = {
         "run": str(run),
         "model": model.config.model_dump(mode="json"),
@@ -50,14 +50,14 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
         "data": {"sources": [{"path": "books.txt", "hub": None}], "heldout": [], "cache": None},
     }
     state = CheckpointState(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
-    commit(folder, held, 1, state, provenance(), timeout=5)
+    commit(folder, run_lease, 1, state, provenance(), timeout=5)
     return folder
 
 
 def make_run(
-    run: Path, name: str, steps: tuple[int, ...] = (10,), **dials: Any
+    run: Path, name: str, steps: tuple[int, ...] = (10,), **changes: Any
 ) -> tuple[ModelConfig, Transformer]:
-    config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **dials})
+    config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **changes})
     tokenizer().save(run / "tokenizer", config.family)
     for step in steps:
         model = random_model(config, seed=step)
@@ -102,7 +102,7 @@ def test_a_published_folder_loads_in_the_auto_classes_with_the_trained_weights(
     assert all(torch.equal(state[key], tensor) for key, tensor in trained.state_dict().items())
 
 
-def test_the_newest_checkpoint_is_published_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_published_or_that_of_the_given_step(tmp_path: Path) -> None:
     config, newest = make_run(tmp_path / "run", "llama", steps=(10, 20))
     for step, model in ((None, newest), (20, newest), (10, random_model(config, seed=10))):
         out = publish(tmp_path / "run", tmp_path / f"out-{step}", on_event=no_event, checkpoint=step)
@@ -114,7 +114,7 @@ def test_the_newest_checkpoint_is_published_or_the_one_that_is_asked_for(tmp_pat
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event, checkpoint=15)
 
 
-def test_averaged_weights_are_published_where_there_are_any_unless_the_trained_ones_are_asked_for(
+def test_averaged_weights_are_published_if_there_are_any_unless_trained_ones_are_requested(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
@@ -124,22 +124,19 @@ def test_averaged_weights_are_published_where_there_are_any_unless_the_trained_o
     average = random_model(config, seed=77)
     save(run, model, 20, average)
     frozen = next(iter(dict(model.named_parameters())))
-    for asked, expected in ((None, average), ("ema", average), ("trained", model)):
-        out = publish(run, tmp_path / f"out-{asked}", on_event=no_event, weights=asked)
+    for requested, expected in ((None, average), ("ema", average), ("trained", model)):
+        out = publish(run, tmp_path / f"out-{requested}", on_event=no_event, weights=requested)
         state, trained = published_folder.load_model(out)[1], model.state_dict()
         assert all(
             torch.equal(state[name], trained[name] if name == frozen else p)
             for name, p in expected.state_dict().items()
         )
-        told = (
-            "exponential moving average of the trained ones, with a decay of 0.99 per step"
-            in (out / published_folder.CARD).read_text()
-        )
-        assert told == (asked != "trained")
-        assert json.loads((out / published_folder.RECORD).read_text())["weights"] == (asked or "ema")
+        sentence = "exponential moving average of the trained ones, with a decay of 0.99 per step"
+        assert (sentence in (out / published_folder.CARD).read_text()) == (requested != "trained")
+        assert json.loads((out / published_folder.RECORD).read_text())["weights"] == (requested or "ema")
 
 
-def test_a_broken_newest_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_and_reported(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "llama", steps=(10, 20))
     weights = next((tmp_path / "run" / "checkpoints").glob("step-00000020*")) / "rank-00000.safetensors"
     content = bytearray(weights.read_bytes())
@@ -166,11 +163,11 @@ def test_large_weights_are_sharded_with_an_index_that_stock_classes_read(tmp_pat
     assert sum((out / file).stat().st_size for file in files) > index["metadata"]["total_size"]
     stock = transformers.T5GemmaForConditionalGeneration.from_pretrained(out)
     assert torch.equal(stock.model.encoder.embed_tokens.weight, trained.embed.weight)
-    whole, moved = (out / weights.INDEX).read_text(), next(iter(index["weight_map"]))
+    intact, moved = (out / weights.INDEX).read_text(), next(iter(index["weight_map"]))
     write_json(out / weights.INDEX, {**index, "weight_map": {**index["weight_map"], moved: files[-1]}})
     with pytest.raises(UserError, match=re.escape(f"disagree on {moved}")):
         published_folder.load_model(out)
-    (out / weights.INDEX).write_text(whole)
+    (out / weights.INDEX).write_text(intact)
     (out / files[1]).unlink()
     with pytest.raises(UserError, match=f"there is no .*{files[1]}"):
         published_folder.load_model(out)
@@ -185,14 +182,14 @@ def test_bf16_is_published_rounded_once(tmp_path: Path) -> None:
     )
 
 
-def test_the_card_tells_recipe_data_scores_origin_and_its_example_runs(tmp_path: Path) -> None:
+def test_the_card_has_recipe_data_scores_and_provenance_and_its_example_runs(tmp_path: Path) -> None:
     config, _ = make_run(tmp_path / "run", "llama", max_positions=256)
     out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     card = (out / published_folder.CARD).read_text()
     record = json.loads((out / published_folder.RECORD).read_text())
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])  # type: ignore[index]
     assert recipe["model"] == config.model_dump(mode="json") == record["model"]
-    for said in (
+    for text in (
         "books.txt",
         "77,777 tokens",
         "bits per byte: 2.125",
@@ -200,7 +197,7 @@ def test_the_card_tells_recipe_data_scores_origin_and_its_example_runs(tmp_path:
         "rows-fingerprint",
         torch.__version__,
     ):
-        assert said in card
+        assert text in card
     assert record["checkpoint"]["sha256"] in card and tokenizer().fingerprint in card
     assert "LlamaForCausalLM" in card and "\n---\n# " in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
@@ -208,7 +205,7 @@ def test_the_card_tells_recipe_data_scores_origin_and_its_example_runs(tmp_path:
     exec(example, {"folder": str(out)})
 
 
-def test_a_run_without_a_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_rejected_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for run in (tmp_path / "run", tmp_path / "nowhere"):
         with pytest.raises(UserError, match="has no checkpoint to publish: train it first"):
@@ -216,7 +213,7 @@ def test_a_run_without_a_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -
     assert nothing_else_in(tmp_path, {"run"})
 
 
-def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "llama")
     (tmp_path / "out").mkdir()
     publish(tmp_path / "run", tmp_path / "out", on_event=no_event)  # an empty folder is taken
@@ -228,7 +225,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     )
 
 
-def test_a_wrong_row_in_the_table_is_refused_by_name_and_leaves_nothing(
+def test_a_wrong_row_of_a_name_table_is_named_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run", "llama")
@@ -246,14 +243,14 @@ def test_a_wrong_row_in_the_table_is_refused_by_name_and_leaves_nothing(
     assert nothing_else_in(tmp_path, {"run"})
 
 
-def test_a_model_that_no_architecture_expresses_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_model_that_no_architecture_expresses_is_rejected_and_leaves_nothing(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "llama", logit_bias=True)
     with pytest.raises(UserError, match="no logit_bias True"):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", "llama")
 
     def full(*_: Any) -> None:

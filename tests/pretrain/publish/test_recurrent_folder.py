@@ -1,4 +1,4 @@
-"""The gate on folders without a stock class: what it can ask, it asks, and every single mistake is found."""
+"""`verify` on folders without a stock class: it reads the model back, and notices every single mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sound_folder_passes_and_comes_back_whole(name: str, tmp_path: Path) -> None:
+def test_a_sound_folder_passes_and_reads_back_equal(name: str, tmp_path: Path) -> None:
     config, state = write(tmp_path, name)
     for report in (verify(tmp_path, (config, state)), verify(tmp_path)):
         assert report.ok, report.failures
@@ -51,7 +51,7 @@ def test_a_bf16_folder_passes(tmp_path: Path) -> None:
     assert (report := verify(tmp_path, write(tmp_path, "lstm additive", torch.bfloat16))).ok, report.failures
 
 
-def test_weights_and_dials_that_are_not_the_trained_ones_are_found(tmp_path: Path) -> None:
+def test_weights_and_settings_that_are_not_the_trained_ones_are_noticed(tmp_path: Path) -> None:
     config, state = write(tmp_path, "lstm additive")
     tensors = weights.read_tensors(tmp_path)
     a, b = "decoder.align.score.query.weight", "decoder.align.score.key.weight"
@@ -73,7 +73,7 @@ def test_weights_and_dials_that_are_not_the_trained_ones_are_found(tmp_path: Pat
         published_folder.load_model(tmp_path)
 
 
-def test_no_model_of_attention_is_published_as_recurrent() -> None:
+def test_no_transformer_is_published_as_recurrent() -> None:
     assert express(CONFIGS["llama"], SPECIAL)[0].stock_class == "LlamaForCausalLM"
     with pytest.raises(UserError, match="crf True"):
         express(CONFIGS["modernbert"].model_copy(update={"labels": ("O", "B-X"), "crf": True}), SPECIAL)

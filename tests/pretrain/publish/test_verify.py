@@ -242,7 +242,7 @@ def test_a_renamed_weight_is_named(sharded: bool, folder_of: Any) -> None:
     )
 
 
-def test_a_flipped_byte_is_seen_and_its_file_named(folder_of: Any) -> None:
+def test_a_flipped_byte_is_noticed_and_its_file_named(folder_of: Any) -> None:
     folder, reference = folder_of("llama")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-3] ^= 1
@@ -255,14 +255,14 @@ def test_a_flipped_byte_is_seen_and_its_file_named(folder_of: Any) -> None:
     )
 
 
-def spoilt_weight(path: Path) -> None:
+def write_nan(path: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.0.input_layernorm.weight"][3] = math.nan
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
-    ("file", "spoil", "message"),
+    ("file", "damage", "message"),
     [
         (
             "model.safetensors",
@@ -285,7 +285,7 @@ def spoilt_weight(path: Path) -> None:
             lambda path: path.write_text('{"a": ' + "[" * 100_000),
             r"tokenizer\.json is not complete JSON",
         ),
-        ("model.safetensors", lambda path: spoilt_weight(path), "input_layernorm.weight holds NaN"),
+        ("model.safetensors", lambda path: write_nan(path), "input_layernorm.weight holds NaN"),
         ("config.json", lambda path: path.unlink(), r"there is no .*config\.json"),
         ("tokenizer.json", lambda path: path.unlink(), r"there is no .*tokenizer\.json"),
         ("tokenizer.json", lambda path: path.write_text("{}"), r"tokenizer\.json is JSON, but no tokenizer"),
@@ -312,9 +312,9 @@ def spoilt_weight(path: Path) -> None:
         ),
     ],
 )
-def test_a_spoilt_file_is_named(file: str, spoil: Any, message: str, folder_of: Any) -> None:
+def test_a_damaged_file_is_named(file: str, damage: Any, message: str, folder_of: Any) -> None:
     folder, _ = folder_of("llama")
-    spoil(folder / file)
+    damage(folder / file)
     update_hashes(folder)
     report = verify(folder)
     assert not report.ok and re.search(message, report.failures), report
@@ -328,19 +328,19 @@ def test_a_spoilt_file_is_named(file: str, spoil: Any, message: str, folder_of: 
         ('{"model": {"x": 1}, "files": {}, "fingerprints": {}}', "not know"),
     ],
 )
-def test_a_spoilt_record_is_named(content: str, message: str, folder_of: Any) -> None:
+def test_a_damaged_record_is_named(content: str, message: str, folder_of: Any) -> None:
     folder, _ = folder_of("llama")
     (folder / published_folder.RECORD).write_text(content)
     assert message in verify(folder).failures
 
 
-def test_folders_beside_the_files_are_not_part_of_what_was_published(folder_of: Any) -> None:
+def test_folders_beside_the_files_are_ignored(folder_of: Any) -> None:
     folder, _ = folder_of("llama")
     (folder / ".git").mkdir()
     assert verify(folder).ok
 
 
-def test_another_tokenizer_than_the_one_trained_with_is_seen(folder_of: Any) -> None:
+def test_a_tokenizer_other_than_the_one_trained_with_is_noticed(folder_of: Any) -> None:
     folder, _ = folder_of("llama")
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text())
@@ -353,7 +353,7 @@ def test_another_tokenizer_than_the_one_trained_with_is_seen(folder_of: Any) -> 
     assert "its fingerprint is not the one" in verify(folder).failures
 
 
-def test_weights_that_are_not_the_trained_ones_are_seen(folder_of: Any) -> None:
+def test_weights_that_are_not_the_trained_ones_are_noticed(folder_of: Any) -> None:
     folder, (config, state) = folder_of("t5gemma")
     other = {**state, "decoder.norm.weight": state["decoder.norm.weight"] * 1.001}
     assert "weights: model.decoder.norm.weight differ" in verify(folder, (config, other)).failures
@@ -364,7 +364,7 @@ def test_weights_that_are_not_the_trained_ones_are_seen(folder_of: Any) -> None:
     )
 
 
-def test_a_head_that_the_stock_class_ties_by_mistake_is_seen(folder_of: Any) -> None:
+def test_a_head_that_the_stock_class_ties_by_mistake_is_noticed(folder_of: Any) -> None:
     folder, _ = folder_of("llama, own head, other theta")
     config_json = folder / "config.json"
     config_json.write_text(
@@ -374,7 +374,7 @@ def test_a_head_that_the_stock_class_ties_by_mistake_is_seen(folder_of: Any) -> 
     assert not verify(folder).ok
 
 
-def test_generation_that_differs_from_the_stock_class_with_its_cache_is_seen(
+def test_generated_text_that_differs_from_the_stock_class_is_noticed(
     folder_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = folder_of("llama")
@@ -382,7 +382,7 @@ def test_generation_that_differs_from_the_stock_class_with_its_cache_is_seen(
     assert failed(verify(folder)) == {"greedy"}
 
 
-def test_tied_weights_are_looked_at_in_memory(folder_of: Any) -> None:
+def test_tied_weights_are_compared_in_memory(folder_of: Any) -> None:
     from transformers import AutoModelForSeq2SeqLM
 
     folder, (config, _) = folder_of("t5gemma")
@@ -422,7 +422,7 @@ def test_a_bare_class_is_verified_by_its_hidden_states(folder_of: Any, tmp_path:
     assert "dropped: bert.pooler.dense" in tensors.detail and "initialised: head.bias" in tensors.detail
 
 
-def test_an_index_that_does_not_fit_is_seen(folder_of: Any) -> None:
+def test_an_index_that_does_not_fit_is_noticed(folder_of: Any) -> None:
     folder, _ = folder_of("llama")
     tensors = weights.read_tensors(folder)
     weights.write_tensors(folder, tensors, 20_000)
@@ -450,13 +450,15 @@ def test_a_gradient_that_differs_is_named(name: str, folder_of: Any, monkeypatch
     assert failed(report) == {"training"} and "in embed.weight" in report.failures
 
 
-def test_without_transformers_the_extra_is_named(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_error_names_the_extra(
+    folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = folder_of("llama")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'trifold\[publish\]'"):
         verify(folder)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         verify(tmp_path / "nowhere")
