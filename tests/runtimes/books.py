@@ -1,5 +1,5 @@
-"""Small stock models with tokenizers of their kinds, tokenizer of real books by `transformers` and `tokenizers`
-alone: what people import.
+"""Small stock models with tokenizers trained on real books, made by `transformers` and `tokenizers` alone:
+what people import.
 """
 
 import gzip

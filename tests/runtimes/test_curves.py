@@ -97,7 +97,10 @@ def test_the_figure_shows_both_curves_of_each_kind() -> None:
         pytest.skip("the curves above were not all made")
     FIGURE.parent.mkdir(exist_ok=True)
     panels = "".join(_panel(kind, losses, 40 + 250 * i) for i, (kind, losses) in enumerate(CURVES.items()))
-    style = '<style>text{font:12px sans-serif;fill:#333}polyline{fill:none}</style><rect width="100%" height="100%" fill="white"/>'
+    style = (
+        "<style>text{font:12px sans-serif;fill:#333}polyline{fill:none}</style>"
+        '<rect width="100%" height="100%" fill="white"/>'
+    )
     FIGURE.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 260">{style}{panels}</svg>\n'
     )

@@ -1,5 +1,5 @@
-"""Folders that Trifold did not write, with model and tokenizer of one kind: verified as they are, and again as
-Trifold publishes them.
+"""Folders that Trifold did not write, with model and tokenizer of one kind: verified as they are, and again
+as Trifold publishes them.
 """
 
 from pathlib import Path

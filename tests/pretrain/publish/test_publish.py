@@ -20,7 +20,7 @@ from trifold.pretrain.checkpoint.checkpoint import CheckpointState
 from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish import published_folder, weights
-from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.publish.publish import Weights, publish
 from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.jsonl import append_line
 
@@ -31,7 +31,7 @@ def no_event(kind: str, **facts: Any) -> None:
     raise AssertionError(f"{kind}: {facts}")
 
 
-def save(run: Path, model: Transformer, step: int, average: Transformer | None = None) -> Path:
+def save(run: Path, model: Transformer, step: int, average: Transformer | None = None) -> None:
     """A real checkpoint of a model, as a run of one rank writes it; with an average, all but its first
     parameter are trained.
     """
@@ -51,7 +51,6 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
     }
     state = CheckpointState(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
     commit(folder, run_lease, 1, state, provenance(), timeout=5)
-    return folder
 
 
 def make_run(
@@ -124,7 +123,9 @@ def test_averaged_weights_are_published_if_there_are_any_unless_trained_ones_are
     average = random_model(config, seed=77)
     save(run, model, 20, average)
     frozen = next(iter(dict(model.named_parameters())))
-    for requested, expected in ((None, average), ("ema", average), ("trained", model)):
+    requests: list[tuple[Weights | None, Transformer]]
+    requests = [(None, average), ("ema", average), ("trained", model)]
+    for requested, expected in requests:
         out = publish(run, tmp_path / f"out-{requested}", on_event=no_event, weights=requested)
         state, trained = published_folder.load_model(out)[1], model.state_dict()
         assert all(

@@ -231,10 +231,13 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*tokenizer\.json"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:1000])
-    with pytest.raises(UserError, match="not whole JSON"):
+    with pytest.raises(UserError, match="not complete JSON"):
+        Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
         Tokenizer.open(tmp_path)
     whole = json.loads((folder / "tokenizer.json").read_text())
-    for other in ("{}", "[]", '{"added_tokens": 3}', json.dumps(whole | {"model": 3})):
+    for other in ("{}", '{"added_tokens": 3}', json.dumps(whole | {"model": 3})):
         (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer.json").write_text(other)
         with pytest.raises(UserError, match=r"tokenizer\.json is JSON, but no tokenizer"):
