@@ -53,11 +53,11 @@ from trifold.pretrain.initial_model import (
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.session import (
     broadcast_from_rank0,
-    newest_checkpoint_name,
+    newest_checkpoint,
     peak_flops_all_ranks,
     start_attempt,
 )
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage_path import StoragePath
 from trifold.pretrain.train import Progress, RunHooks
 from trifold.pretrain.train import train as train_loop
 
@@ -134,12 +134,8 @@ def train(config: FinetuneConfig, place: RankInfo) -> None:
     }
 
     def restore() -> Progress | None:
-        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint_name(lease.run, recorder))
-        return (
-            _resume(storage.location(folder), engine, config, rows, began, recorder, judge)
-            if folder
-            else None
-        )
+        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint(lease.run, recorder))
+        return _resume(folder, engine, config, rows, began, recorder, judge) if folder else None
 
     def describe(progress: Progress, scores: dict[str, Any]) -> CheckpointState:
         return CheckpointState(
@@ -260,7 +256,7 @@ def _build_trainable(
 
 
 def _resume(
-    folder: storage.Location,
+    folder: StoragePath,
     engine: Engine,
     config: FinetuneConfig,
     rows: TaskRows,

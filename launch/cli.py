@@ -169,19 +169,20 @@ def publish(
 ) -> None:
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
     from trifold.finetune.evaluation.model_selection import best_step
+    from trifold.launch.recipe.reader import checkpoint_root_of_run
     from trifold.launch.watch.progress import EVENTS
-    from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run
     from trifold.pretrain.publish.lora_adapter import publish_adapter
     from trifold.pretrain.publish.publish import publish
 
     def tell(event: str, **facts: object) -> None:
         typer.echo(EVENTS[event].format_map(facts))
 
-    best = best_step(checkpoint_root_of_run(run))
+    root = checkpoint_root_of_run(run)
+    best = best_step(root)
     if adapter:
-        publish_adapter(run, out, on_event=tell, checkpoint=best)
+        publish_adapter(run, out, on_event=tell, checkpoint=best, root=root)
         return typer.echo(f"{out} holds the adapters; PEFT reads them.")
-    publish(run, out, on_event=tell, checkpoint=best, weights=weights)
+    publish(run, out, on_event=tell, checkpoint=best, weights=weights, root=root)
     typer.echo(f"{out} is published and verified.")
 
 

@@ -24,7 +24,7 @@ from trifold.pretrain.config.pretraining import InitialModelConfig
 from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage import checkpoint_root
 
 
 def load_initial_model(
@@ -68,7 +68,7 @@ def ensure_tokenizer(
     run.mkdir(parents=True, exist_ok=True)
     with (run / "tokenizer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
-        if not folder.exists() or not valid_folders(storage.checkpoint_root(run, config.checkpoints.storage)):
+        if not folder.exists() or not valid_folders(checkpoint_root(run, config.checkpoints.storage)):
             made_of = sha256(json.dumps(origin()).encode()).hexdigest()
             if not (folder / "made-of").exists() or (folder / "made-of").read_text() != made_of:
                 progress(

@@ -39,11 +39,10 @@ from trifold.pretrain.initial_model import (
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.session import (
     broadcast_from_rank0,
-    newest_checkpoint_name,
+    newest_checkpoint,
     peak_flops_all_ranks,
     start_attempt,
 )
-from trifold.pretrain.storage import storage
 from trifold.pretrain.train import Progress, RunHooks
 from trifold.pretrain.train import train as train_loop
 
@@ -132,12 +131,8 @@ def train(config: PretrainConfig, place: RankInfo) -> None:
     recorder.event("data", **facts[-1], **prints, heldout_rows=heldout.num_rows, earlier_stages=facts[:-1])
 
     def restore() -> Progress | None:
-        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint_name(lease.run, recorder))
-        return (
-            _resume(open_checkpoint(storage.location(folder)), engine, config, rows, start, recorder)
-            if folder
-            else None
-        )
+        folder = broadcast_from_rank0(engine, lambda: newest_checkpoint(lease.run, recorder))
+        return _resume(open_checkpoint(folder), engine, config, rows, start, recorder) if folder else None
 
     def describe(progress: Progress, scores: dict[str, Any]) -> CheckpointState:
         return CheckpointState(

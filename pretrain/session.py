@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,27 +16,29 @@ from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.metrics import Recorder, peak_flops
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage import checkpoint_root
+from trifold.pretrain.storage.storage_path import StoragePath
 
 T = TypeVar("T")
 
 
 def start_attempt(config: TrainingConfig, engine: Engine) -> tuple[Lease, Recorder]:
     """All ranks of an attempt begin: they take the run's next generation, and say that they have started."""
-    home = storage.checkpoint_root(Path(config.run), config.checkpoints.storage)
-    lease = Lease(home, broadcast_from_rank0(engine, lambda: take_generation(home).generation))
+    root = checkpoint_root(Path(config.run), config.checkpoints.storage)
+    generation = broadcast_from_rank0(engine, lambda: take_generation(root).generation)
+    recorder = Recorder(Path(config.run), engine.place, generation)
+    options = replace(root.options, on_retry=recorder.event)
+    lease = Lease(root.with_options(options), generation)
     heartbeat.exit_when_superseded(lease)
-    recorder = Recorder(Path(config.run), engine.place, lease.generation)
-    storage.on_retry = recorder.event
     chosen = {"zero_stage": engine.stage, "precision": engine.precision, "recompute": engine.recompute}
     recorder.event("started", world=engine.place.world, **chosen, pid=os.getpid())
     return lease, recorder
 
 
-def newest_checkpoint_name(home: storage.Location, recorder: Recorder) -> str | None:
+def newest_checkpoint(root: StoragePath, recorder: Recorder) -> StoragePath | None:
     """The folder of the newest checkpoint that verifies; what was passed over goes to events.jsonl."""
-    checkpoint = newest_verified(home, recorder.event)
-    return None if checkpoint is None else str(checkpoint.folder)
+    checkpoint = newest_verified(root, recorder.event)
+    return None if checkpoint is None else checkpoint.folder
 
 
 def peak_flops_all_ranks(engine: Engine) -> float:

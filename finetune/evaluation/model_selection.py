@@ -24,8 +24,9 @@ from trifold.pretrain.evaluate import evaluate
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.publish.publish import verified_folder_of_step
 from trifold.pretrain.session import broadcast_from_rank0
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.json_files import write_json
+from trifold.pretrain.storage.storage import checkpoint_root
+from trifold.pretrain.storage.storage_path import StoragePath
 
 
 class DevEvaluator:
@@ -61,7 +62,7 @@ class DevEvaluator:
 
     def finish(self, recorder: Recorder) -> None:
         """Score the best checkpoint on all of dev."""
-        home = storage.checkpoint_root(self.run, self.config.checkpoints.storage)
+        home = checkpoint_root(self.run, self.config.checkpoints.storage)
         step = broadcast_from_rank0(self.engine, partial(best_step, home))
         assert step is not None, "the last step is scored before this"
         checkpoint = open_checkpoint(
@@ -104,7 +105,7 @@ class DevEvaluator:
             fresh.replace(self.run / "predictions.jsonl")
 
 
-def best_step(home: storage.Location) -> int | None:
+def best_step(home: StoragePath) -> int | None:
     """The step of the committed checkpoint with the highest score; of equals the earliest. None where none
     was scored.
     """

@@ -14,6 +14,7 @@ from typing import Any
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.data.corpus import check_unicode, lines
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import parse_json
 
 Record = tuple[str, dict[str, Any]]  # "FILE, line N", and its columns
@@ -79,13 +80,13 @@ def existing(path: str) -> Path:
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", the line without its end)."""
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(lines(DiskPath(path)), 1):
         yield f"{path}, line {number}", line.removesuffix("\n").removesuffix("\r")
 
 
 def read_json(path: Path) -> Any:
     """The JSON value of a file, which may be gzipped. Raises UserError where it is not complete."""
-    return parse_json("".join(lines(path)), path)
+    return parse_json("".join(lines(DiskPath(path))), path)
 
 
 def hub_rows(place: str) -> Iterator[Record]:
@@ -124,7 +125,7 @@ def _parallel(paths: list[Path], columns: tuple[str, ...]) -> Iterator[Record]:
         )
     for number, row in enumerate(zip_longest(*map(text_lines, paths)), 1):
         if None in row:
-            counts = ", ".join(f"{path} has {sum(1 for _ in lines(path))}" for path in paths)
+            counts = ", ".join(f"{path} has {sum(1 for _ in lines(DiskPath(path)))}" for path in paths)
             raise UserError(
                 f"parallel files must have equally many lines: {counts}. Line {number} has no partner."
             )

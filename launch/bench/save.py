@@ -21,6 +21,7 @@ from trifold.pretrain.checkpoint.lease import Lease, take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.storage.disk import DiskPath
 
 SAVES = 5
 
@@ -72,7 +73,8 @@ def measure(engine: Engine, config: PretrainRecipe, folder: Path) -> Costs:
     """Real saves of an engine into a run of their own below `folder`, and the newest one read back."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-save-") as made:
-        run, written = Path(made), []
+        run = DiskPath(Path(made))
+        written = []
 
         def heard(event: str, **facts: Any) -> None:
             if event == "save_committed":

@@ -15,7 +15,7 @@ from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.heartbeat import RankStatus
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.storage import checkpoint_root
 
 LINES = 12  # of a log or a stack
 RANKS = 16  # whose places are listed
@@ -112,7 +112,7 @@ def _waits(stack: list[str]) -> bool:
 
 def _saved(config: AnyRecipe) -> str:
     try:
-        saved = valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
+        saved = valid_folders(checkpoint_root(Path(config.run), config.checkpoints.storage))
     except UserError as refusal:
         return f"What was saved cannot be read: {refusal}."
     return f"Saved: {saved[-1]}." if saved else "No checkpoint was saved yet."

@@ -26,7 +26,7 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint, open_checkpoint, verify
-from trifold.pretrain.checkpoint.lease import COMMIT, checkpoint_root_of_run, newest_generation, valid_folders
+from trifold.pretrain.checkpoint.lease import COMMIT, newest_generation, valid_folders
 from trifold.pretrain.data import prepare as preparation
 from trifold.pretrain.data.corpus import corpus_fingerprint
 from trifold.pretrain.data.rows import Rows
@@ -40,8 +40,8 @@ from trifold.pretrain.monitor.run_folder import log_event, queue_scores, queued_
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import read_checkpoint_model
 from trifold.pretrain.run import shards_folder
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.json_files import read_json_object
+from trifold.pretrain.storage.storage import checkpoint_root
 
 Tasks = dict[str, FinetuneRecipe]  # by name, as they begin from a checkpoint
 
@@ -118,7 +118,7 @@ class Scorer:
 
     def _read(self, name: str) -> tuple[Checkpoint, ModelConfig, dict[str, Tensor]]:
         """A checkpoint, verified, and its model in memory: from here on it may be deleted."""
-        folder = storage.checkpoint_root(self.run, self.config.checkpoints.storage) / "checkpoints" / name
+        folder = checkpoint_root(self.run, self.config.checkpoints.storage) / "checkpoints" / name
         try:
             verify(folder)
             checkpoint = open_checkpoint(folder)
@@ -150,7 +150,8 @@ def score_here(config: PretrainRecipe, tasks: Tasks) -> None:
     """Score the last checkpoint in this process, which has trained it. What goes wrong is told, and ends
     nothing.
     """
-    run, name = Path(config.run), valid_folders(checkpoint_root_of_run(Path(config.run)))[-1].name
+    run = Path(config.run)
+    name = valid_folders(checkpoint_root(run, config.checkpoints.storage))[-1].name
     if name not in scored_checkpoints(run):
         try:
             queue_scores(run, Scorer(config, tasks, config.cluster.threads(1)).score(name))
@@ -169,9 +170,8 @@ def join(config: PretrainRecipe) -> None:
     """
     run = Path(config.run)
     if queued_scores(run):
-        with closing(
-            Recorder(run, RankInfo(0, 1, 0, "cpu", None, 1), newest_generation(checkpoint_root_of_run(run)))
-        ) as recorder:
+        generation = newest_generation(checkpoint_root(run, config.checkpoints.storage))
+        with closing(Recorder(run, RankInfo(0, 1, 0, "cpu", None, 1), generation)) as recorder:
             recorder.take_queued_scores()
 
 

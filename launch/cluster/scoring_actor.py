@@ -22,8 +22,9 @@ from trifold.launch.cluster.capacity import Reclaimable
 from trifold.launch.cluster.scorer import Scorer, Tasks, why
 from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.launch.watch.progress import appended
-from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run, valid_folders
+from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.monitor.run_folder import log_event, queue_scores, scored_checkpoints
+from trifold.pretrain.storage.storage import checkpoint_root
 
 ROOM = 30.0  # seconds until it is told that the scorer finds no room
 TRIES = 3  # of one checkpoint, where the scorer's process dies
@@ -36,7 +37,8 @@ class BackgroundScorer:
 
     def __init__(self, config: PretrainRecipe, tasks: Tasks) -> None:
         self.config, self.tasks, self.folder = config, tasks, Path(config.run)
-        found = [folder.name for folder in valid_folders(checkpoint_root_of_run(self.folder))]
+        root = checkpoint_root(self.folder, config.checkpoints.storage)
+        found = [folder.name for folder in valid_folders(root)]
         self._newest = next(
             (name for name in found[-1:] if name not in scored_checkpoints(self.folder)), None
         )  # to be scored

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trifold.finetune.evaluation.model_selection import best_step
+from trifold.launch.recipe.reader import checkpoint_root_of_run
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.block import Attention
 from trifold.modeling.config import Generation, ModelConfig
@@ -22,7 +23,6 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.recurrent.stack import Alignment
 from trifold.modeling.transformer import Transformer, build
-from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
@@ -44,9 +44,9 @@ class Map(NamedTuple):
 
 def opened(run: Path) -> Transformer:
     """The model that was scored: of the best checkpoint, or of pretraining's newest one."""
-    model_config, state = read_checkpoint_model(
-        find_checkpoint(run, lambda event, **facts: None, best_step(checkpoint_root_of_run(run)))
-    )
+    root = checkpoint_root_of_run(run)
+    source = find_checkpoint(run, lambda event, **facts: None, best_step(root), root)
+    model_config, state = read_checkpoint_model(source)
     model = Transformer(model_config).eval()
     model.load_state_dict(state)
     return model

@@ -31,6 +31,7 @@ from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.publish.verify import verify
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -163,7 +164,7 @@ def _published(run: Path, prompt: str, console: Console) -> tuple[Path, str]:
     def tell(event: str, **facts: Any) -> None:
         console.print(EVENTS[event].format_map(facts), style="dim", markup=False, highlight=False)
 
-    out = publish(run, run / "published", on_event=tell, checkpoint=best_step(run))
+    out = publish(run, run / "published", on_event=tell, checkpoint=best_step(DiskPath(run)))
     report = verify(out)
     [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
     console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)

@@ -19,8 +19,8 @@ from trifold.pretrain.checkpoint.checkpoint import read_marker
 from trifold.pretrain.checkpoint.lease import newest_generation, valid_folders
 from trifold.pretrain.data.stages import ResolvedStage, locate_step, resolve_stages
 from trifold.pretrain.engine.optimizer import lr_factor
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.jsonl import read_lines
+from trifold.pretrain.storage.storage import checkpoint_root
 
 
 class Change(NamedTuple):
@@ -116,7 +116,7 @@ def reconcile_run_folder(config: AnyRecipe) -> list[Change]:
     """
     file = Path(config.run) / "config.yaml"
     changes: list[Change] = []
-    home = storage.checkpoint_root(file.parent, config.checkpoints.storage)
+    home = checkpoint_root(file.parent, config.checkpoints.storage)
     made = (file.parent / "tokenizer").exists()  # first; before it, nothing here depends on the recipe
     steps = max((record["step"] for record in read_lines(file.parent / "metrics.jsonl")), default=0)
     if not (made and steps) and (

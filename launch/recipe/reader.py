@@ -17,6 +17,8 @@ from trifold.launch.recipe.errors import show_value, validate
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe, R, S
 from trifold.modeling.config import Settings
 from trifold.modeling.errors import UserError
+from trifold.pretrain.storage.storage import checkpoint_root
+from trifold.pretrain.storage.storage_path import StoragePath
 
 CLONE = Path(__file__).resolve().parents[2]  # recipes are found from here too, wherever the command runs
 
@@ -49,6 +51,15 @@ def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """The recipe of a file, of whichever kind it is: one with a `task` fine-tunes."""
     values, _ = _read(_find_recipe(Path(path)), ())
     return resolve(path, overrides, FinetuneRecipe) if "task" in values else resolve(path, overrides)
+
+
+def checkpoint_root_of_run(run: Path) -> StoragePath:
+    """Where the run of a folder keeps its checkpoints: as its config.yaml says, in the folder where it has
+    none.
+    """
+    file = run / "config.yaml"
+    storage = resolve_any(file).checkpoints.storage if file.exists() else None
+    return checkpoint_root(run, storage)
 
 
 def apply_overrides(standing: S, overrides: list[str]) -> S:

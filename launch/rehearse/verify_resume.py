@@ -30,6 +30,7 @@ from trifold.launch.rehearse.processes import Ranks, Train
 from trifold.modeling.errors import UserError
 from trifold.pretrain import run as pretraining
 from trifold.pretrain.checkpoint.lease import newest_generation
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import read_lines
 
 EVERY = 3  # steps between saves, and between evaluations
@@ -186,7 +187,7 @@ def _prepare(config: AnyRecipe, console: Console) -> None:
 def _trained(config: AnyRecipe, leg: Leg, straight: Path) -> str:
     """One attempt, to its end or its kill; where that fell. Raises UserError where it ended otherwise."""
     run = Path(config.run)
-    generation, log = newest_generation(run) + 1, run / "ranks.log"
+    generation, log = newest_generation(DiskPath(run)) + 1, run / "ranks.log"
     with Ranks(config, TRAIN[config.command], leg.workers, log) as ranks:
         if leg.moment is not None:
             while ranks.alive and not _reached(leg, run, generation):
@@ -243,7 +244,7 @@ def _began(run: Path) -> int:
     return max(
         (
             event["step"]
-            for event in _of(run, "events", newest_generation(run))
+            for event in _of(run, "events", newest_generation(DiskPath(run)))
             if event["event"] == "resumed"
         ),
         default=0,

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from trifold.launch.recipe.reader import checkpoint_root_of_run
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
-from trifold.pretrain.checkpoint.lease import checkpoint_root_of_run, valid_folders
+from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.storage.jsonl import read_lines
 
 EVENTS = {

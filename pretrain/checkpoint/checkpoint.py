@@ -26,9 +26,8 @@ from torch import Tensor
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.lease import COMMIT, all_folders, is_valid, parse_folder_name
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.safetensors_file import SafetensorsFile
-from trifold.pretrain.storage.storage import Location
+from trifold.pretrain.storage.storage_path import FileDigest, StoragePath
 
 OnEvent = Callable[..., None]  # on_event(kind, **facts), also called from the saving thread
 
@@ -59,7 +58,7 @@ class CorruptCheckpoint(Exception):
 class Checkpoint:
     """A committed checkpoint, open for range reads, whatever world size wrote it."""
 
-    def __init__(self, folder: Location, record: dict[str, Any], manifests: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: StoragePath, record: dict[str, Any], manifests: list[dict[str, Any]]) -> None:
         self.folder, self.record = folder, record
         self.state = CheckpointState(
             **record["state"] | {"skips": [(first, last) for first, last in record["state"]["skips"]]}
@@ -110,7 +109,7 @@ class Checkpoint:
         return self._files[file]
 
 
-def newest_verified(run: Location, on_event: OnEvent) -> Checkpoint | None:
+def newest_verified(run: StoragePath, on_event: OnEvent) -> Checkpoint | None:
     """The newest checkpoint that counts and whose every byte verifies; None when nothing was ever committed.
 
     Each newer one that was passed over is reported: on_event("checkpoint_rejected", checkpoint, file,
@@ -142,7 +141,7 @@ def newest_verified(run: Location, on_event: OnEvent) -> Checkpoint | None:
     return None
 
 
-def verify(folder: Location) -> None:
+def verify(folder: StoragePath) -> None:
     """Read every file of a checkpoint and compare sizes and sha256 with its marker. Raises Damaged."""
     files = read_marker(folder)["files"]
     for file, expected in files.items():
@@ -158,7 +157,7 @@ def verify(folder: Location) -> None:
                 )
 
 
-def open_checkpoint(folder: Location) -> Checkpoint:
+def open_checkpoint(folder: StoragePath) -> Checkpoint:
     """Open a checkpoint that was verified elsewhere: marker and manifests are checked here again, tensors by
     their size alone.
     """
@@ -180,7 +179,7 @@ def render_marker(record: dict[str, Any]) -> bytes:
     return json.dumps(record | {"sha256": digest}, indent=1).encode()
 
 
-def read_marker(folder: Location) -> dict[str, Any]:
+def read_marker(folder: StoragePath) -> dict[str, Any]:
     """A checkpoint's record. Raises Damaged when it is missing or was changed in any bit."""
     try:
         content = (folder / COMMIT).read_bytes()
@@ -235,16 +234,16 @@ def merge_manifests(manifests: list[dict[str, Any]]) -> dict[str, list[dict[str,
     return slices
 
 
-def _measure(path: Location) -> storage.FileDigest:
+def _measure(path: StoragePath) -> FileDigest:
     try:
-        return storage.measure(path)
+        return path.measure()
     except OSError as error:  # deleted meanwhile by a group that was cut off, or the disk fails
         raise CorruptCheckpoint(path.name, f"it cannot be read: {error.strerror}") from error
 
 
-def _check_size(path: Location, expected: int) -> None:
+def _check_size(path: StoragePath, expected: int) -> None:
     try:
-        found = storage.size(path)
+        found = path.size()
     except FileNotFoundError:
         raise CorruptCheckpoint(path.name, "missing") from None
     if found != expected:

@@ -19,15 +19,13 @@ import re
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-import yaml
+from typing import TypeVar
 
 from trifold.modeling.errors import UserError
-from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.storage import Location
+from trifold.pretrain.storage.storage_path import StoragePath
 
 COMMIT = "commit.json"  # the marker
+P = TypeVar("P", bound=StoragePath)
 
 
 class Superseded(UserError):
@@ -38,7 +36,7 @@ class Superseded(UserError):
 class Lease:
     """One attempt's right to commit checkpoints of a run, held by all its ranks."""
 
-    run: Location
+    run: StoragePath
     generation: int
 
     def check(self) -> None:
@@ -54,61 +52,50 @@ class Lease:
             )
 
 
-def checkpoint_root_of_run(run: Path) -> Location:
-    """Where the run of a folder keeps lease/ and checkpoints/, as its config.yaml says (storage.home)."""
-    file = run / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return storage.checkpoint_root(run, config.get("checkpoints", {}).get("storage"))
-
-
-def take_generation(run: Location) -> Lease:
+def take_generation(run: StoragePath) -> Lease:
     """Take the run's next generation: exactly one process gets each number, and no earlier generation commits
     afterwards.
     """
     folder = run / "lease"
-    storage.make_folder(folder)
+    folder.make_folder()
     facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     generation = newest_generation(run) + 1
-    while not storage.create(
-        folder / f"{generation:06d}", json.dumps({"generation": generation, **facts}).encode()
-    ):
+    while not (folder / f"{generation:06d}").create(json.dumps({"generation": generation, **facts}).encode()):
         generation += 1
     for earlier in range(1, generation):  # one that died between claiming and closing left it to us
         if not _closing_file(run, earlier).exists():
             names = [
                 path.name for path in _folders_with_marker(run) if parse_folder_name(path.name)[0] == earlier
             ]
-            storage.create(_closing_file(run, earlier), json.dumps(names).encode())
+            _closing_file(run, earlier).create(json.dumps(names).encode())
     return Lease(run, generation)
 
 
-def newest_generation(run: Location) -> int:
+def newest_generation(run: StoragePath) -> int:
     """The highest generation that was claimed; 0 for a run that never began."""
-    return max(
-        (int(path.name) for path in storage.entries(run / "lease") if path.name.isdecimal()), default=0
-    )
+    return max((int(path.name) for path in (run / "lease").entries() if path.name.isdecimal()), default=0)
 
 
-def valid_folders(run: Location) -> list[Location]:
+def valid_folders(run: P) -> list[P]:
     """The checkpoint folders that count, oldest first: by generation, then by step (a later generation may
     have gone back).
     """
     return [path for path in _folders_with_marker(run) if is_valid(path)]
 
 
-def is_valid(folder: Location) -> bool:
+def is_valid(folder: StoragePath) -> bool:
     """Whether a marked checkpoint folder counts: false when its generation was closed without it."""
     closed = _closing_file(folder.parent.parent, parse_folder_name(folder.name)[0])
     return not closed.exists() or folder.name in json.loads(closed.read_text())
 
 
-def all_folders(run: Location) -> list[Location]:
+def all_folders(run: P) -> list[P]:
     """All checkpoint folders, whole or not, oldest first."""
-    found = (path for path in storage.entries(run / "checkpoints") if _NAME.fullmatch(path.name))
+    found = (path for path in (run / "checkpoints").entries() if _NAME.fullmatch(path.name))
     return sorted(found, key=lambda path: parse_folder_name(path.name))
 
 
-def checkpoint_folder(run: Location, step: int, generation: int) -> Location:
+def checkpoint_folder(run: P, step: int, generation: int) -> P:
     """Where a generation writes the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}-g{generation:04d}"
 
@@ -123,9 +110,9 @@ def parse_folder_name(name: str) -> tuple[int, int]:
 _NAME = re.compile(r"step-(\d{8,})-g(\d{4,})")
 
 
-def _folders_with_marker(run: Location) -> list[Location]:
+def _folders_with_marker(run: P) -> list[P]:
     return [path for path in all_folders(run) if (path / COMMIT).exists()]
 
 
-def _closing_file(run: Location, generation: int) -> Location:
+def _closing_file(run: StoragePath, generation: int) -> StoragePath:
     return run / "lease" / f"{generation:06d}.closed"

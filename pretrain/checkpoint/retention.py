@@ -8,15 +8,15 @@ saving thread).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from trifold.pretrain.checkpoint.checkpoint import CorruptCheckpoint, OnEvent, read_marker, verify
-from trifold.pretrain.checkpoint.lease import COMMIT, Lease, all_folders, parse_folder_name, valid_folders
+from trifold.pretrain.checkpoint.lease import COMMIT, Lease, P, all_folders, parse_folder_name, valid_folders
 from trifold.pretrain.config.training import CheckpointConfig
-from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.storage import Location
+from trifold.pretrain.storage.storage_path import StoragePath
 
 
-def folders_to_keep(found: list[tuple[Location, int, float | None]], keep: CheckpointConfig) -> set[Location]:
+def folders_to_keep(found: Sequence[tuple[P, int, float | None]], keep: CheckpointConfig) -> set[P]:
     """The folders that stay, of (folder, step, held-out loss) oldest first: the last ones, each multiple, the
     best one.
     """
@@ -50,7 +50,7 @@ def retain(lease: Lease, keep: CheckpointConfig, on_event: OnEvent) -> None:
     # after this, a new generation closes ours with `newest` in it: it has a checkpoint whatever we delete
     lease.check()
     for folder in doomed:
-        storage.remove_folder(folder, COMMIT)
+        folder.remove_folder(COMMIT)
         on_event("checkpoint_deleted", checkpoint=folder.name)
 
 
@@ -62,11 +62,11 @@ def sweep(lease: Lease, step: int, on_event: OnEvent) -> None:
     counting = set(valid_folders(lease.run))
     for folder in all_folders(lease.run):
         if folder not in counting and parse_folder_name(folder.name) < (lease.generation, step):
-            storage.remove_folder(folder, COMMIT)
+            folder.remove_folder(COMMIT)
             on_event("checkpoint_swept", checkpoint=folder.name)
 
 
-def _selection_loss(folder: Location) -> float | None:
+def _selection_loss(folder: StoragePath) -> float | None:
     try:
         state = read_marker(folder)["state"]
     except CorruptCheckpoint:  # not the best of anything; reading it for a resume says what is wrong

@@ -36,9 +36,8 @@ from trifold.pretrain.checkpoint.retention import retain, sweep
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.monitor import heartbeat
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.safetensors_file import file_buffers
-from trifold.pretrain.storage.storage import Location
+from trifold.pretrain.storage.storage_path import StoragePath
 
 PERMANENT_ERRORS = (
     errno.ENOSPC,
@@ -164,12 +163,12 @@ class Checkpointer:
                     reason=self._reason(error, folder, size),
                 )
 
-    def _reason(self, error: Exception, folder: Location, size: int) -> str:
+    def _reason(self, error: Exception, folder: StoragePath, size: int) -> str:
         if isinstance(error, Superseded):
             self._superseded = error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(str(self.lease.run)).free + sum(
-                storage.size(path) for path in self._is_own_folder(folder)
+                path.size() for path in self._is_own_folder(folder)
             )
             return f"the disk of {self.lease.run} is full: this rank's part needs {size} bytes, {free} are free; the checkpoint before stays"
         if _is_permanent(error):
@@ -183,35 +182,35 @@ class Checkpointer:
             return str(error)
         return "".join(traceback.format_exception(error))
 
-    def _clear_away(self, folder: Location, reason: str) -> None:
+    def _clear_away(self, folder: StoragePath, reason: str) -> None:
         """Free the disk of a failed save. Rank 0 ends it; another rank leaves a note, so that rank 0 need not
         wait for its timeout.
 
         A manifest is a promise, which rank 0 may be committing by now: what failed after it changes nothing.
         """
         if self.rank == 0 and not (folder / COMMIT).exists():
-            storage.remove_folder(folder, COMMIT)
+            folder.remove_folder(COMMIT)
         elif self.rank != 0 and not (folder / _file(self.rank, "json")).exists():
             for path in self._is_own_folder(folder):
-                path.unlink(missing_ok=True)
-            (folder / _file(self.rank, "failed")).write_text(reason)
+                path.remove()
+            (folder / _file(self.rank, "failed")).replace(reason.encode())
 
-    def _is_own_folder(self, folder: Location) -> list[Location]:
-        return [path for path in storage.entries(folder) if f"rank-{self.rank:05d}" in path.name]
+    def _is_own_folder(self, folder: StoragePath) -> list[StoragePath]:
+        return [path for path in folder.entries() if f"rank-{self.rank:05d}" in path.name]
 
 
-def write_rank(folder: Location, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
+def write_rank(folder: StoragePath, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
     """Write a rank's tensors and then, in one stroke, its manifest."""
     for name, piece in slices.items():
         assert len({tensor.numel() for tensor in piece.tensors.values()}) == 1, (
             f"{name}: its tensors differ in length"
         )
-    storage.make_folder(folder)
+    folder.make_folder()
     file = _file(rank, "safetensors")
     tensors = {
         f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()
     }
-    written = storage.write(folder / file, _ReportingBuffers(file_buffers(tensors)))
+    written = (folder / file).write(_ReportingBuffers(file_buffers(tensors)))
     manifest = {
         "generation": lease.generation,
         "world": world,
@@ -228,7 +227,7 @@ def write_rank(folder: Location, lease: Lease, rank: int, world: int, slices: di
         }
         for name, piece in slices.items()
     }
-    storage.replace(folder / _file(rank, "json"), json.dumps(manifest).encode())
+    (folder / _file(rank, "json")).replace(json.dumps(manifest).encode())
 
 
 class _ReportingBuffers(list[memoryview]):
@@ -243,7 +242,12 @@ class _ReportingBuffers(list[memoryview]):
 
 
 def commit(
-    folder: Location, lease: Lease, world: int, state: CheckpointState, origin: dict[str, Any], timeout: float
+    folder: StoragePath,
+    lease: Lease,
+    world: int,
+    state: CheckpointState,
+    origin: dict[str, Any],
+    timeout: float,
 ) -> int:
     """Wait for all manifests, see that they cover every parameter exactly once, and write the marker. Returns
     the tensor files' bytes.
@@ -275,7 +279,7 @@ def commit(
     }
     marker = render_marker(record)
     lease.check()
-    storage.replace(folder / COMMIT, marker)
+    (folder / COMMIT).replace(marker)
     lease.check()  # it may have come too late to count
     return total
 
@@ -301,10 +305,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _is_permanent(error: Exception) -> bool:
-    return getattr(error, "lasting", False) or getattr(error, "errno", None) in PERMANENT_ERRORS
+    return getattr(error, "permanent", False) or getattr(error, "errno", None) in PERMANENT_ERRORS
 
 
-def _wait_for_manifest(manifest: Location, failed: Location, deadline: float, timeout: float) -> bytes:
+def _wait_for_manifest(manifest: StoragePath, failed: StoragePath, deadline: float, timeout: float) -> bytes:
     pause = 0.02
     while not manifest.exists():
         if failed.exists():

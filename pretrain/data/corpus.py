@@ -20,15 +20,12 @@ from glob import escape, glob, has_magic
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.pretraining import SourceConfig
-from trifold.pretrain.storage import storage
-from trifold.pretrain.storage.storage import Location
-
-if TYPE_CHECKING:
-    from trifold.pretrain.storage.object_store import ObjectPath
+from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.storage import location
+from trifold.pretrain.storage.storage_path import StoragePath
 
 _KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -57,16 +54,16 @@ def documents(source: SourceConfig) -> Iterator[str]:
         )
 
 
-def corpus_files(source: SourceConfig) -> list[Location]:
+def corpus_files(source: SourceConfig) -> list[StoragePath]:
     """The files a path or URL names, sorted: itself, those that match the glob, or all of a known kind below
     the folder.
     """
-    path = storage.location(str(source.path))
-    if not isinstance(path, Path):
-        return _objects(path)
-    path = path.expanduser()
+    named = location(str(source.path))
+    if not isinstance(named, DiskPath):
+        return _objects(named)
+    path = named.path.expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and _kind(p) in _KINDS]
+        found = [p for p in path.rglob("*") if p.is_file() and _kind(DiskPath(p)) in _KINDS]
         if not found:
             raise UserError(
                 f"the folder {path} has no file that ends in .txt, .jsonl or .parquet (also with .gz): name"
@@ -82,18 +79,18 @@ def corpus_files(source: SourceConfig) -> list[Location]:
             )
     else:
         raise UserError(f"there is no file or folder {path} (looked from {Path.cwd()})")
-    return sorted(found)
+    return [DiskPath(file) for file in sorted(found)]
 
 
-def _objects(path: ObjectPath) -> list[Location]:
+def _objects(path: StoragePath) -> list[StoragePath]:
     if has_magic(path.name):
         found = [
             each
-            for each in path.parent.below()
+            for each in path.parent.files_below()
             if each.parent == path.parent and fnmatchcase(each.name, path.name)
         ]
     else:
-        found = [path] if path.exists() else [each for each in path.below() if _kind(each) in _KINDS]
+        found = [path] if path.exists() else [each for each in path.files_below() if _kind(each) in _KINDS]
     if not found:
         raise UserError(
             f"no object is named {path}, matches it in its last part, or lies below it and ends in .txt or"
@@ -118,15 +115,11 @@ def corpus_fingerprint(source: SourceConfig) -> str:
     hashes the tokens themselves. A hub set is taken to stay the same under its id.
     """
     read = source.model_dump(exclude={"weight", "path"})
-    stats = [(p.name, *_version(p)) for p in corpus_files(source)] if source.path else []
+    stats = [(p.name, *p.version()) for p in corpus_files(source)] if source.path else []
     return blake2b(json.dumps([read, stats]).encode(), digest_size=16).hexdigest()
 
 
-def _version(path: Location) -> tuple[int, int | str]:
-    return (path.stat().st_size, path.stat().st_mtime_ns) if isinstance(path, Path) else path.version()
-
-
-def _kind(path: Location) -> str:
+def _kind(path: StoragePath) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -136,7 +129,7 @@ def _hub(source: SourceConfig) -> Iterator[str]:
     return _table(where, source, source.hub, source.hub_config, split=source.split)
 
 
-def _file(path: Location, source: SourceConfig) -> Iterator[str]:
+def _file(path: StoragePath, source: SourceConfig) -> Iterator[str]:
     match _kind(path):
         case ".jsonl":
             return _json_lines(path, source.text_column)
@@ -146,7 +139,7 @@ def _file(path: Location, source: SourceConfig) -> Iterator[str]:
             raise UserError(
                 f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)"
             )
-        case ".parquet" if not isinstance(path, Path):
+        case ".parquet" if not isinstance(path, DiskPath):
             raise UserError(
                 f"{path}: Parquet is read from disks alone: copy it to one, or give its text as .jsonl"
             )
@@ -156,7 +149,7 @@ def _file(path: Location, source: SourceConfig) -> Iterator[str]:
             return _plain(path, source.documents)
 
 
-def _plain(path: Location, rule: str) -> Iterator[str]:
+def _plain(path: StoragePath, rule: str) -> Iterator[str]:
     block: list[str] = []
     for line in lines(path):
         if line not in ("\n", "\r\n"):
@@ -173,7 +166,7 @@ def _without_end(lines: list[str]) -> str:
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def _json_lines(path: Location, column: str) -> Iterator[str]:
+def _json_lines(path: StoragePath, column: str) -> Iterator[str]:
     for number, line in enumerate(lines(path), 1):
         if line.isspace():
             continue
@@ -192,7 +185,7 @@ def _json_lines(path: Location, column: str) -> Iterator[str]:
         yield _text(row[column], column, where)
 
 
-def _questions(path: Location) -> Iterator[str]:
+def _questions(path: StoragePath) -> Iterator[str]:
     """Each question of a SQuAD file before its context: text in which a model learns to find the one in the
     other.
     """
@@ -229,12 +222,11 @@ def check_unicode(text: str, where: str, what: str) -> str:
     return text
 
 
-def lines(path: Location) -> Iterator[str]:
+def lines(path: StoragePath) -> Iterator[str]:
     """Lines as they are, ended by "\\n" alone, without a byte order mark."""
     offset = 0
     try:
-        file = path.open("rb") if isinstance(path, Path) else path.stream()
-        with file, gzip.open(file) if path.suffix == ".gz" else file as stream:
+        with path.open() as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
             for raw in stream:
                 if b"\0" in raw:
                     at = offset + raw.index(b"\0")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.atomic import replace_file
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 
@@ -29,8 +29,8 @@ def last_outcome(run: Path) -> str:
 
 def queue_scores(run: Path, scores: dict[str, Any]) -> None:
     """Leave the scores of a checkpoint ("step", "checkpoint", numbers) for whoever writes the metrics."""
-    storage.make_folder(run / "scoring")
-    storage.replace(run / "scoring" / f"{scores['checkpoint']}.json", json.dumps(scores).encode())
+    (run / "scoring").mkdir(exist_ok=True)
+    replace_file(run / "scoring" / f"{scores['checkpoint']}.json", json.dumps(scores))
 
 
 def queued_scores(run: Path) -> list[Path]:

@@ -18,18 +18,26 @@ from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import find_checkpoint
 from trifold.pretrain.storage.atomic import replace_folder
 from trifold.pretrain.storage.json_files import write_json
+from trifold.pretrain.storage.storage_path import StoragePath
 
 
-def publish_adapter(run: Path, out: Path, *, on_event: OnEvent, checkpoint: int | None = None) -> Path:
+def publish_adapter(
+    run: Path,
+    out: Path,
+    *,
+    on_event: OnEvent,
+    checkpoint: int | None = None,
+    root: StoragePath | None = None,
+) -> Path:
     """Write the adapters of a run's newest verified checkpoint, or that of step `checkpoint`, as the folder
-    `out`. Returns `out`.
+    `out`. Returns `out`. `root`: as for `publish`.
 
     Raises UserError where there is no checkpoint, the run trained no adapters or started from no folder, or
     `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
-    source = find_checkpoint(run, on_event, checkpoint)
+    source = find_checkpoint(run, on_event, checkpoint, root)
     recipe, extra = source.state.config, source.state.extra
     base = (recipe.get("model") or {}).get("from")
     if not recipe.get("lora") or base is None:

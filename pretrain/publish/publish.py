@@ -25,7 +25,8 @@ from trifold.pretrain.publish import model_card, published_folder
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.publish.weights import SHARD_BYTES
 from trifold.pretrain.storage.atomic import replace_folder
-from trifold.pretrain.storage.storage import Location
+from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.storage_path import StoragePath
 
 Weights = Literal["ema", "trained"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,9 +41,10 @@ def publish(
     weights: Weights | None = None,
     dtype: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
+    root: StoragePath | None = None,
 ) -> Path:
     """Publish a run's newest verified checkpoint, or that of step `checkpoint`, as the folder `out`. Returns
-    `out`.
+    `out`. `root` is where the run's checkpoints are, if not in its own folder.
 
     `weights` are those of the moving average ("ema", the default where the checkpoint has them) or the
     "trained" ones. A newer checkpoint that does not verify is reported to `on_event`. Raises UserError where
@@ -52,7 +54,7 @@ def publish(
     out = out.absolute()  # "." has no name to put a hidden folder beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
-    source = find_checkpoint(run, on_event, checkpoint)
+    source = find_checkpoint(run, on_event, checkpoint, root)
     weights = choose_weights(source, weights)
     try:
         with replace_folder(out, overwrite=False) as folder:
@@ -68,11 +70,13 @@ def publish(
     return out
 
 
-def find_checkpoint(run: Path, on_event: OnEvent, step: int | None) -> Checkpoint:
+def find_checkpoint(
+    run: Path, on_event: OnEvent, step: int | None, root: StoragePath | None = None
+) -> Checkpoint:
     """The verified checkpoint of a step, or the newest one that verifies. Raises UserError where there is
     none.
     """
-    root = lease.checkpoint_root_of_run(run)
+    root = root or DiskPath(run)
     if step is not None:
         return checkpoints.open_checkpoint(verified_folder_of_step(root, step))
     source = checkpoints.newest_verified(root, on_event)
@@ -84,7 +88,7 @@ def find_checkpoint(run: Path, on_event: OnEvent, step: int | None) -> Checkpoin
     return source
 
 
-def verified_folder_of_step(root: Location, step: int) -> Location:
+def verified_folder_of_step(root: StoragePath, step: int) -> StoragePath:
     """The committed checkpoint of a step (of the last generation that saved one), its content verified.
     Raises UserError where there is none, or it is damaged.
     """

@@ -23,7 +23,7 @@ from trifold.modeling.huggingface import decoding, export, restore
 from trifold.modeling.huggingface.generation import write_generation
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import weights
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 RECORD, CARD, CONFIG, GENERATION = "trifold.json", "README.md", "config.json", "generation_config.json"
@@ -134,7 +134,7 @@ def recorded_config(record: Mapping[str, Any]) -> ModelConfig:
 def measure(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file but trifold.json and the model card, which people edit."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (RECORD, CARD))
-    return {path.name: storage.measure(path)._asdict() for path in files}
+    return {path.name: DiskPath(path).measure()._asdict() for path in files}
 
 
 def _generation_fields(

@@ -25,6 +25,7 @@ from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.lora_adapter import publish_adapter
 from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import read_json_object, write_json
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -86,7 +87,10 @@ def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_clas
     lines = read_lines(Path(config.run) / "predictions.jsonl")
     assert len(lines) == found["examples"] == 60 and lines[0]["prediction"] == lines[0]["references"]
     out = publish(
-        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+        Path(config.run),
+        tmp_path / "out",
+        on_event=no_event,
+        checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published_folder.CARD).read_text()
     pipeline = pytest.importorskip("transformers").pipeline(
@@ -110,7 +114,12 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
     run_processes(2, trained, config, timeout=400)  # ZeRO-3 on a busy machine
     found = scores_of(config)
     assert found["scores"]["bleu"] > 40 > 2 * found["trivial"]["scores"]["bleu"]
-    publish(Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run)))
+    publish(
+        Path(config.run),
+        tmp_path / "out",
+        on_event=no_event,
+        checkpoint=best_step(DiskPath(Path(config.run))),
+    )
 
 
 def _each(place: RankInfo, configs: list[FinetuneConfig]) -> None:
@@ -162,7 +171,7 @@ def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_be
         run_processes(2, killed_at, broken, 13)
     run_processes(2, trained, broken)
     assert metrics(straight) == metrics(broken) and len(metrics(straight)) == 20 * 3 + 5 * 2
-    assert best_step(Path(straight.run)) == best_step(Path(broken.run))
+    assert best_step(DiskPath(Path(straight.run))) == best_step(DiskPath(Path(broken.run)))
     assert scores_of(straight) == scores_of(broken)
 
 
@@ -221,7 +230,7 @@ def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Pat
     assert sum("b: " in text for text in said) == 16
     run_processes(2, trained, config)
     [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*4-*")
-    before, after = published_folder.load_model(folder)[1], open_checkpoint(checkpoint)
+    before, after = published_folder.load_model(folder)[1], open_checkpoint(DiskPath(checkpoint))
     moved = {name: not torch.equal(before[name], after.full(name)) for name in before}
     assert not moved["embed.weight"] and not moved["encoder.blocks.0.mlp.f.up.weight"]
     assert moved["encoder.blocks.1.mlp.f.up.weight"] and moved["decoder.blocks.0.mlp.f.up.weight"]
@@ -237,7 +246,7 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
     run_processes(2, trained, config)
     found, run = scores_of(config), Path(config.run)
     assert found["scores"]["f1"] > 50 > found["trivial"]["scores"]["f1"]
-    out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(run))
+    out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(DiskPath(run)))
     before, after = published_folder.load_model(folder)[1], published_folder.load_model(out)[1]
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert moved == {
@@ -245,7 +254,7 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
         for i in range(2)
         for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")
     }
-    peft = publish_adapter(run, tmp_path / "peft", on_event=no_event, checkpoint=best_step(run))
+    peft = publish_adapter(run, tmp_path / "peft", on_event=no_event, checkpoint=best_step(DiskPath(run)))
     settings = json.loads((peft / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder) and settings["modules_to_save"] == [
         "classifier"

@@ -14,6 +14,7 @@ from trifold.finetune.run import prepare, train
 from trifold.modeling.errors import UserError
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.publish.publish import publish
+from trifold.pretrain.storage.disk import DiskPath
 
 pytestmark = pytest.mark.proof
 TEXT = "Mr Ada sees Bob. In Cleo we know Dan. Mr Eve likes Finn, yes."
@@ -79,7 +80,7 @@ def test_every_cell_trains_and_publishes_verified(cell: str, family: str, tmp_pa
         tmp_path / "run",
         tmp_path / "out",
         on_event=lambda event, **facts: None,
-        checkpoint=best_step(tmp_path / "run"),
+        checkpoint=best_step(DiskPath(tmp_path / "run")),
     )
     assert json.loads((out / "config.json").read_text())["architectures"] == [CELLS[cell, family]]
 

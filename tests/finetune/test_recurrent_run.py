@@ -21,6 +21,7 @@ from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.publish.verify import verify
+from trifold.pretrain.storage.disk import DiskPath
 
 ALONE = RankInfo(0, 1, 0, "cpu", None, 1)
 
@@ -61,7 +62,10 @@ def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: 
     found = scores_of(config)
     assert found["scores"]["bleu"] > 60 > 3 * found["trivial"]["scores"]["bleu"]
     out = publish(
-        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+        Path(config.run),
+        tmp_path / "out",
+        on_event=no_event,
+        checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert verify(out).ok and "trifold generate" in (out / published_folder.CARD).read_text()
     [said] = predict(LoadedModel(out), ["Mr Ada sees Bob."], Generation(max_new=24, beams=3))
@@ -80,7 +84,10 @@ def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tm
     found = scores_of(config)
     assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
     out = publish(
-        Path(config.run), tmp_path / "out", on_event=no_event, checkpoint=best_step(Path(config.run))
+        Path(config.run),
+        tmp_path / "out",
+        on_event=no_event,
+        checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert verify(out).ok
     said = list(predict(LoadedModel(out), ["Mr Ada sees Bob", "In Ada we see Bob"], Generation()))

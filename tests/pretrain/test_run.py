@@ -19,6 +19,7 @@ from tests.processes import run_processes
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
+from trifold.pretrain import session
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import COMMIT
 from trifold.pretrain.config import pretraining as dials
@@ -28,8 +29,10 @@ from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.run import make_tokenizer, open_rows, prepare, train
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import append_line, read_lines
+from trifold.pretrain.storage.storage import checkpoint_root
+from trifold.pretrain.storage.storage_path import StorageOptions
 from trifold.pretrain.train import micro_seed
 
 OBJECTIVES = {
@@ -147,7 +150,8 @@ def full_from(place: RankInfo, config: PretrainConfig, step: int) -> str:
         ):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    storage.before_write_hook = operation
+    options = StorageOptions(before_write=operation)
+    session.checkpoint_root = lambda run, storage: checkpoint_root(run, storage).with_options(options)
     try:
         train(config, place)
     except UserError as refusal:
@@ -164,7 +168,7 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     )
     assert said.endswith("the checkpoint before stays. Mend that and run the same command again.")
     assert len(losses(config.run)) < 400
-    found = newest_verified(Path(config.run), lambda *_, **__: None)
+    found = newest_verified(DiskPath(Path(config.run)), lambda *_, **__: None)
     assert found is not None and found.state.step == 4
 
 
@@ -254,7 +258,7 @@ def _trained_until(place: RankInfo, config: PretrainConfig, stop: int) -> None:
 
 def state_of(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint holds of weights, moments and averages."""
-    found = newest_verified(Path(config.run), lambda event, **facts: None)
+    found = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
     assert found is not None and found.state.step == config.steps
     return {f"{name} {key}": found.full(name, key) for name in found.names for key in found.keys(name)}
 
@@ -359,7 +363,7 @@ def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
     config = recipe(tmp_path, "stopped")
     prepare(config, 1, quiet)
     run_processes(1, _trained_until, config, 3)
-    checkpoint = newest_verified(Path(config.run), lambda event, **facts: None)
+    checkpoint = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
     assert checkpoint is not None and checkpoint.state.step == 3
     assert read_lines(Path(config.run) / "events.jsonl")[-1]["event"] == "stopped"
 
@@ -393,7 +397,7 @@ def test_too_many_nonfinite_steps_stop_the_run_naming_step_and_rows(tmp_path: Pa
         event for event in read_lines(Path(config.run) / "events.jsonl") if event["event"] == "bad_step"
     ]
     assert [event["rows"] for event in skipped] == [[30, 35], [36, 41]]
-    checkpoint = newest_verified(Path(config.run), lambda event, **facts: None)
+    checkpoint = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
     assert checkpoint is not None and checkpoint.state.step == 4
     assert all(torch.isfinite(checkpoint.full(name)).all() for name in checkpoint.names)
 

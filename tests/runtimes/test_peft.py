@@ -17,6 +17,7 @@ from trifold.pretrain.checkpoint.checkpoint import CheckpointState
 from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish.lora_adapter import publish_adapter
+from trifold.pretrain.storage.disk import DiskPath
 
 peft = pytest.importorskip("peft", reason="pip install 'trifold[runtimes]'")
 transformers = pytest.importorskip("transformers")
@@ -48,8 +49,8 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
             parameter.normal_(generator=torch.Generator().manual_seed(0))
 
     tokenizer().save(run / "tokenizer", shape.family)
-    run_lease = lease.take_generation(run)
-    folder = lease.checkpoint_folder(run, 1, run_lease.generation)
+    run_lease = lease.take_generation(DiskPath(run))
+    folder = lease.checkpoint_folder(DiskPath(run), 1, run_lease.generation)
     write_rank(
         folder,
         run_lease,

@@ -20,6 +20,7 @@ from tests.hosts import Hosts
 from tests.launch.jobs.test_jobs import step, until, write_recipe
 from trifold.pretrain.checkpoint.lease import all_folders, is_valid
 from trifold.pretrain.monitor import heartbeat
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import read_lines
 
 OBJECTIVES = [
@@ -146,7 +147,7 @@ def test_a_lost_host_costs_no_row_and_a_returned_one_is_used_again(
         (run / "stop").touch()
         assert driver.wait(60) == 143
     _say(run, way, gone)
-    assert all(is_valid(folder) for folder in all_folders(run) if (folder / "commit.json").exists())
+    assert all(is_valid(folder) for folder in all_folders(DiskPath(run)) if (folder / "commit.json").exists())
     mine = losses(run)
     straight = undisturbed(recipe, max(mine))
     assert [mine[step][1] for step in sorted(mine)] == [straight[step][1] for step in sorted(mine)]

@@ -26,6 +26,7 @@ from tests.hosts import Hosts, missing
 from trifold.launch.jobs.jobs import Jobs
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.lease import valid_folders
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import append_line, read_lines
 
 RECIPE = {
@@ -131,7 +132,7 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
     stopped = trifold(hosts, "stop", "run-left")
     assert stopped.returncode == 0, stopped.stderr
     last = step(run)
-    assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and valid_folders(run)[
+    assert read_lines(run / "events.jsonl")[-1]["event"] == "stopped" and valid_folders(DiskPath(run))[
         -1
     ].name.startswith(f"step-{last:08d}")
     assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left").stdout

@@ -20,6 +20,7 @@ from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.data.loader import Loader
 from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import append_line
 
 OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "spans"}
@@ -93,7 +94,7 @@ def verify(config: str, kills: int) -> str:
 
 def other_seed(recipe: Any, place: RankInfo) -> None:
     """Training whose continuation is broken: dropout and rows are drawn anew."""
-    resumes = newest_verified(Path(recipe.run), lambda event, **facts: None) is not None
+    resumes = newest_verified(DiskPath(Path(recipe.run)), lambda event, **facts: None) is not None
     trifold.pretrain.run.train(recipe.model_copy(update={"seed": 1}) if resumes else recipe, place)
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,29 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.pretrain.checkpoint.failpoints import killed, note, notes, started, until_paused
+from tests.pretrain.checkpoint.builders import (
+    KEEP_ONE,
+    Events,
+    attempt,
+    new_run,
+    newest_step,
+    nothing,
+    save,
+    save_in,
+    slices_of,
+    state_of,
+    tensors_of,
+)
+from tests.pretrain.checkpoint.failpoints import (
+    is_killed,
+    start_process,
+    wait_until_paused,
+    with_hook,
+)
+from tests.pretrain.checkpoint.races import check_complete, cut_off
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import (
     Checkpoint,
-    CheckpointState,
     CorruptCheckpoint,
     newest_verified,
     open_checkpoint,
@@ -41,131 +58,27 @@ from trifold.pretrain.checkpoint.lease import (
     all_folders,
     checkpoint_folder,
     take_generation,
-    valid_folders,
 )
 from trifold.pretrain.checkpoint.retention import folders_to_keep, retain
 from trifold.pretrain.checkpoint.saving import Checkpointer, commit, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.config.training import CheckpointConfig
-from trifold.pretrain.storage import storage
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.safetensors_file import DTYPES
-from trifold.pretrain.storage.storage import Location
 
-KEEP_ONE, KEEP_TWO = (CheckpointConfig(keep_last=last, keep_best=False) for last in (1, 2))
 EVERY = pytest.mark.parametrize(
     "stride", [7, pytest.param(1, marks=pytest.mark.proof)]
 )  # all failpoints are a proof, some a test
 
 
-def nothing(kind: str, **facts: Any) -> None:
-    """An on_event that nobody reads."""
-
-
-class Events(list[dict[str, Any]]):
-    def __call__(self, kind: str, **facts: Any) -> None:
-        self.append({"kind": kind} | facts)
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self if event["kind"] == kind]
-
-
-def state_of(step: int, heldout_loss: float | None = None) -> CheckpointState:
-    return CheckpointState(
-        step,
-        step * 8,
-        step - 1,
-        [(3, 4)],
-        "fingerprint",
-        {"engine": {"zero_stage": 1}},
-        heldout_loss,
-        {"tokens": 7},
-    )
-
-
-def tensors_of(step: int) -> dict[str, Tensor]:
-    """A little model's numbers, different at each step."""
-    return {
-        "wte.weight": torch.arange(60.0).view(10, 6) + step,
-        "norm.weight": torch.arange(7.0) - step,
-        "scale": torch.tensor(step / 3),
-    }
-
-
-def slices_of(step: int, rank: int, world: int) -> dict[str, Slice]:
-    slices = {}
-    for name, tensor in tensors_of(step).items():
-        low, high = (tensor.numel() * part // world for part in (rank, rank + 1))
-        part = tensor.flatten()[low:high]
-        if part.numel():
-            slices[name] = Slice(
-                low,
-                tuple(tensor.shape),
-                {"fp32": part} if name == "scale" else {"fp32": part, "exp_avg": part * 2},
-            )
-    return slices
-
-
-def save(
-    lease: Lease, step: int, keep: CheckpointConfig = KEEP_TWO, on_event: Any = nothing, world: int = 2
-) -> None:
-    """A save by `world` ranks, in a fixed order: rank 0 last."""
-    folder = checkpoint_folder(lease.run, step, lease.generation)
-    for rank in range(1, world):
-        write_rank(folder, lease, rank, world, slices_of(step, rank, world))
-    checkpointer = Checkpointer(lease, 0, world, keep, on_event, timeout=5)
-    checkpointer.save(state_of(step), slices_of(step, 0, world))
-    checkpointer.wait()
-
-
-def attempt(run: Location, step: int, told: Path) -> None:
-    """A whole attempt in a process of its own: claim, read the newest, save, delete the one before."""
-
-    def on_event(kind: str, **facts: Any) -> None:
-        note(told, kind, facts)
-
-    lease = take_generation(run)
-    newest_verified(run, on_event)
-    save(lease, step, KEEP_ONE, on_event)
-
-
-def save_in(lease: Lease, step: int, told: Path) -> None:
-    """`save` in a process of its own."""
-
-    def on_event(kind: str, **facts: Any) -> None:
-        note(told, kind, facts)
-
-    try:
-        save(lease, step, KEEP_ONE, on_event)
-    except Superseded as error:
-        on_event("superseded", reason=str(error))
-
-
-def step_found(run: Location) -> int:
-    """The step of the newest verified checkpoint, whose content is compared number for number."""
-    found = newest_verified(run, Events())
-    assert found is not None
-    assert found.state == state_of(found.state.step)
-    for name, tensor in tensors_of(found.state.step).items():
-        assert torch.equal(found.full(name), tensor)
-        if name != "scale":
-            assert torch.equal(found.full(name, "exp_avg"), tensor * 2)
-    return found.state.step
-
-
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> DiskPath:
     """A run with a committed checkpoint of step 10 by generation 1, two ranks."""
-    return begun(tmp_path / "run")
+    return new_run(tmp_path / "run")
 
 
-def begun(run: Path) -> Path:
-    run.mkdir()
-    save(take_generation(run), 10)
-    return run
-
-
-def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: Path) -> None:
-    assert step_found(run) == 10
+def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: DiskPath) -> None:
+    assert newest_step(run) == 10
     folder = checkpoint_folder(run, 10, 1)
     assert sorted(os.listdir(folder)) == [
         "commit.json",
@@ -181,7 +94,7 @@ def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: Path) -> Non
         assert stock.keys() == ours.keys() and all(torch.equal(stock[name], ours[name]) for name in ours)
 
 
-def test_a_checkpoint_says_where_it_came_from(run: Path) -> None:
+def test_a_checkpoint_says_where_it_came_from(run: DiskPath) -> None:
     record = read_marker(checkpoint_folder(run, 10, 1))
     assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {
         "python",
@@ -196,46 +109,17 @@ def test_a_checkpoint_says_where_it_came_from(run: Path) -> None:
     assert record["state"]["config"] == {"engine": {"zero_stage": 1}} and record["host"] and record["time"]
 
 
-def left_whole(run: Location, told: Path) -> None:
-    """After an attempt at step 20 that was killed: a verified checkpoint, and nothing that the next save does
-    not sweep away.
-    """
-    lease, kinds = take_generation(run), {event["kind"] for event in notes(told)}
-    assert "save_failed" not in kinds
-    assert step_found(run) == 20 if "save_committed" in kinds else step_found(run) in (10, 20)
-    for folder in valid_folders(run):
-        verify(folder)  # what counts is whole, also while it is being deleted
-    save(lease, 30, KEEP_ONE)
-    assert step_found(run) == 30
-    assert all_folders(run) == [checkpoint_folder(run, 30, lease.generation)]
-
-
-def cut_off(run: Location, process: BaseProcess, pause: Path, told: Path) -> bool:
-    """While a save of step 20 stands at its failpoint the next generation begins, and nothing changes
-    afterwards; whether its marker was written, too late.
-    """
-    take_generation(run)
-    step, counting = step_found(run), valid_folders(run)
-    pause.unlink()
-    process.join(60)
-    assert process.exitcode == 0
-    assert step_found(run) == step
-    assert set(valid_folders(run)) <= set(counting)
-    assert "superseded" in {event["kind"] for event in notes(told)} or step == 20
-    return step == 10 and (checkpoint_folder(run, 20, 1) / COMMIT).exists()
-
-
 @EVERY
 def test_a_process_killed_at_any_file_operation_leaves_a_verified_checkpoint(
     tmp_path: Path, stride: int
 ) -> None:
     for at in itertools.count(0, stride):
-        run, told = begun(tmp_path / str(at)), tmp_path / f"{at}.told"
+        run, told = new_run(tmp_path / str(at)), tmp_path / f"{at}.told"
         write_rank(
             checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
-        died = killed(attempt, run, 20, told, at=at)
-        left_whole(run, told)
+        died = is_killed(attempt, run, 20, told, at=at)
+        check_complete(run, told)
         if not died:
             break
     assert at >= 60, at
@@ -248,9 +132,9 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
 ) -> None:
     late = 0
     for at in itertools.count(0, stride):
-        run, pause, told = begun(tmp_path / str(at)), tmp_path / f"{at}.pause", tmp_path / f"{at}.told"
-        process = started(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
-        if not until_paused(process, pause):
+        run, pause, told = new_run(tmp_path / str(at)), tmp_path / f"{at}.pause", tmp_path / f"{at}.told"
+        process = start_process(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
+        if not wait_until_paused(process, pause):
             break
         late += cut_off(run, process, pause, told)
     assert at >= 40 and late >= 1, (at, late)  # the marker did come too late several times, and never counted
@@ -260,43 +144,43 @@ def test_a_claim_paused_anywhere_while_the_old_group_saves_and_deletes_finds_a_c
     tmp_path: Path,
 ) -> None:
     for at in itertools.count():
-        run, pause = begun(tmp_path / str(at)), tmp_path / f"{at}.pause"
-        process = started(take_generation, run, at=at, pause=pause)
-        if not until_paused(process, pause):
+        run, pause = new_run(tmp_path / str(at)), tmp_path / f"{at}.pause"
+        process = start_process(take_generation, run, at=at, pause=pause)
+        if not wait_until_paused(process, pause):
             break
         with suppress(Superseded):
             save(Lease(run, 1), 20, KEEP_ONE)
         pause.unlink()
         process.join(60)
-        assert step_found(run) in (10, 20)
+        assert newest_step(run) in (10, 20)
     assert at >= 12
 
 
 @EVERY
 def test_a_rank_killed_anywhere_leaves_no_marker_and_the_run_goes_on(tmp_path: Path, stride: int) -> None:
     for at in itertools.count(0, stride):
-        run, events = begun(tmp_path / str(at)), Events()
+        run, events = new_run(tmp_path / str(at)), Events()
         lease = Lease(run, 1)
-        if not killed(write_rank, checkpoint_folder(run, 20, 1), lease, 1, 2, slices_of(20, 1, 2), at=at):
+        if not is_killed(write_rank, checkpoint_folder(run, 20, 1), lease, 1, 2, slices_of(20, 1, 2), at=at):
             break
         checkpointer = Checkpointer(lease, 0, 2, KEEP_ONE, events, timeout=0.05)
         checkpointer.save(state_of(20), slices_of(20, 0, 2))
         checkpointer.wait()
         if events.of("save_failed"):
             assert "rank-00001.json was not there after 0.05 s" in events.of("save_failed")[0]["reason"]
-            assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
+            assert newest_step(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
         else:
-            assert step_found(run) == 20  # it died after its manifest
+            assert newest_step(run) == 20  # it died after its manifest
         save(lease, 30)
-        assert step_found(run) == 30
+        assert newest_step(run) == 30
     assert at >= 15
 
 
-def damages(folder: Path) -> Iterator[tuple[str, str]]:
+def damages(folder: DiskPath) -> Iterator[tuple[str, str]]:
     """Each way to hurt one file of a checkpoint, done and undone; yields the file and what a person should
     read.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.path.iterdir()):
         content = path.read_bytes()
         path.unlink()
         yield path.name, "missing"
@@ -314,7 +198,7 @@ def damages(folder: Path) -> Iterator[tuple[str, str]]:
         path.write_bytes(content)
 
 
-def test_resume_falls_back_from_any_damage_and_names_the_file(run: Path) -> None:
+def test_resume_falls_back_from_any_damage_and_names_the_file(run: DiskPath) -> None:
     save(Lease(run, 1), 20)
     done = 0
     for file, reason in damages(checkpoint_folder(run, 20, 1)):
@@ -327,28 +211,29 @@ def test_resume_falls_back_from_any_damage_and_names_the_file(run: Path) -> None
             events,
         )
         done += 1
-    assert step_found(run) == 20 and done > 300
+    assert newest_step(run) == 20 and done > 300
 
 
-def test_every_byte_of_the_marker_is_guarded(run: Path) -> None:
-    marker = checkpoint_folder(run, 10, 1) / COMMIT
+def test_every_byte_of_the_marker_is_guarded(run: DiskPath) -> None:
+    folder = checkpoint_folder(run, 10, 1)
+    marker = folder.path / COMMIT
     content = marker.read_bytes()
     for at in range(len(content)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << at % 8
         marker.write_bytes(flipped)
         with pytest.raises(CorruptCheckpoint, match=COMMIT):
-            read_marker(marker.parent)
+            read_marker(folder)
 
 
-def test_a_marker_moved_to_another_step_is_damage(run: Path) -> None:
-    checkpoint_folder(run, 10, 1).rename(checkpoint_folder(run, 40, 1))
+def test_a_marker_moved_to_another_step_is_damage(run: DiskPath) -> None:
+    checkpoint_folder(run, 10, 1).path.rename(checkpoint_folder(run, 40, 1).path)
     with pytest.raises(CorruptCheckpoint, match="speaks of step 10"):
         verify(checkpoint_folder(run, 40, 1))
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: Path) -> None:
-    (checkpoint_folder(run, 10, 1) / "rank-00001.safetensors").unlink()
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: DiskPath) -> None:
+    (checkpoint_folder(run, 10, 1) / "rank-00001.safetensors").remove()
     with pytest.raises(
         UserError,
         match=r"none of its 1 checkpoints verifies \(step-00000010-g0001/rank-00001.safetensors: missing\)",
@@ -357,19 +242,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: Path) -
 
 
 def test_a_run_that_never_committed_has_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_verified(tmp_path, Events()) is None
-    write_rank(checkpoint_folder(tmp_path, 10, 1), Lease(tmp_path, 1), 0, 1, slices_of(10, 0, 1))
+    run = DiskPath(tmp_path)
+    assert newest_verified(run, Events()) is None
+    write_rank(checkpoint_folder(run, 10, 1), Lease(run, 1), 0, 1, slices_of(10, 0, 1))
     events = Events()
-    assert newest_verified(tmp_path, events) is None
+    assert newest_verified(run, events) is None
     assert "cut off before its commit" in events[0]["reason"]
 
 
 def test_saving_does_not_hold_up_the_caller_and_the_next_save_waits(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: DiskPath,
 ) -> None:
     gate, events = threading.Event(), Events()
-    monkeypatch.setattr(storage, "before_write_hook", lambda name, path: gate.wait(10))
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
+    slow = with_hook(run, lambda operation, path: gate.wait(10))
+    checkpointer = Checkpointer(Lease(slow, 1), 0, 1, CheckpointConfig(), events)
     began = time.monotonic()
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     assert time.monotonic() - began < 0.1 and not checkpoint_folder(run, 20, 1).exists()
@@ -378,24 +264,24 @@ def test_saving_does_not_hold_up_the_caller_and_the_next_save_waits(
     assert [event["waited"] > 0.2 for event in events.of("save_started")] == [False, True]
     checkpointer.wait()
     assert [event["step"] for event in events.of("save_committed")] == [20, 30]
-    assert events.of("save_committed")[0]["seconds"] > 0.2 and step_found(run) == 30
+    assert events.of("save_committed")[0]["seconds"] > 0.2 and newest_step(run) == 30
 
 
 def test_what_the_caller_changes_after_save_does_not_reach_the_checkpoint(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: DiskPath,
 ) -> None:
     gate, state = threading.Event(), state_of(20)
-    monkeypatch.setattr(storage, "before_write_hook", lambda name, path: gate.wait(10))
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, nothing)
+    slow = with_hook(run, lambda operation, path: gate.wait(10))
+    checkpointer = Checkpointer(Lease(slow, 1), 0, 1, KEEP_ONE, nothing)
     checkpointer.save(state, slices_of(20, 0, 1))
     state.extra["tokens"] = 8
     gate.set()
     checkpointer.wait()
-    assert step_found(run) == 20
+    assert newest_step(run) == 20
 
 
 def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: DiskPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events()
     checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
@@ -406,16 +292,16 @@ def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(
     assert checkpointer.failed == events.of("save_failed")[0]["reason"] and "ZeroDivisionError" in str(
         checkpointer.failed
     )
-    assert step_found(run) == 10
+    assert newest_step(run) == 10
     checkpointer.save(state_of(30), slices_of(30, 0, 1))
     checkpointer.wait()
-    assert checkpointer.failed is None and step_found(run) == 30
+    assert checkpointer.failed is None and newest_step(run) == 30
 
 
 def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: DiskPath,
 ) -> None:
-    lease, failed = Lease(run, 1), 0
+    failed = 0
     for at in itertools.count():
         events, writes = Events(), itertools.count()
 
@@ -423,16 +309,15 @@ def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(
             if name == "write" and next(writes) == at:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        monkeypatch.setattr(storage, "before_write_hook", full)
-        checkpointer = Checkpointer(lease, 0, 1, CheckpointConfig(), events)
+        checkpointer = Checkpointer(Lease(with_hook(run, full), 1), 0, 1, CheckpointConfig(), events)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
         if not events.of("save_failed"):
             break
         failed += 1
         assert "is full: this rank's part needs" in events.of("save_failed")[0]["reason"]
-        assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
-    assert failed >= 5 and step_found(run) == 20
+        assert newest_step(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
+    assert failed >= 5 and newest_step(run) == 20
 
 
 def test_a_really_full_disk_names_needed_and_free_bytes_and_is_left_as_it_was(tmp_path: Path) -> None:
@@ -446,28 +331,27 @@ def test_a_really_full_disk_names_needed_and_free_bytes_and_is_left_as_it_was(tm
     ):
         pytest.skip("mounting a small disk needs root")
     try:
-        run, events = begun(disk / "run"), Events()
+        run, events = new_run(disk / "run"), Events()
         free = os.statvfs(disk).f_bavail
         checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, events)
         checkpointer.save(state_of(20), {"large": Slice(0, (100_000,), {"fp32": torch.zeros(100_000)})})
         checkpointer.wait()
         assert "needs 400000 bytes," in events.of("save_failed")[0]["reason"]
-        assert step_found(run) == 10 and os.statvfs(disk).f_bavail == free
+        assert newest_step(run) == 10 and os.statvfs(disk).f_bavail == free
         checkpointer.save(state_of(30), slices_of(30, 0, 1))
         checkpointer.wait()
-        assert step_found(run) == 30
+        assert newest_step(run) == 30
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_rank_that_fails_tells_rank_0_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_tells_rank_0_at_once(run: DiskPath) -> None:
     def full(name: str, path: Path) -> None:
-        if name == "write" and "rank-00001" in path.name:
+        if name == "write" and path.name == "rank-00001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(storage, "before_write_hook", full)
-    events = Events()
-    ranks = [Checkpointer(Lease(run, 1), rank, 2, KEEP_ONE, events, timeout=30) for rank in (0, 1)]
+    events, lease = Events(), Lease(with_hook(run, full), 1)
+    ranks = [Checkpointer(lease, rank, 2, KEEP_ONE, events, timeout=30) for rank in (0, 1)]
     began = time.monotonic()
     for rank, checkpointer in enumerate(ranks):
         checkpointer.save(state_of(20), slices_of(20, rank, 2))
@@ -476,10 +360,12 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: Path, monkeypatch: pytest.M
     assert time.monotonic() - began < 5
     reasons = {event["rank"]: event["reason"] for event in events.of("save_failed")}
     assert reasons[0].startswith("rank-00001 gave up: the disk of") and reasons[1].startswith("the disk of")
-    assert step_found(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
+    assert newest_step(run) == 10 and not checkpoint_folder(run, 20, 1).exists()
 
 
-def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others_commit(run: Path) -> None:
+def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others_commit(
+    run: DiskPath,
+) -> None:
     def full(kind: str, **facts: Any) -> None:
         if kind == "save_written":
             raise OSError(errno.ENOSPC, "No space left on device", "events.jsonl")
@@ -491,12 +377,12 @@ def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others
     for rank in (1, 0):
         ranks[rank].save(state_of(20), slices_of(20, rank, 2))
         ranks[rank].wait()
-    assert step_found(run) == 20
+    assert newest_step(run) == 20
 
 
 @pytest.mark.parametrize(("start", "word"), [(31, "a gap at element 30"), (29, "an overlap at element 29")])
 def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
-    run: Path, start: int, word: str
+    run: DiskPath, start: int, word: str
 ) -> None:
     lease = Lease(run, 1)
     for rank, (low, high) in enumerate([(0, 30), (start, 60)]):
@@ -509,12 +395,12 @@ def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
         )
     with pytest.raises(ValueError, match=f"w: {word}, in rank-00001"):
         commit(checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1)
-    assert step_found(run) == 10
+    assert newest_step(run) == 10
 
 
-def test_retention_keeps_the_last_the_multiples_and_the_best(run: Path) -> None:
+def test_retention_keeps_the_last_the_multiples_and_the_best(run: DiskPath) -> None:
     found = [
-        (Path(str(step)), step, loss)
+        (DiskPath(Path(str(step))), step, loss)
         for step, loss in [(10, 3.0), (20, 1.0), (30, None), (40, math.nan), (50, 2.0), (60, 2.5)]
     ]
 
@@ -527,24 +413,22 @@ def test_retention_keeps_the_last_the_multiples_and_the_best(run: Path) -> None:
 
 
 def test_nothing_is_deleted_when_the_newest_does_not_verify(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: DiskPath,
 ) -> None:
     def rot(name: str, path: Path) -> None:
         if name == "rename" and path.name == COMMIT:
             file = path.with_name("rank-00000.safetensors")
             file.write_bytes(file.read_bytes()[:-1] + b"\xff")
 
-    monkeypatch.setattr(storage, "before_write_hook", rot)
     events = Events()
-    save(Lease(run, 1), 20, KEEP_ONE, events)
+    save(Lease(with_hook(run, rot), 1), 20, KEEP_ONE, events)
     assert events.of("checkpoint_rejected")[0]["file"] == "rank-00000.safetensors"
-    assert step_found(run) == 10
-    monkeypatch.undo()
+    assert newest_step(run) == 10
     save(Lease(run, 1), 30, KEEP_ONE, events)
     assert [folder.name for folder in all_folders(run)] == ["step-00000030-g0001"]
 
 
-def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: Path) -> None:
+def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: DiskPath) -> None:
     lease, events = Lease(run, 1), Events()
     checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, events)
     take_generation(run)
@@ -563,14 +447,12 @@ def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: Pa
     )
 
 
-def test_a_group_that_lost_its_lease_deletes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_lost_its_lease_deletes_nothing(run: DiskPath, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(run, 1)
     for rank in (0, 1):
         write_rank(checkpoint_folder(run, 20, 1), lease, rank, 2, slices_of(20, rank, 2))
     claim = json.dumps({"generation": 2, "host": "elsewhere", "pid": 1, "time": "now"}).encode()
-    storage.create(
-        run / "lease" / "000002", claim
-    )  # it has begun, and not yet written down which of ours count
+    (run / "lease" / "000002").create(claim)  # it has begun, and not yet written down which of ours count
     monkeypatch.setattr(Lease, "check", lambda lease: None)
     commit(
         checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1
@@ -581,14 +463,14 @@ def test_a_group_that_lost_its_lease_deletes_nothing(run: Path, monkeypatch: pyt
     assert [folder.name for folder in all_folders(run)] == ["step-00000010-g0001", "step-00000020-g0001"]
 
 
-def test_a_folder_in_flight_is_not_swept(run: Path) -> None:
+def test_a_folder_in_flight_is_not_swept(run: DiskPath) -> None:
     lease = Lease(run, 1)
     write_rank(checkpoint_folder(run, 30, 1), lease, 1, 2, slices_of(30, 1, 2))  # rank 1 is ahead
     save(lease, 20)
     assert checkpoint_folder(run, 30, 1) in all_folders(run)
 
 
-def test_a_step_is_saved_once(run: Path) -> None:
+def test_a_step_is_saved_once(run: DiskPath) -> None:
     events = Events()
     checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
     for _ in range(2):
@@ -598,8 +480,8 @@ def test_a_step_is_saved_once(run: Path) -> None:
 
 
 def test_an_empty_rank_and_an_empty_parameter_are_fine(tmp_path: Path) -> None:
-    lease = take_generation(tmp_path)
-    folder = checkpoint_folder(tmp_path, 1, 1)
+    lease = take_generation(DiskPath(tmp_path))
+    folder = checkpoint_folder(lease.run, 1, 1)
     write_rank(folder, lease, 0, 2, {"none": Slice(0, (0, 4), {"fp32": torch.zeros(0)})})
     write_rank(folder, lease, 1, 2, {})
     commit(folder, lease, 2, state_of(1), {}, 1)
@@ -615,7 +497,7 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 def test_any_partition_over_any_world_reads_back_exactly_in_any_other(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    run = tmp_path_factory.mktemp("run")
+    run = DiskPath(tmp_path_factory.mktemp("run"))
     lease, world = take_generation(run), data.draw(st.integers(1, 4))
     full: dict[str, dict[str, Tensor]] = {}
     ranks: list[dict[str, Slice]] = [{} for _ in range(world)]
@@ -649,11 +531,11 @@ def test_any_partition_over_any_world_reads_back_exactly_in_any_other(
             assert whole.dtype == tensor.dtype and torch.equal(whole, tensor)
 
 
-def test_a_range_is_a_copy_that_outlives_the_folder(run: Path) -> None:
+def test_a_range_is_a_copy_that_outlives_the_folder(run: DiskPath) -> None:
     found = newest_verified(run, Events())
     assert isinstance(found, Checkpoint)
     part = found.read("wte.weight", 3, 33)["fp32"]
-    for path in found.folder.iterdir():
-        os.truncate(path, 0)
+    for path in found.folder.entries():
+        os.truncate(str(path), 0)
     assert torch.equal(part, tensors_of(10)["wte.weight"].flatten()[3:33])
     assert json.dumps(found.state.config)

@@ -18,12 +18,13 @@ from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
 from trifold.modeling.transformer import build
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
-from trifold.pretrain.checkpoint.lease import Lease, take_generation
+from trifold.pretrain.checkpoint.lease import take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine import memory_estimate
 from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.storage.disk import DiskPath
 
 
 def averaging_muon(kind: str) -> PretrainConfig:
@@ -34,9 +35,9 @@ def _checkpointed(place: RankInfo, folder: str) -> dict[str, int]:
     """Tensor bytes of a real checkpoint of each optimizer, read back."""
     found = {}
     for kind in ("adamw", "muon"):
-        run, config = Path(folder) / kind, averaging_muon(kind)
+        run, config = DiskPath(Path(folder) / kind), averaging_muon(kind)
         engine = engine_of(config, place)
-        saver = Checkpointer(Lease(run, take_generation(run).generation), 0, 1, config.checkpoints, nothing)
+        saver = Checkpointer(take_generation(run), 0, 1, config.checkpoints, nothing)
         saver.save(state_of(1), engine.slices())
         saver.wait()
         checkpoint = newest_verified(run, nothing)

@@ -35,6 +35,7 @@ from trifold.pretrain.engine.spikes import (
     step_limits,
 )
 from trifold.pretrain.run import prepare, train
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import read_lines
 from trifold.pretrain.train import Progress
 
@@ -101,7 +102,7 @@ def events(config: TrainingConfig) -> list[dict[str, Any]]:
 
 
 def newest(config: TrainingConfig) -> CheckpointState:
-    found = newest_verified(Path(config.run), lambda event, **facts: None)
+    found = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
     assert found is not None
     return found.state
 

@@ -21,6 +21,7 @@ from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import Weights, publish
+from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.jsonl import append_line
 
@@ -35,8 +36,8 @@ def save(run: Path, model: Transformer, step: int, average: Transformer | None =
     """A real checkpoint of a model, as a run of one rank writes it; with an average, all but its first
     parameter are trained.
     """
-    run_lease = lease.take_generation(run)
-    folder = lease.checkpoint_folder(run, step, run_lease.generation)
+    run_lease = lease.take_generation(DiskPath(run))
+    folder = lease.checkpoint_folder(DiskPath(run), step, run_lease.generation)
     slices = {
         name: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for name, p in model.named_parameters()
     }

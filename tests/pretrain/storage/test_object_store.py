@@ -3,9 +3,7 @@ throttled and refused.
 """
 
 import itertools
-import os
 import pickle
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pretrain.checkpoint.failpoints import killed, started, until_paused
-from tests.pretrain.checkpoint.test_checkpoint import (
+from tests.pretrain.checkpoint.builders import (
     KEEP_ONE,
     Events,
     attempt,
-    cut_off,
-    left_whole,
+    newest_step,
     save,
     save_in,
     slices_of,
     state_of,
-    step_found,
 )
+from tests.pretrain.checkpoint.failpoints import is_killed, start_process, wait_until_paused
+from tests.pretrain.checkpoint.races import check_complete, cut_off
 from tests.s3 import Server, served
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
@@ -40,8 +37,10 @@ from trifold.pretrain.checkpoint.lease import (
 )
 from trifold.pretrain.checkpoint.saving import Checkpointer, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
-from trifold.pretrain.storage import object_store, storage
+from trifold.pretrain.storage import object_store
 from trifold.pretrain.storage.object_store import ObjectPath, StorageDenied, StorageUnreachable
+from trifold.pretrain.storage.storage import location
+from trifold.pretrain.storage.storage_path import StorageOptions
 
 EVERY = pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.proof)])
 names = itertools.count()
@@ -68,7 +67,7 @@ def run(server: Server) -> ObjectPath:
 
 
 def begun(server: Server) -> ObjectPath:
-    run = ObjectPath.open(f"{server.bucket(f'bucket-{next(names)}')}/runs/small run")
+    run = ObjectPath.from_url(f"{server.bucket(f'bucket-{next(names)}')}/runs/small run")
     save(take_generation(run), 10)
     return run
 
@@ -81,8 +80,8 @@ def save_large(lease: Lease, step: int) -> None:
 
 
 def test_a_save_of_two_ranks_is_read_back_number_for_number(run: ObjectPath) -> None:
-    assert step_found(run) == 10
-    names = [path.name for path in storage.entries(checkpoint_folder(run, 10, 1))]
+    assert newest_step(run) == 10
+    names = [path.name for path in checkpoint_folder(run, 10, 1).entries()]
     assert names == [
         "commit.json",
         *(f"rank-0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")),
@@ -98,8 +97,8 @@ def test_a_process_killed_at_any_operation_leaves_a_verified_checkpoint(
         write_rank(
             checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
-        died = killed(attempt, run, 20, told, at=at)
-        left_whole(run, told)
+        died = is_killed(attempt, run, 20, told, at=at)
+        check_complete(run, told)
         if not died:
             break
     assert at >= 25, at
@@ -113,8 +112,8 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
     late = 0
     for at in itertools.count():
         run, pause, told = begun(server), tmp_path / f"{at}.pause", tmp_path / str(at)
-        process = started(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
-        if not until_paused(process, pause):
+        process = start_process(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
+        if not wait_until_paused(process, pause):
             break
         late += cut_off(run, process, pause, told)
     assert at >= 17 and late >= 1, (at, late)
@@ -133,8 +132,8 @@ def test_a_marker_written_after_the_next_generation_began_does_not_count(run: Ob
     for rank in (0, 1):
         write_rank(checkpoint_folder(run, 20, 1), Lease(run, 1), rank, 2, slices_of(20, rank, 2))
     take_generation(run)
-    storage.replace(checkpoint_folder(run, 20, 1) / COMMIT, b"{}")
-    assert valid_folders(run) == [checkpoint_folder(run, 10, 1)] and step_found(run) == 10
+    (checkpoint_folder(run, 20, 1) / COMMIT).replace(b"{}")
+    assert valid_folders(run) == [checkpoint_folder(run, 10, 1)] and newest_step(run) == 10
     with pytest.raises(Superseded, match=r"generation 2 began on .*; generation 1 may not commit"):
         Lease(run, 1).check()
 
@@ -144,17 +143,15 @@ def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_be
 ) -> None:
     server.faults(slow=0.5)
     before = len(server.requests())
-    process = started(save_large, Lease(run, 1), 20)
+    process = start_process(save_large, Lease(run, 1), 20)
     while not any("partNumber" in line for line in server.requests()[before:]):
         assert process.is_alive()
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     server.faults()
-    assert "rank-00000.safetensors" not in [
-        path.name for path in storage.entries(checkpoint_folder(run, 20, 1))
-    ]
-    assert step_found(run) == 10
+    assert "rank-00000.safetensors" not in [path.name for path in checkpoint_folder(run, 20, 1).entries()]
+    assert newest_step(run) == 10
     lease = take_generation(run)
     save_large(lease, 20)
     found = newest_verified(run, Events())
@@ -170,14 +167,14 @@ def test_a_busy_store_is_asked_again_and_each_time_is_told(
     server: Server, run: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events()
-    monkeypatch.setattr(storage, "on_retry", events)
     monkeypatch.setattr(object_store, "TRIES", 50)
     monkeypatch.setattr(object_store, "RETRY", {"max_retries": 0})  # obstore's own tries are not told
     object_store._store.cache_clear()
     before = len(server.requests())
     server.faults(busy=2)
-    save(Lease(run, 1), 20, KEEP_ONE, events)
-    assert step_found(run) == 20 and events.of("save_committed") and not events.of("save_failed")
+    heard = run.with_options(StorageOptions(on_retry=events))
+    save(Lease(heard, 1), 20, KEEP_ONE, events)
+    assert newest_step(heard) == 20 and events.of("save_committed") and not events.of("save_failed")
     failed = events.of("request_failed")
     assert len(failed) == sum("503" in line for line in server.requests()[before:]) > 10
     assert all(event["place"].startswith(str(run)) for event in failed) and any(
@@ -205,7 +202,7 @@ def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
     server.faults()
     checkpointer.save(state_of(30), slices_of(30, 0, 1))
     checkpointer.wait()
-    assert checkpointer.failed is None and step_found(run) == 30
+    assert checkpointer.failed is None and newest_step(run) == 30
 
 
 def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
@@ -220,7 +217,7 @@ def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
     assert [checkpointer.permanent_failure for checkpointer in ranks] == [True, True]
     assert "was refused: AccessDenied, Access Denied; the checkpoint before stays" in str(ranks[0].failed)
     assert len(events.of("save_failed")) == 2 and not events.of("request_failed")
-    assert step_found(run) == 10
+    assert newest_step(run) == 10
 
 
 def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: ObjectPath) -> None:
@@ -228,7 +225,7 @@ def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: Ob
     file = checkpoint_folder(run, 20, 1) / "rank-00001.safetensors"
     content = file.read_bytes()
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], None):
-        file.unlink() if damaged is None else storage.replace(file, damaged)
+        file.remove() if damaged is None else file.replace(damaged)
         events = Events()
         found = newest_verified(run, events)
         assert (
@@ -236,26 +233,26 @@ def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: Ob
             and found.state.step == 10
             and [event["file"] for event in events] == [file.name]
         )
-    storage.replace(file, content)
-    assert step_found(run) == 20
+    file.replace(content)
+    assert newest_step(run) == 20
 
 
 def test_mistaken_urls_are_refused_in_one_sentence(server: Server) -> None:
     with pytest.raises(UserError, match=r"s4://x/y is no place of an object store"):
-        storage.location("s4://x/y")
+        location("s4://x/y")
     with pytest.raises(
         StorageDenied,
         match=r"s3://nowhere/run/lease.* was refused: NoSuchBucket, The specified bucket does not exist$",
     ) as denied:
-        take_generation(ObjectPath.open("s3://nowhere/run"))
+        take_generation(ObjectPath.from_url("s3://nowhere/run"))
     assert (
         pickle.loads(pickle.dumps(denied.value)).args == denied.value.args
     )  # rank 0's refusal travels to the others
 
 
-def test_an_object_is_read_as_a_file_in_ranges(run: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CHUNK", 1000)
+def test_an_object_is_read_as_a_file_in_ranges(run: ObjectPath) -> None:
+    run = run.with_options(StorageOptions(chunk_bytes=1000))
     content = bytes(range(256)) * 40
-    storage.replace(run / "text", content)
-    with (run / "text").stream() as stream:
+    (run / "text").replace(content)
+    with (run / "text").open() as stream:
         assert stream.read(10) == content[:10] and stream.read() == content[10:]

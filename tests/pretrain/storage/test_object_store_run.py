@@ -18,6 +18,7 @@ import pytest
 from tests.pretrain.test_run import losses, prepare, quiet, recipe, trained
 from tests.processes import run_processes
 from tests.s3 import Server, served
+from trifold.pretrain import session
 from trifold.pretrain.checkpoint.checkpoint import verify
 from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.config import training
@@ -25,8 +26,9 @@ from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
 from trifold.pretrain.data.corpus import corpus_files, corpus_fingerprint, documents
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.run import train
-from trifold.pretrain.storage import storage
 from trifold.pretrain.storage.jsonl import read_lines
+from trifold.pretrain.storage.storage import checkpoint_root, location
+from trifold.pretrain.storage.storage_path import StorageOptions
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def events(config: PretrainConfig, kind: str) -> list[dict[str, Any]]:
 
 def trained_in_parts(place: RankInfo, config: PretrainConfig) -> None:
     """Train, and upload each rank's file in parts, though it is small."""
-    storage.CHUNK = 4096
+    small = StorageOptions(chunk_bytes=4096)
+    session.checkpoint_root = lambda run, storage: checkpoint_root(run, storage).with_options(small)
     train(config, place)
 
 
@@ -84,7 +87,7 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
     when(uploading, lambda: os.kill(events(broken, "started")[0]["pid"], signal.SIGKILL))
     with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
         run_processes(2, trained_in_parts, broken)
-    home = storage.checkpoint_root(Path(broken.run), broken.checkpoints.storage)
+    home = checkpoint_root(Path(broken.run), broken.checkpoints.storage)
     assert [folder.name for folder in valid_folders(home)] == ["step-00000004-g0001"]
 
     shutil.rmtree(tmp_path / "broken" / "tensorboard")
@@ -138,9 +141,7 @@ def test_a_bucket_that_refuses_writes_ends_the_run_at_that_save_and_the_last_che
         run_processes(1, trained, config)
     server.faults()
     assert max(losses(config.run)) < 100
-    for folder in (
-        saved := valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
-    ):
+    for folder in (saved := valid_folders(checkpoint_root(Path(config.run), config.checkpoints.storage))):
         verify(folder)
     shorter = config.model_copy(update={"steps": max(losses(config.run)) + 4})
     run_processes(1, trained, shorter)
@@ -175,9 +176,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_with_one_sentence(
         with pytest.raises(AssertionError, match=r"UserError: .*(is full|refuses writes)"):
             run_processes(1, trained, config)
         assert max(losses(config.run)) < 300
-        for folder in (
-            saved := valid_folders(storage.checkpoint_root(Path(config.run), config.checkpoints.storage))
-        ):
+        for folder in (saved := valid_folders(checkpoint_root(Path(config.run), config.checkpoints.storage))):
             verify(folder)
         assert saved
     finally:
@@ -198,7 +197,7 @@ def test_text_in_a_bucket_is_the_text_of_the_same_files_on_a_disk(server: Server
     )
     for name, text in texts.items():
         content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
-        storage.replace(storage.location(f"{bucket}/corpus/{name}"), content)
+        location(f"{bucket}/corpus/{name}").replace(content)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     for below in ("", "/*.txt*", "/b.txt", "/sub"):
@@ -209,7 +208,7 @@ def test_text_in_a_bucket_is_the_text_of_the_same_files_on_a_disk(server: Server
     source = SourceConfig(path=f"{bucket}/corpus")
     before = corpus_fingerprint(source)
     assert before == corpus_fingerprint(source)
-    storage.replace(storage.location(f"{bucket}/corpus/b.txt"), b"two\n\nfive\n\n")
+    location(f"{bucket}/corpus/b.txt").replace(b"two\n\nfive\n\n")
     assert corpus_fingerprint(source) != before
     with pytest.raises(ValueError, match="no object is named s3://texts/none"):
         corpus_files(SourceConfig(path=f"{bucket}/none"))
