@@ -159,7 +159,7 @@ def test_a_poisoned_row_is_skipped_rolled_back_or_stops_the_run(world: int, tmp_
 
 def test_a_run_killed_while_it_goes_back_takes_the_same_decisions_bit_for_bit(tmp_path: Path) -> None:
     straight, broken = (made(tmp_path, run, policy="rollback") for run in ("straight", "broken"))
-    with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
+    with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
         run_processes(2, poisoned, [straight, broken], {31}, broken)
     assert [e["event"] for e in events(broken)] == ["bad_step", "resumed"]
     run_processes(2, poisoned, [broken], {31})

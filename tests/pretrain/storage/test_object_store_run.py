@@ -85,7 +85,7 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
 
     server.faults(slow=0.5)
     when(uploading, lambda: os.kill(events(broken, "started")[0]["pid"], signal.SIGKILL))
-    with pytest.raises(AssertionError, match=r"ended without a word|onnection"):
+    with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
         run_processes(2, trained_in_parts, broken)
     home = checkpoint_root(Path(broken.run), broken.checkpoints.storage)
     assert [folder.name for folder in valid_folders(home)] == ["step-00000004-g0001"]
