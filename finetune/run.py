@@ -22,13 +22,9 @@ from trifold.finetune.examples.conll import read_tagged_sentences
 from trifold.finetune.examples.pairs import read_pairs
 from trifold.finetune.examples.squad import read_questions
 from trifold.finetune.rows import TaskRows, row_capacity
-from trifold.finetune.tasks.matching import Matching
-from trifold.finetune.tasks.ner import open_ner
-from trifold.finetune.tasks.qa import open_qa
-from trifold.finetune.tasks.summarization import open_summarization
-from trifold.finetune.tasks.task import Task, TextToText
-from trifold.finetune.tasks.translation import Translation
-from trifold.modeling.config import Family, ModelConfig
+from trifold.finetune.tasks import open_tasks
+from trifold.finetune.tasks.task import Task
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
 from trifold.modeling.lora import add_lora
@@ -60,14 +56,6 @@ from trifold.pretrain.session import (
 from trifold.pretrain.storage.storage_path import StoragePath
 from trifold.pretrain.train import Progress, RunHooks
 from trifold.pretrain.train import train as train_loop
-
-TASKS: dict[str, Callable[..., Task]] = {
-    "translation": Translation,
-    "summarization": open_summarization,
-    "ner": open_ner,
-    "qa": open_qa,
-    "matching": Matching,
-}
 
 
 def prepare(config: FinetuneConfig, progress: Callable[[str, int], None]) -> None:
@@ -188,20 +176,6 @@ def make_tokenizer(config: FinetuneConfig, progress: Callable[[str, int], None])
         tokenizer.train(_texts(config), config.tokenizer, config.model.config.vocab_size, folder)
 
     return ensure_tokenizer(config, origin, make, progress)
-
-
-def open_tasks(config: FinetuneConfig, vocabulary: Tokenizer, family: Family) -> list[Task]:
-    """The task that is chosen by, and those that are learned along. Raises UserError for a bad example, by file
-    and line.
-    """
-    tasks = [
-        TASKS[task.kind](task, vocabulary, family, config.row_length) for task in (config.task, *config.more)
-    ]
-    if len(tasks) > 1 and not all(isinstance(task, TextToText) for task in tasks):
-        raise UserError(
-            "`more` adds text-to-text tasks to a text-to-text task: other heads cannot be shared in one run."
-        )
-    return tasks
 
 
 def open_rows(

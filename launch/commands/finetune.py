@@ -17,7 +17,7 @@ from rich.table import Table
 from trifold.finetune import run
 from trifold.finetune.evaluation import predict
 from trifold.finetune.evaluation.evaluate import LoadedModel, report
-from trifold.finetune.run import TASKS
+from trifold.finetune.tasks import TASKS
 from trifold.launch.commands.pretrain import connect, stopping
 from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.reader import apply_overrides

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from trifold.finetune.run import open_rows as task_rows
-from trifold.finetune.run import open_tasks
+from trifold.finetune.tasks import open_tasks
 from trifold.finetune.tasks.scores import SacreBleu, bootstrap_intervals
 from trifold.launch.commands.finetune import finetune
 from trifold.launch.commands.pretrain import pretrain

@@ -16,7 +16,8 @@ from tests.processes import run_processes
 from trifold.finetune.config import FinetuneConfig
 from trifold.finetune.evaluation.evaluate import LoadedModel, score_predictions
 from trifold.finetune.evaluation.model_selection import best_step
-from trifold.finetune.run import make_tokenizer, open_rows, open_tasks, prepare, train
+from trifold.finetune.run import make_tokenizer, open_rows, prepare, train
+from trifold.finetune.tasks import open_tasks
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import open_checkpoint
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer

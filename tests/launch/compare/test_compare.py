@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from tests.finetune.small_tasks import vocabulary, write_pairs
 from tests.modeling.families import CONFIGS, RECURRENT
 from tests.paths import ROOT
-from trifold.finetune.run import open_rows, open_tasks
+from trifold.finetune.run import open_rows
+from trifold.finetune.tasks import open_tasks
 from trifold.launch.cli import app
 from trifold.launch.commands.finetune import finetune
 from trifold.launch.compare import probes
