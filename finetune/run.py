@@ -146,7 +146,14 @@ def train(config: FinetuneConfig, place: RankInfo) -> None:
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **judge.score(0))
-        saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
+        saves = Checkpointer(
+            lease,
+            place.rank,
+            place.world,
+            config.checkpoints,
+            recorder.event,
+            on_written=place.reporter.count_written,
+        )
         work = RunHooks(
             partial(_loader, config, rows, engine),
             lambda complete: judge.score(progress.step),

@@ -157,7 +157,14 @@ def train(config: PretrainConfig, place: RankInfo) -> None:
         progress = restore() or Progress()
         if progress.step == 0:
             recorder.metrics(0, **score(False))
-        saves = Checkpointer(lease, place.rank, place.world, config.checkpoints, recorder.event)
+        saves = Checkpointer(
+            lease,
+            place.rank,
+            place.world,
+            config.checkpoints,
+            recorder.event,
+            on_written=place.reporter.count_written,
+        )
         work = RunHooks(
             partial(_loader, config, rows, engine),
             score,

@@ -14,7 +14,6 @@ from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
 from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.engine.engine import Engine
-from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.metrics import Recorder, peak_flops
 from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StoragePath
@@ -29,7 +28,7 @@ def start_attempt(config: TrainingConfig, engine: Engine) -> tuple[Lease, Record
     recorder = Recorder(Path(config.run), engine.place, generation)
     options = replace(root.options, on_retry=recorder.event)
     lease = Lease(root.with_options(options), generation)
-    heartbeat.exit_when_superseded(lease)
+    engine.place.reporter.exit_when(lease.superseded_by, every=root.poll_seconds)
     chosen = {"zero_stage": engine.stage, "precision": engine.precision, "recompute": engine.recompute}
     recorder.event("started", world=engine.place.world, **chosen, pid=os.getpid())
     return lease, recorder

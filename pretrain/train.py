@@ -23,7 +23,6 @@ from trifold.pretrain.engine.engine import Engine, StepResult
 from trifold.pretrain.engine.optimizer import lr_factor
 from trifold.pretrain.engine.spikes import consecutive_skips, limit_exceeded, raise_if_stopping, step_limits
 from trifold.pretrain.evaluate import part_losses
-from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.monitor.stop_request import StopRequest
 
@@ -110,7 +109,9 @@ def train(
     began = saved = progress.step
     for rows in _iterate_steps(work.load, progress):
         start, start_cpu = time.perf_counter(), time.process_time()
-        heartbeat.set_phase("agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last))
+        engine.place.reporter.set_phase(
+            "agreeing on a step", step=rows.step + 1, rows=(rows.first, rows.last)
+        )
         if checkpointer.permanent_failure:
             _wait_for_save(checkpointer, progress)
         count, tokens, rows_hash, stopping = _all_reduce_step_counts(engine, rows, stop.asked())
@@ -120,7 +121,7 @@ def train(
         seeds = [micro_seed(config.seed, index) for index in rows.micro_indices]
         most = step_limits(config.spikes, progress.recent)
         step = engine.train_step(rows.micros, seeds, count, factor, most)
-        heartbeat.set_phase("recording")
+        engine.place.reporter.set_phase("recording")
         seconds = time.perf_counter() - start
         recorder.metrics(
             rows.step + 1,
@@ -157,7 +158,7 @@ def train(
         if finished or progress.step % config.checkpoints.every == 0:
             _save(checkpointer, engine, work.describe(progress, scores))
             scores, saved = {}, progress.step
-        heartbeat.set_phase("reading rows")
+        engine.place.reporter.set_phase("reading rows")
     if stop.terminated:
         recorder.event("terminated", rank=engine.place.rank, step=progress.step)
     if saved != progress.step:  # lower after a rollback
@@ -188,7 +189,7 @@ def _iterate_steps(load: Callable[[Progress], Iterable[StepRows]], progress: Pro
 
 
 def _save(checkpointer: Checkpointer, engine: Engine, state: CheckpointState) -> None:
-    heartbeat.set_phase("saving")
+    engine.place.reporter.set_phase("saving")
     checkpointer.wait()  # before the copy is made, so that memory never holds two
     checkpointer.save(state, engine.slices())
 

@@ -19,7 +19,7 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 
 from trifold.modeling.errors import UserError
-from trifold.pretrain.monitor import heartbeat
+from trifold.pretrain.monitor.heartbeat import Heartbeat
 from trifold.pretrain.monitor.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -69,12 +69,11 @@ def work(here: str, run: str, patience: float, file: str | None, shipped: bytes)
     if os.path.isdir(here):  # else the recipe's paths are absolute
         os.chdir(here)
     rank, log = ray.train.get_context().get_world_rank(), os.path.realpath("/proc/self/fd/2")
-    heartbeat.start(
-        Path(run), rank, socket.gethostname(), ray.get_runtime_context().get_node_id(), log, patience
-    )
+    node = ray.get_runtime_context().get_node_id()
+    heartbeat = Heartbeat(Path(run), rank, socket.gethostname(), node, log, patience)
     try:
         config, train = ray.cloudpickle.loads(shipped)
-        train(config, _rank_info(config, file))
+        train(config, _rank_info(config, file, heartbeat))
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()  # the verdict shows the last lines of its log
@@ -88,7 +87,7 @@ def is_peer_failure(error: BaseException) -> bool:
     return "onnection" in str(error)  # gloo and NCCL name the peer's lost connection
 
 
-def _rank_info(config: "AnyRecipe", file: str | None) -> "RankInfo":
+def _rank_info(config: "AnyRecipe", file: str | None, heartbeat: Heartbeat) -> "RankInfo":
     from trifold.pretrain.distributed import RankInfo
 
     context, gpus = ray.train.get_context(), config.cluster.gpus_per_worker > 0
@@ -101,6 +100,7 @@ def _rank_info(config: "AnyRecipe", file: str | None) -> "RankInfo":
         device="cuda" if gpus else "cpu",
         init_method=file,  # the training function makes the process group
         threads=config.cluster.threads(context.get_local_world_size()),
+        reporter=heartbeat,
     )
 
 

@@ -41,15 +41,20 @@ class Lease:
 
     def check(self) -> None:
         """Raise Superseded when a later generation has begun."""
+        if (reason := self.superseded_by()) is not None:
+            raise Superseded(reason)
+
+    def superseded_by(self) -> str | None:
+        """Who holds a later generation, in a sentence; None where nobody does."""
         newest = newest_generation(self.run)
         if newest > self.generation:
             holder = json.loads((self.run / "lease" / f"{newest:06d}").read_text())
-            raise Superseded(
+            return (
                 f"{self.run}: generation {newest} began on {holder['host']} (process {holder['pid']}) at"
-                f" {holder['time']};"
-                f" generation {self.generation} may not commit any more, so this attempt ends here and that"
-                " one goes on"
+                f" {holder['time']}; generation {self.generation} may not commit any more, so this attempt"
+                " ends here and that one continues"
             )
+        return None
 
 
 def take_generation(run: StoragePath) -> Lease:

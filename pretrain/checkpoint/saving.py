@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -35,9 +35,8 @@ from trifold.pretrain.checkpoint.lease import COMMIT, Lease, Superseded, checkpo
 from trifold.pretrain.checkpoint.retention import retain, sweep
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.config.training import CheckpointConfig
-from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.storage.safetensors_file import file_buffers
-from trifold.pretrain.storage.storage_path import StoragePath
+from trifold.pretrain.storage.storage_path import StoragePath, ignore
 
 PERMANENT_ERRORS = (
     errno.ENOSPC,
@@ -68,6 +67,7 @@ class Checkpointer:
         keep: CheckpointConfig,
         on_event: OnEvent,
         timeout: float = 900.0,
+        on_written: Callable[[], object] = ignore,
     ) -> None:
         self.lease, self.rank, self.world, self.keep, self.on_event, self.timeout = (
             lease,
@@ -77,6 +77,7 @@ class Checkpointer:
             on_event,
             timeout,
         )
+        self.on_written = on_written
         self.failed: str | None = None
         self.permanent_failure = False
         self._origin = provenance() if rank == 0 else {}
@@ -123,7 +124,7 @@ class Checkpointer:
             if self.rank == 0:
                 sweep(self.lease, state.step, self.on_event)
             started = time.monotonic()
-            write_rank(folder, self.lease, self.rank, self.world, slices)
+            write_rank(folder, self.lease, self.rank, self.world, slices, self.on_written)
             self.on_event(
                 "save_written",
                 step=state.step,
@@ -199,7 +200,14 @@ class Checkpointer:
         return [path for path in folder.entries() if f"rank-{self.rank:05d}" in path.name]
 
 
-def write_rank(folder: StoragePath, lease: Lease, rank: int, world: int, slices: dict[str, Slice]) -> None:
+def write_rank(
+    folder: StoragePath,
+    lease: Lease,
+    rank: int,
+    world: int,
+    slices: dict[str, Slice],
+    on_written: Callable[[], object] = ignore,
+) -> None:
     """Write a rank's tensors and then, in one stroke, its manifest."""
     for name, piece in slices.items():
         assert len({tensor.numel() for tensor in piece.tensors.values()}) == 1, (
@@ -210,7 +218,7 @@ def write_rank(folder: StoragePath, lease: Lease, rank: int, world: int, slices:
     tensors = {
         f"{name}/{key}": tensor for name, piece in slices.items() for key, tensor in piece.tensors.items()
     }
-    written = (folder / file).write(_ReportingBuffers(file_buffers(tensors)))
+    written = (folder / file).write(_ReportingBuffers(file_buffers(tensors), on_written))
     manifest = {
         "generation": lease.generation,
         "world": world,
@@ -231,14 +239,18 @@ def write_rank(folder: StoragePath, lease: Lease, rank: int, world: int, slices:
 
 
 class _ReportingBuffers(list[memoryview]):
-    """Pieces of a file, each of which is heard of when the next one is taken: a slow storage is no hanging
-    rank (launch/cluster/failure_report.py).
+    """Buffers of a file; `on_written` is called for each one when the next is taken, so that a rank with a slow
+    storage is not taken for one that hangs.
     """
+
+    def __init__(self, buffers: list[memoryview], on_written: Callable[[], object]) -> None:
+        super().__init__(buffers)
+        self._on_written = on_written
 
     def __iter__(self) -> Iterator[memoryview]:
         for piece in super().__iter__():
             yield piece
-            heartbeat.count_written()
+            self._on_written()
 
 
 def commit(

@@ -39,7 +39,6 @@ from trifold.pretrain.engine.spikes import UNLIMITED, StepLimits
 from trifold.pretrain.engine.zero.settings import deepspeed_config
 from trifold.pretrain.engine.zero.slices import flat_tensors, fragments, read_slices, write_slices
 from trifold.pretrain.engine.zero.step_guard import StepGuard
-from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.memory_meter import MemoryMeter, keep_freed_pages
 
 
@@ -62,7 +61,7 @@ class Engine:
         self.num_parts = num_parts
         self.place, self.stage, self._decay = place, config.engine.zero_stage, config.ema
         torch.set_num_threads(place.threads)
-        heartbeat.set_phase("meeting the other ranks")
+        self.place.reporter.set_phase("meeting the other ranks")
         deepspeed = _deepspeed(place)
         self._neighbours = SequenceParallelGroup(place.rank, place.world, config.engine)
         self.rank, self.world, self.counts = self._neighbours.data_rank
@@ -130,7 +129,7 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
             self._chance.manual_seed(seed + self._neighbours.place)
             here = self._neighbours.slice(micro.to(self.device))
-            heartbeat.set_phase("forward", micro=i)
+            self.place.reporter.set_phase("forward", micro=i)
             if self._graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # what the last one left may be written over
             loss = self._engine(here)
@@ -140,9 +139,9 @@ class Engine:
             sums[0] += loss.detach()
             # DeepSpeed averages gradients over ranks: scaled so, their sum is the gradient of one mean over
             # `count`.
-            heartbeat.set_phase("backward", micro=i)
+            self.place.reporter.set_phase("backward", micro=i)
             self._engine.backward(loss * (self.place.world / count), scale_wrt_gas=False)
-        heartbeat.set_phase("optimizer step")
+        self.place.reporter.set_phase("optimizer step")
         (loss_sum, *part_sums), applied, norm = self._step(self.sum_over_ranks(sums), count, limits)
         self.optimizer_step += applied
         if applied and self._decay:
@@ -186,7 +185,7 @@ class Engine:
 
     @torch.no_grad()
     def _forward_eval(self, batch: Batch, **what: bool) -> Any:
-        heartbeat.set_phase("evaluating")
+        self.place.reporter.set_phase("evaluating")
         self._engine.eval()
         found = self._engine(self._neighbours.slice(batch.to(self.device)), **what)
         self._engine.train()
@@ -199,7 +198,7 @@ class Engine:
         (stage 3 gathers weights in each); the forward passes go past DeepSpeed's own `forward`, to the
         model's parts.
         """
-        heartbeat.set_phase("generating")
+        self.place.reporter.set_phase("generating")
         model, autocast = (
             self._engine.module,
             torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast),
@@ -229,7 +228,7 @@ class Engine:
         """Take this rank's share of the state from `read(name, start, stop)`, written at whatever world and
         stage.
         """
-        heartbeat.set_phase("loading a checkpoint")
+        self.place.reporter.set_phase("loading a checkpoint")
         write_slices(self._pieces, self._base.state, read)
         self.optimizer_step = optimizer_step
         for state in self._base.state.values():

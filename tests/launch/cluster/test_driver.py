@@ -36,7 +36,6 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
         import torch.distributed as dist
 
         from trifold.modeling.errors import UserError
-        from trifold.pretrain.monitor import heartbeat
         from trifold.pretrain.monitor.stop_request import StopRequest
         from trifold.pretrain.storage.jsonl import append_line
 
@@ -52,7 +51,7 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
                 {"time": time.time(), "event": "started", "step": first, "world": place.world},
             )
         for step in range(first + 1, recipe.steps + 1):
-            heartbeat.set_phase("pretending", step=step, rows=(step, step))
+            place.reporter.set_phase("pretending", step=step, rows=(step, step))
             time.sleep(0.05 if step != sleep_at or place.rank == 0 else 1000)
             if step == refuse_at and place.rank == 1:
                 raise UserError("the disk is full: 0 bytes left")

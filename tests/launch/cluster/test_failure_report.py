@@ -13,16 +13,23 @@ SAVES = """
 import sys, time
 from pathlib import Path
 import torch
-from pretrain import heartbeat, storage
 from trifold.pretrain.checkpoint.lease import take_generation
 from trifold.pretrain.checkpoint.saving import write_rank
-from trifold.pretrain.engine.zero.slices import Slice
-run = Path(sys.argv[1])
+from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.monitor.heartbeat import Heartbeat
+from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.storage_path import StorageOptions
+
+def wait(operation, path):  # a slow disk
+    time.sleep(0.3 * (path.suffix == ".safetensors"))
+
+folder = Path(sys.argv[1])
+run = DiskPath(folder, StorageOptions(before_write=wait))
 lease = take_generation(run)
-storage.operation = lambda name, place: time.sleep(0.3 * (place.suffix == ".safetensors"))  # a slow disk
-heartbeat.begin(run, 0, "a-host", "its-name", "its.log", 60.0)
-heartbeat.at("saving", step=7)
-write_rank(run / "checkpoint", lease, 0, 1, {f"p{i}": Slice(0, (4,), {"fp32": torch.ones(4)}) for i in range(8)})
+heartbeat = Heartbeat(folder, 0, "a-host", "its-name", "its.log", 60.0)
+heartbeat.set_phase("saving", step=7)
+slices = {f"p{i}": Slice(0, (4,), {"fp32": torch.ones(4)}) for i in range(8)}
+write_rank(run / "checkpoint", lease, 0, 1, slices, heartbeat.count_written)
 time.sleep(100)
 """
 
