@@ -170,12 +170,12 @@ def publish(
     """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
     from trifold.finetune.evaluation.model_selection import best_step
     from trifold.launch.recipe.reader import checkpoint_root_of_run
-    from trifold.launch.watch.progress import EVENTS
+    from trifold.pretrain.monitor.events import describe
     from trifold.pretrain.publish.lora_adapter import publish_adapter
     from trifold.pretrain.publish.publish import publish
 
     def tell(event: str, **facts: object) -> None:
-        typer.echo(EVENTS[event].format_map(facts))
+        typer.echo(describe(event, facts))
 
     root = checkpoint_root_of_run(run)
     best = best_step(root)

@@ -34,8 +34,7 @@ from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.saving import PERMANENT_ERRORS
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.monitor.heartbeat import RankStatus
-from trifold.pretrain.monitor.run_folder import last_outcome, log_event
-from trifold.pretrain.storage.jsonl import read_lines
+from trifold.pretrain.monitor.run_folder import events_backwards, last_outcome, log_event
 
 EVERY = 2.0  # seconds between looks at all ranks and hosts
 
@@ -249,7 +248,7 @@ def _on_host(beat: RankStatus, function: Callable[..., Any], *given: Any) -> Any
 
 def _saves(folder: Path) -> int:
     """How many checkpoints the run has committed so far."""
-    return sum(event["event"] == "save_committed" for event in read_lines(folder / "events.jsonl"))
+    return sum(1 for _ in events_backwards(folder, "save_committed"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,8 +25,7 @@ from trifold.pretrain import run
 from trifold.pretrain.config.objectives import MixtureConfig, member_labels
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.monitor.run_folder import last_outcome
-from trifold.pretrain.storage.jsonl import read_lines
+from trifold.pretrain.monitor.run_folder import last_outcome, metrics_backwards
 
 
 def make_tokenizer(config: PretrainRecipe, console: Console) -> Tokenizer:
@@ -104,7 +103,7 @@ def scores(config: PretrainRecipe) -> Table:
     """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model
     there is; of a mixture the loss of each part too.
     """
-    found = [record for record in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in record]
+    found = [*metrics_backwards(Path(config.run), "heldout_loss")][::-1]
     table = Table(title=f"{config.run}: {config.objective.kind} on held-out text")
     parts = member_labels(config.objective) if isinstance(config.objective, MixtureConfig) else []
     for name in ("step", "nats per target", "a unigram", "right", "bits per byte", *parts):

@@ -26,9 +26,9 @@ from trifold.launch.demo.world import write_world
 from trifold.launch.demo.world_tasks import write_tasks
 from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import FinetuneRecipe
-from trifold.launch.watch.progress import EVENTS
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
+from trifold.pretrain.monitor.events import describe
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.storage.disk import DiskPath
@@ -162,7 +162,7 @@ def _published(run: Path, prompt: str, console: Console) -> tuple[Path, str]:
     """A run's folder, its checks, and what it answers."""
 
     def tell(event: str, **facts: Any) -> None:
-        console.print(EVENTS[event].format_map(facts), style="dim", markup=False, highlight=False)
+        console.print(describe(event, facts), style="dim", markup=False, highlight=False)
 
     out = publish(run, run / "published", on_event=tell, checkpoint=best_step(DiskPath(run)))
     report = verify(out)

@@ -19,7 +19,7 @@ from trifold.pretrain.checkpoint.checkpoint import read_marker
 from trifold.pretrain.checkpoint.lease import newest_generation, valid_folders
 from trifold.pretrain.data.stages import ResolvedStage, locate_step, resolve_stages
 from trifold.pretrain.engine.optimizer import lr_factor
-from trifold.pretrain.storage.jsonl import read_lines
+from trifold.pretrain.monitor.run_folder import last_step
 from trifold.pretrain.storage.storage import checkpoint_root
 
 
@@ -118,7 +118,7 @@ def reconcile_run_folder(config: AnyRecipe) -> list[Change]:
     changes: list[Change] = []
     home = checkpoint_root(file.parent, config.checkpoints.storage)
     made = (file.parent / "tokenizer").exists()  # first; before it, nothing here depends on the recipe
-    steps = max((record["step"] for record in read_lines(file.parent / "metrics.jsonl")), default=0)
+    steps = last_step(file.parent)
     if not (made and steps) and (
         found := valid_folders(home)
     ):  # a folder that is new here, of a run that was trained elsewhere

@@ -7,7 +7,6 @@ began, so an old run's lines are not told again. `standing` says the same of a r
 once.
 """
 
-import json
 import threading
 import time
 from collections import deque
@@ -24,63 +23,36 @@ from trifold.launch.recipe.reader import checkpoint_root_of_run
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import valid_folders
-from trifold.pretrain.storage.jsonl import read_lines
-
-EVENTS = {
-    "started": "{world} worker(s) started at ZeRO {zero_stage}",
-    "resumed": "continuing from {checkpoint}",
-    "checkpoint_rejected": "{checkpoint} was passed over: {file}: {reason}",
-    "save_failed": "a save failed: {reason}",
-    "request_failed": "{place}: {reason}; trying again in {seconds} s (try {tries} failed)",
-    "save_committed": "saved {checkpoint}",
-    "bad_step": "step {step} (rows {rows}) was applied by no rank: {reason} ({in_a_row} in a row; policy:"
-    " {policy})",
-    "failed": "rank {rank} failed: {error}",
-    "restarting": "starting {workers} workers again (restart {attempt})",
-    "waiting": "{fit} workers fit, {least} are needed: waiting up to {seconds} s for hosts",
-    "resizing": "{fit} workers fit now: the {workers} save, and {fit} go on",
-    "regrouping": "going on with {workers} workers",
-    "hanging": "rank {rank} on {host} hangs at {phase} in step {step}: this attempt is ended",
-    "scoring_failed": "{checkpoint} has no scores: {reason}",
-    "scoring_waits": "the scorer waits for {wants} that no worker holds: scores come when there is room, or"
-    " at the end. With less in"
-    " scoring.cpus (0: it shares the workers') it begins earlier",
-    "scoring_last": "waiting up to {seconds} s for the scores of {checkpoint}",
-    "terminated": "rank {rank} is told to end (SIGTERM): saving",
-    "stopped": "stopped at step {step}",
-    "finished": "finished: all {step} steps are done",
-}
-BAD = ("failed", "hanging", "save_failed", "bad_step", "checkpoint_rejected", "scoring_failed")
+from trifold.pretrain.monitor.events import EVENTS, describe
+from trifold.pretrain.monitor.run_folder import events_backwards, metrics_backwards
+from trifold.pretrain.storage.jsonl import read_from
 
 
 def run_status(run: Path, thorough: bool) -> dict[str, str]:
-    """How a run stands by its folder. `thorough`: its last checkpoint is read in full and verified."""
-    events, metrics = read_lines(run / "events.jsonl"), read_lines(run / "metrics.jsonl")
-    last = next((record for record in reversed(metrics) if "loss" in record), None)
-    try:
-        found = (
-            newest_verified(checkpoint_root_of_run(run), lambda event, **facts: None) if thorough else None
-        )
-        checkpoint = (
-            found.folder.name
-            if found
-            else next(
-                (f.name for f in reversed(valid_folders(checkpoint_root_of_run(run))) if not thorough), "none"
-            )
-        )
-    except UserError:
-        checkpoint = "none that verifies"
+    """The state of a run by its folder. `thorough`: its last checkpoint is read to the end and verified."""
+    last = next(metrics_backwards(run, "loss"), None)
+    started = next(events_backwards(run, "started"), None)
+    scored = next(metrics_backwards(run, "checkpoint"), None)
     return {
         "step": str(last["step"]) if last else "",
         "loss": f"{last['loss']:.3f}" if last else "",
         "tokens/s": _short(last["tokens_per_s"]) if last else "",
-        "workers": next(
-            (str(event["world"]) for event in reversed(events) if event["event"] == "started"), ""
-        ),
-        "restarts": str(sum(event["event"] == "restarting" for event in events)),
-        "verified checkpoint" if thorough else "checkpoint": checkpoint,
-        "scores": next((headline(record) for record in reversed(metrics) if "checkpoint" in record), ""),
+        "workers": str(started["world"]) if started else "",
+        "restarts": str(sum(1 for _ in events_backwards(run, "restarting"))),
+        "verified checkpoint" if thorough else "checkpoint": _newest_checkpoint(run, thorough),
+        "scores": headline(scored) if scored else "",
     }
+
+
+def _newest_checkpoint(run: Path, thorough: bool) -> str:
+    try:
+        root = checkpoint_root_of_run(run)
+        if not thorough:
+            return next((folder.name for folder in reversed(valid_folders(root))), "none")
+        checkpoint = newest_verified(root, lambda event, **facts: None)
+        return checkpoint.folder.name if checkpoint else "none"
+    except UserError:
+        return "none that verifies"
 
 
 def headline(record: dict[str, Any]) -> str:
@@ -139,11 +111,9 @@ class ProgressWatcher:
         """Read and show everything new, once."""
         events, metrics = ([record for record in next(source)] for source in self._sources)
         for event in events:
-            if text := EVENTS.get(event.get("event", "")):
-                style = "yellow" if event["event"] in BAD else "dim"
-                self.console.print(
-                    escape(text.format_map(_Facts(event))), style=style, highlight=False, soft_wrap=True
-                )
+            if text := describe(event.get("event", ""), event):
+                style = "yellow" if EVENTS[event["event"]].bad else "dim"
+                self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
         for record in metrics:
             if "heldout_loss" in record:
                 bits = f" ({record['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in record else ""
@@ -174,35 +144,12 @@ class ProgressWatcher:
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
-class _Facts(dict[str, Any]):
-    """A record whose missing facts read as a question mark: a line about a run must not end the run."""
-
-    def __missing__(self, key: str) -> str:
-        return "?"
-
-
 def appended(file: Path) -> Iterator[list[dict[str, Any]]]:
     """Each `next` gives the whole records appended since the one before (the first: since now)."""
     place = file.stat().st_size if file.exists() else 0
     while True:
-        records, place = since(file, place)
+        records, place = read_from(file, place)
         yield records
-
-
-def since(file: Path, place: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole records from byte `place` of a file on, and the byte after them."""
-    records: list[dict[str, Any]] = []
-    if file.exists():
-        with file.open("rb") as lines:
-            lines.seek(place)
-            whole, newline, _ = lines.read().rpartition(b"\n")
-        place += len(whole) + len(newline)
-        for line in whole.split(b"\n"):
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # half a line of a killed writer
-                continue
-    return records, place
 
 
 def _short(number: float) -> str:

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from trifold.launch.recipe.reader import flatten
 from trifold.launch.recipe.schema import AnyRecipe
-from trifold.launch.watch.progress import since
 from trifold.modeling.errors import UserError
 from trifold.pretrain.monitor.run_folder import last_outcome
+from trifold.pretrain.storage.jsonl import read_from
 
 PROJECT = "trifold"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says another
 _Record = dict[str, Any]
@@ -173,7 +173,7 @@ class _Followed:
         """Send what is new. A tracker that does not take it is asked again next time; the person hears of it
         once.
         """
-        records, place = since(self.run / "metrics.jsonl", self.place)
+        records, place = read_from(self.run / "metrics.jsonl", self.place)
         try:
             if records:
                 self.tracker.send(records)

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +25,9 @@ from torch import Tensor
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.lease import COMMIT, all_folders, is_valid, parse_folder_name
+from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.safetensors_file import SafetensorsFile
 from trifold.pretrain.storage.storage_path import FileDigest, StoragePath
-
-OnEvent = Callable[..., None]  # on_event(kind, **facts), also called from the saving thread
 
 
 @dataclass(frozen=True)

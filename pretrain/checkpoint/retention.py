@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from trifold.pretrain.checkpoint.checkpoint import CorruptCheckpoint, OnEvent, read_marker, verify
+from trifold.pretrain.checkpoint.checkpoint import CorruptCheckpoint, read_marker, verify
 from trifold.pretrain.checkpoint.lease import COMMIT, Lease, P, all_folders, parse_folder_name, valid_folders
 from trifold.pretrain.config.training import CheckpointConfig
+from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.storage_path import StoragePath
 
 

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState, OnEvent, merge_manifests, render_marker
+from trifold.pretrain.checkpoint.checkpoint import CheckpointState, merge_manifests, render_marker
 from trifold.pretrain.checkpoint.lease import COMMIT, Lease, Superseded, checkpoint_folder
 from trifold.pretrain.checkpoint.retention import retain, sweep
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.config.training import CheckpointConfig
+from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.safetensors_file import file_buffers
 from trifold.pretrain.storage.storage_path import StoragePath, ignore
 

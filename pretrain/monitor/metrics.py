@@ -1,10 +1,9 @@
-"""What a run writes about itself: metrics.jsonl (one line a step), events.jsonl (starts, saves, failures) and
+"""What the ranks of a run record: metrics.jsonl (one line a step), events.jsonl (starts, saves, failures) and
 TensorBoard files.
 
-In: plain numbers from rank 0. Out: files that `cat` reads; half a line, left by a killed process, never
-swallows the next one. After a resume the steps since the checkpoint appear again with a higher generation:
-the last line of a step counts. Only rank 0 writes metrics: what is scored beside training
-(launch/cluster/scoring_actor.py) waits for it in RUN/scoring, and carries the name of its checkpoint.
+After a resume the steps since the checkpoint appear again with a higher generation: the last line of a step
+counts. Only rank 0 writes metrics: scores that are computed beside training (launch/cluster/scoring_actor.py)
+wait for it in RUN/scoring and carry the name of their checkpoint.
 """
 
 import json
@@ -17,6 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.monitor.events import EVENTS, EventName
 from trifold.pretrain.monitor.run_folder import log_event, queued_scores
 from trifold.pretrain.storage.jsonl import append_line
 
@@ -25,14 +25,14 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 class Recorder:
-    """Writes a run's metrics and events on rank 0 and nothing elsewhere."""
+    """Writes a run's metrics and events on rank 0; on other ranks only the events that concern each rank."""
 
-    def __init__(self, run: Path, place: RankInfo, generation: int) -> None:
-        self.run, self.generation, self.active = run, generation, place.rank == 0
+    def __init__(self, run: Path, rank_info: RankInfo, generation: int) -> None:
+        self.run, self.generation, self.active = run, generation, rank_info.rank == 0
         self.board = SummaryWriter(str(run / "tensorboard")) if self.active else None
 
     def metrics(self, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl; the numbers among `values` also go to TensorBoard."""
+        """One line of metrics.jsonl; the floats among `values` also go to TensorBoard."""
         if self.board is None:
             return
         append_line(self.run / "metrics.jsonl", {"step": step, **values, "generation": self.generation})
@@ -41,18 +41,18 @@ class Recorder:
                 self.board.add_scalar(name, value, step)
 
     def take_queued_scores(self) -> None:
-        """Take what was scored beside training into the metrics. Cost where there is nothing: 20 to 60 us."""
-        for file in queued_scores(self.run) if self.active else ():
-            with suppress(FileNotFoundError):  # a group that was cut off and does not know it yet took it
-                record = json.loads(file.read_text())
-                file.unlink()
-                self.metrics(**record)
-
-    def event(self, event: str, **facts: Any) -> None:
-        """One line of events.jsonl: {"time", "event", "generation", facts}. Other ranks than the first report
-        what befalls them alone.
+        """Move the scores that were computed beside training into the metrics. Costs 20 to 60 us where there
+        are none.
         """
-        if self.active or event.endswith("_failed") or event == "terminated":
+        for file in queued_scores(self.run) if self.active else ():
+            with suppress(FileNotFoundError):  # a superseded group that does not know it yet took it
+                scores = json.loads(file.read_text())
+                file.unlink()
+                self.metrics(**scores)
+
+    def event(self, event: EventName, **facts: Any) -> None:
+        """One line of events.jsonl."""
+        if self.active or EVENTS[event].every_rank:
             log_event(self.run, event, generation=self.generation, **facts)
 
     def close(self) -> None:
@@ -60,20 +60,20 @@ class Recorder:
             self.board.close()
 
 
-def peak_flops(place: RankInfo, dtype: torch.dtype) -> float:
-    """FLOP/s of one rank's device that MFU is measured against: the datasheet's where known, else the best of
-    the matrix products of `dtype` that fit into 0.2 s here, on a CPU by one thread, times threads: two that
-    wait for each other tell how busy a machine is.
+def peak_flops(rank_info: RankInfo, dtype: torch.dtype) -> float:
+    """FLOP/s of one rank's device, which MFU is relative to: the datasheet's where known, else measured.
+
+    The measurement is the best of the matrix products of `dtype` that fit into 0.2 s, on a CPU by one thread,
+    times threads: two threads that wait for each other measure how busy a machine is.
     """
-    if place.device == "cuda":
-        name = torch.cuda.get_device_name(place.local_rank)
-        for part, peak in PEAK_FLOPS.items():
-            if part in name:
+    if rank_info.device == "cuda":
+        name = torch.cuda.get_device_name(rank_info.local_rank)
+        for model, peak in PEAK_FLOPS.items():
+            if model in name:
                 return peak
-    side = (
-        4096 if place.device == "cuda" else 256
-    )  # on a busy CPU the larger one never runs undisturbed: 25 GFLOP/s of 80
-    a = torch.randn(side, side, device=place.device, dtype=dtype)
+    # on a busy CPU the larger product never runs undisturbed: 25 GFLOP/s of 80
+    side = 4096 if rank_info.device == "cuda" else 256
+    a = torch.randn(side, side, device=rank_info.device, dtype=dtype)
     seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -82,4 +82,4 @@ def peak_flops(place: RankInfo, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    return 2 * side**3 / min(seconds) * (1 if place.device == "cuda" else place.threads)
+    return 2 * side**3 / min(seconds) * (1 if rank_info.device == "cuda" else rank_info.threads)

@@ -12,8 +12,8 @@ from pathlib import Path
 from trifold.modeling.config import Lora, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.adapters import adapters
-from trifold.pretrain.checkpoint.checkpoint import OnEvent
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import find_checkpoint
 from trifold.pretrain.storage.atomic import replace_folder

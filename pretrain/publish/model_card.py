@@ -14,9 +14,9 @@ import yaml
 from trifold.modeling.config import ModelConfig
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.monitor.run_folder import metrics_backwards
 from trifold.pretrain.publish.published_folder import recorded_config
 from trifold.pretrain.storage.json_files import read_json_object
-from trifold.pretrain.storage.jsonl import read_lines
 
 _USE = {  # the Hub's pipeline tag, the stock class, an example
     "decoder": (
@@ -169,12 +169,11 @@ def _provenance(record: Mapping[str, Any]) -> str:
 
 def _scores(run: Path, step: int) -> str:
     """The last evaluation at or before the checkpoint's step, and the scores of a fine-tuned model."""
-    lines = read_lines(run / "metrics.jsonl")
-    evaluations = [line for line in lines if "heldout_loss" in line and line["step"] <= step]
+    evaluations = [line for line in metrics_backwards(run, "heldout_loss") if line["step"] <= step]
     if not evaluations:
         return "Not evaluated."
     # a later generation has trained the same step again: its line counts
-    last = max(reversed(evaluations), key=lambda line: (line["step"], line.get("generation", 0)))
+    last = max(evaluations, key=lambda line: (line["step"], line.get("generation", 0)))
     labels = _metric_labels(last)
     measured = {label: last[name] for name, label in labels.items() if name in last}
     held_out = f"On held-out data:\n\n{_list({'step': last['step'], **measured})}"

@@ -19,8 +19,9 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.lora import merge_lora
 from trifold.pretrain.checkpoint import checkpoint as checkpoints
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint, OnEvent
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.publish import model_card, published_folder
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.publish.weights import SHARD_BYTES
