@@ -1,20 +1,32 @@
-"""What several tests share: one Ray cluster for the whole session (about 5 s to start), several hosts for a
-file of tests (20 s). And which proofs run: those that have not passed at this commit, or a slice that each
-commit begins elsewhere.
+"""What tests share: one Ray cluster for the session (about 5 s to start), several hosts for a file (20 s).
+
+It also says which tests run. `slow` is set here, not by hand: on tests that start a process or load a stock
+class. Of the proofs, only those run that have not passed at this commit, or a slice that starts at another one
+for each commit.
 """
 
+import inspect
 import os
 import subprocess
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.hosts import Hosts, missing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# A test that reaches one of these starts a process, or loads a class of transformers (seconds to import).
+SLOW_NAMES = {"run_processes", "subprocess", "multiprocessing", "transformers", "ray", "ray_cluster", "hosts"}
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, help="begin where this commit says, and start no test after so many seconds"
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and any(_is_slow(function) for function in _functions_of(item)):
+        item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)  # after -m
@@ -92,3 +110,38 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
     ).stdout.strip()
+
+
+def _functions_of(item: pytest.Function) -> Iterator[Callable[..., Any]]:
+    """The test and its fixtures."""
+    yield item.function
+    for definitions in item._fixtureinfo.name2fixturedefs.values():
+        yield from (definition.func for definition in definitions)
+
+
+@cache
+def _is_slow(function: Callable[..., Any], seen: tuple[str, ...] = ()) -> bool:
+    """Whether a function names one of SLOW_NAMES, itself or through functions and classes of tests/."""
+    function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType) or function.__qualname__ in seen:
+        return False
+    names = _names(function.__code__)
+    if names & SLOW_NAMES:
+        return True
+    for name in names:
+        used = function.__globals__.get(name)
+        module = used.__name__ if isinstance(used, ModuleType) else getattr(used, "__module__", None) or ""
+        if module.split(".")[0] in SLOW_NAMES:
+            return True
+        if not module.startswith("tests."):
+            continue
+        functions = [used, *vars(used).values()] if isinstance(used, type) else [used]
+        if any(_is_slow(f, (*seen, function.__qualname__)) for f in functions if isinstance(f, FunctionType)):
+            return True
+    return False
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every name that a function uses, in its inner functions too."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names, *code.co_varnames[: code.co_argcount]}.union(*map(_names, inner))
