@@ -149,8 +149,10 @@ def train(config: PretrainConfig, place: RankInfo) -> None:
     full = peak_flops_all_ranks(engine)
 
     def mfu(step: int, seconds: float) -> float:
-        part, room = locate_step(plan, step).part, rows[locate_step(plan, step).part.stage].capacity
-        return part.step_rows * train_flops_per_row(model, room.tokens, room.source) / seconds / full
+        stage = locate_step(plan, step).stage
+        capacity = rows[stage.stage].capacity
+        flops_per_row = train_flops_per_row(model, capacity.tokens, capacity.source)
+        return stage.step_rows * flops_per_row / seconds / full
 
     score = partial(_evaluate_heldout, config, engine, rows[-1], heldout, model.vocab_size)
     with closing(recorder):
@@ -191,9 +193,9 @@ def open_rows(config: PretrainConfig, processes: int = 1) -> tuple[list[Rows], R
         rows.append(
             rows[-1]
             if same
-            else Rows(config, vocabulary, training, "train", cache, processes, part.row_length, after)
+            else Rows.for_training(config, vocabulary, training, cache, processes, part.row_length, after)
         )
-    return rows, Rows(config, vocabulary, heldout, "heldout", cache, processes)
+    return rows, Rows.heldout(config, vocabulary, heldout, cache, processes)
 
 
 def shards_folder(config: PretrainConfig) -> Path:
@@ -230,7 +232,7 @@ def _rows_at(config: PretrainConfig, rows: list[Rows], step: int) -> Rows:
     """Those that the last of `step` finished steps read. A stage that is yet to come is no part of their
     fingerprint.
     """
-    return rows[locate_step(resolve_stages(config), max(step - 1, 0)).part.stage]
+    return rows[locate_step(resolve_stages(config), max(step - 1, 0)).stage.stage]
 
 
 def _resume(

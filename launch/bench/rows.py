@@ -66,12 +66,12 @@ def synthetic(config: PretrainConfig, vocab_size: int, documents: int, rows: int
     """
     words = Words(vocab_size)
     goal = ObjectiveMixture(config.objective, words, config.data.row_length)
-    whole = goal.longest - goal.parts[0].marks.count
+    whole = goal.max_chunk_length - goal.members[0].specials.count
     lengths = np.full(rows, whole)
     if documents:
         drawn = np.random.default_rng(2).exponential(config.data.row_length / documents, 2 * rows * documents)
         lengths = np.clip(drawn, 8, whole).astype(np.int64)
-    return Rows(config, words, [Documents(lengths, words)], "train")
+    return Rows.for_training(config, words, [Documents(lengths, words)])
 
 
 def micros(config: PretrainConfig, vocab_size: int, documents: int, number: int, device: str) -> list[Micro]:

@@ -1,10 +1,13 @@
-"""A rank's share of every step, made ahead of need: in, Rows and rank facts; out, StepRows whose micros go
-straight to the engine.
+"""One rank's share of every step, prepared ahead: Rows and the rank come in, StepRows go out, whose
+micro-batches the engine takes as they are.
 
-Micro j of a step holds the rows from `j * micro_rows` of that step and goes to rank j % world in round j //
-world; every rank has as many rounds, with micros of padding where there is nothing left. So the rows of a
-step, and the key of each micro's dropout, do not depend on the world. A thread works at most `prefetch` steps
-ahead (and on one more).
+Micro-batch j of a step holds the rows from `j * micro_rows` of that step and goes to rank j % world in round
+j // world. Every rank has as many rounds, with micro-batches of padding where no rows are left. So the rows
+of a step, and the key of each micro-batch's dropout, do not depend on the number of ranks. A thread works at
+most `prefetch` steps ahead, and on one more.
+
+Example: steps of 10 rows in micro-batches of 4 on 2 ranks. Rank 0 has rows 0 to 3 and 8 to 9 (and two rows of
+padding), rank 1 has rows 4 to 7 and a micro-batch of padding.
 """
 
 import queue
@@ -21,28 +24,31 @@ from trifold.pretrain.data.stages import ResolvedStage, locate_step
 
 @dataclass(frozen=True)
 class StepRows:
-    """One rank's share of an optimizer step, and the first and last row (included) of the whole step."""
+    """One rank's share of an optimizer step, and the first and last row (included) of the full step.
+
+    `count`, `tokens` and `hash` cover this rank's rows, except those that an earlier rank has as well.
+    """
 
     step: int
     stage: int
     first: int
     last: int
     micros: list[Batch]
-    micro_indices: list[int]  # of the run: keys of the randomness inside the model
-    count: int  # targets, here (this and the next two: of rows that no rank before has)
-    tokens: int  # positions that are not padding, here
-    hash: int  # the sum of the hashes of the rows here, modulo 2**63
+    micro_indices: list[int]  # counted over the run: keys of the randomness inside the model
+    count: int  # targets
+    tokens: int  # positions that are not padding
+    hash: int  # the sum of the row hashes, modulo 2**63
 
 
 class Loader:
-    """Iterates over the steps from `start` up to `stop`. Each iteration has its own thread, which ends when
-    the iteration does.
+    """Iterates over the steps from `start` up to `stop`. Each iteration has its own thread, which ends with
+    the iteration.
     """
 
     def __init__(
         self,
         rows: Sequence[RowSource],
-        parts: Sequence[ResolvedStage],
+        stages: Sequence[ResolvedStage],
         *,
         start: int,
         stop: int,
@@ -53,22 +59,18 @@ class Loader:
         pin: bool = False,
         counts: bool = True,
     ) -> None:
-        """`rows` of each of `parts`. `skips`: rows first to last, both included, that are left out (later
-        rows move up, and so each part takes as many beyond its last). `pin`: batches in pinned memory.
-        `counts`: False where a rank before has the same rows.
+        """`rows` of each of `stages`. `skips`: ranges of rows (first, last), last included, that are left
+        out: later rows move up. `pin`: batches in pinned memory. `counts`: False where an earlier rank has
+        the same rows.
         """
-        self.rows, self.parts, self.start, self.stop = rows, parts, start, stop
-        self.rank, self.world, self.prefetch, self.skips, self.pin, self.counts = (
-            rank,
-            world,
-            prefetch,
-            skips,
-            pin,
-            counts,
-        )
+        self.rows, self.stages = rows, stages
+        self.start, self.stop = start, stop
+        self.rank, self.world = rank, world
+        self.prefetch, self.skips = prefetch, skips
+        self.pin, self.counts = pin, counts
 
     def __iter__(self) -> Iterator[StepRows]:
-        """What fails in the thread is raised here."""
+        """An error in the thread is raised here."""
         ready: queue.Queue[StepRows | BaseException | None] = queue.Queue(self.prefetch)
         closed = threading.Event()
 
@@ -102,30 +104,35 @@ class Loader:
 
     def share(self, step: int) -> StepRows:
         """This rank's share of a step: a pure function of the step."""
-        part, cursor, first_micro = locate_step(self.parts, step)
-        source = self.rows[part.stage]
-        numbers = range(self.rank, -(-part.micros // self.world) * self.world, self.world)
-        places = [
-            place
-            for n in numbers
-            for place in range(n * part.micro_rows, min((n + 1) * part.micro_rows, part.step_rows))
-        ]
-        mine = source.rows([row_at_cursor(cursor + place, self.skips) for place in places])
-        filled = mine + [source.empty_row()] * (
-            len(numbers) * part.micro_rows - len(mine)
-        )  # only the last micro has too few
-        counted = mine if self.counts else []
-        micros = [
-            stack(filled[i : i + part.micro_rows], self.pin) for i in range(0, len(filled), part.micro_rows)
-        ]
+        stage, cursor, first_micro = locate_step(self.stages, step)
+        rounds = -(-stage.micros // self.world)
+        micro_numbers = range(self.rank, rounds * self.world, self.world)
+
+        numbers: list[int] = []  # of this rank's rows in the run
+        for micro in micro_numbers:
+            stop = min((micro + 1) * stage.micro_rows, stage.step_rows)
+            for row in range(micro * stage.micro_rows, stop):
+                numbers.append(row_at_cursor(cursor + row, self.skips))
+
+        source = self.rows[stage.stage]
+        rows = source.rows(numbers)
+        num_padding = len(micro_numbers) * stage.micro_rows - len(
+            rows
+        )  # at the end: only there rows are missing
+        padded = rows + [source.empty_row()] * num_padding
+        micros = []
+        for first in range(0, len(padded), stage.micro_rows):
+            micros.append(stack(padded[first : first + stage.micro_rows], self.pin))
+
+        counted = rows if self.counts else []
         return StepRows(
-            step,
-            part.stage,
-            row_at_cursor(cursor, self.skips),
-            row_at_cursor(cursor + part.step_rows - 1, self.skips),
-            micros,
-            [first_micro + n for n in numbers],
-            sum(row.num_targets for row in counted),
-            sum(row.num_tokens for row in counted),
-            sum(row.hash for row in counted) % 2**63,
+            step=step,
+            stage=stage.stage,
+            first=row_at_cursor(cursor, self.skips),
+            last=row_at_cursor(cursor + stage.step_rows - 1, self.skips),
+            micros=micros,
+            micro_indices=[first_micro + micro for micro in micro_numbers],
+            count=sum(row.num_targets for row in counted),
+            tokens=sum(row.num_tokens for row in counted),
+            hash=sum(row.hash for row in counted) % 2**63,
         )

@@ -15,10 +15,8 @@ def test_the_unigram_baseline_is_the_cross_entropy_of_smoothed_token_shares() ->
     vocabulary = SmallVocabulary(vocab_size=400)
     corpora = [SmallCorpus([3, 5, 2]), SmallCorpus([4, 1])]
     config = recipe(dials.CausalConfig(), row_length=16)
-    rows, heldout = (
-        Rows(config, vocabulary, [corpus], split)
-        for corpus, split in zip(corpora, ("train", "heldout"), strict=True)
-    )
+    rows = Rows.for_training(config, vocabulary, corpora[:1])
+    heldout = Rows.heldout(config, vocabulary, corpora[1:])
     epoch = rows.num_rows
     seen = {token: 2 for token in range(FIRST, FIRST + 10)} | {
         vocabulary.eos: 4

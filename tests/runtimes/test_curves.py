@@ -78,8 +78,8 @@ def _batches(kind: str, tokenizer: Tokenizer) -> Iterator[Batch]:
     kind.
     """
     objective = ObjectiveMixture(OBJECTIVES[kind], tokenizer, LENGTH)
-    marks = objective.parts[0].marks.count
-    size = objective.longest - marks
+    marks = objective.members[0].specials.count
+    size = objective.max_chunk_length - marks
     ids = np.concatenate(tokenizer.encode_batch(books.text(STEPS * ROWS * size * 6).split("\n")))
     for step in range(STEPS):
         documents = ids[step * ROWS * size :][: ROWS * size].reshape(ROWS, size)

@@ -1,12 +1,17 @@
-"""What is asked of a piece of text: in, a document's tokens and a key of chance; out, Segments, the pieces'
-shares of rows.
+"""Chunks of text as training examples: chunks of documents and a random key for each come in, Segments, ready
+to stand in rows, go out.
 
-An objective has parts, one or (a mixture) several, which answer the same questions: `room` (what a row
-holds), `sizes` (of pieces, in closed form, before any text is read), and then `segments`, made for many
-pieces at once. A document's marks are positions too: what stands before its text comes first.
+    segments.py   what all objectives share: Vocabulary, Chunk, Segments, special tokens around a document
+    causal.py     decoder: next token, prefix LM, fill in the middle
+    masked.py     encoder: masked tokens or words
+    spans.py      encoder-decoder: span corruption, continuation, text infilling
 
-Rows of one objective waste 1 % and less; a mixture of an encoder-decoder's parts wastes what their shapes
-differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
+ObjectiveMixture below is what rows.py and packing.py use: one member, or several that share the chunks. Each
+member gives the `capacity` of a row, the `sizes` of chunks in closed form before any text is read, and then
+`segments` of many chunks at once.
+
+Rows of one objective are at most 1 % padding. A mixture for an encoder-decoder pads where the shapes of its
+members differ: UL2's seven 17 % on documents of 20 to 300 tokens in rows of 512, and 30 % on longer ones.
 """
 
 from collections.abc import Sequence
@@ -22,7 +27,7 @@ from trifold.pretrain.data.objectives.segments import Chunk, Objective, Segment,
 from trifold.pretrain.data.objectives.spans import Continuation, Infilling, SpanCorruption
 from trifold.pretrain.data.packing import Chunks, RowCapacity, chunk_documents
 
-__all__ = ["Group", "Objective", "Piece", "Segment", "Segments", "Vocabulary"]
+__all__ = ["Chunk", "Objective", "ObjectiveMixture", "Segment", "SegmentGroup", "Segments", "Vocabulary"]
 
 OBJECTIVES = {
     "causal": CausalLM,
@@ -36,60 +41,66 @@ OBJECTIVES = {
 
 
 class SegmentGroup(NamedTuple):
-    """Segments under one part of an objective, and which pieces (N,) they are."""
+    """The segments of one member of a mixture, and their indices (N,) among all chunks."""
 
-    part: int
-    pieces: np.ndarray
+    member: int
+    indices: np.ndarray
     segments: Segments
 
 
 class ObjectiveMixture:
-    """The objective that a recipe names, for rows of `row_length` positions (of the source, for spans and
+    """The objective that a config names, for rows of `row_length` positions (of the source, for spans and
     continuations).
 
-    In a mixture each piece belongs to one part, drawn by a hash of its place: its document's number in the
-    block, and where it starts. So sizes are known before text is read, packing needs no more than lengths,
-    and a piece keeps its part in every epoch (what is hidden is drawn anew). Pieces are as long as the part
-    that can take least allows, and a row has room for the largest of any part.
+    In a mixture each chunk belongs to one member, chosen by a hash of its document's number in the block and
+    its start. So sizes are known before text is read, packing needs lengths alone, and a chunk keeps its
+    member in every epoch (what is hidden is drawn anew). Chunks are as long as every member can take, and a
+    row has capacity for the largest of any member.
     """
 
-    def __init__(self, dials: objectives.AnyObjective, vocabulary: Vocabulary, row_length: int) -> None:
-        singles = objectives.mixture_members(dials)
-        self.parts: list[Objective] = [
-            OBJECTIVES[single.kind](single, vocabulary, row_length) for single in singles
+    def __init__(self, config: objectives.AnyObjective, vocabulary: Vocabulary, row_length: int) -> None:
+        members = objectives.mixture_members(config)
+        self.members: list[Objective] = [
+            OBJECTIVES[member.kind](member, vocabulary, row_length) for member in members
         ]
-        self.labels = objectives.member_labels(dials)
-        self.longest = min(part.longest for part in self.parts)
-        self.capacity = RowCapacity(
-            *map(max, zip(*(part.room(self.longest) for part in self.parts), strict=True))
-        )
-        self.bounds = np.cumsum([single.weight for single in singles]) / sum(
-            single.weight for single in singles
-        )
+        self.labels = objectives.member_labels(config)
+        self.max_chunk_length = min(member.max_chunk_length for member in self.members)
+        capacities = [member.capacity(self.max_chunk_length) for member in self.members]
+        self.capacity = RowCapacity(*map(max, zip(*capacities, strict=True)))
+        weights = [member.weight for member in members]
+        self.bounds = np.cumsum(weights) / sum(weights)
 
     def chunks(self, lengths: np.ndarray) -> Chunks:
-        """The pieces that a block's documents of `lengths` text tokens make, and their sizes."""
-        document, start, stop = chunk_documents(lengths + self.parts[0].marks.count, self.longest)
-        part_of = self.part_of(document, start)
-        tokens, second, capped = np.zeros_like(start), np.zeros_like(start), 0
-        for number, part in enumerate(self.parts):
-            here = part_of == number
-            sizes = part.sizes(lengths[document[here]], start[here], stop[here])
-            tokens[here], second[here], capped = sizes.tokens, sizes.second, capped + sizes.capped
-        return Chunks(document, start, stop, tokens, second, capped)
+        """The chunks of a block's documents of `lengths` text tokens, and their sizes."""
+        positions = lengths + self.members[0].specials.count
+        document, start, stop = chunk_documents(positions, self.max_chunk_length)
+        member_of = self.member_of(document, start)
+        tokens, source_or_picked = np.zeros_like(start), np.zeros_like(start)
+        num_over_sentinel_limit = 0
+        for number, member in enumerate(self.members):
+            is_member = member_of == number
+            sizes = member.sizes(lengths[document[is_member]], start[is_member], stop[is_member])
+            tokens[is_member] = sizes.tokens
+            source_or_picked[is_member] = sizes.source_or_picked_tokens
+            num_over_sentinel_limit += sizes.num_over_sentinel_limit
+        return Chunks(document, start, stop, tokens, source_or_picked, num_over_sentinel_limit)
 
-    def part_of(self, document: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """The part (N,) of the pieces that begin at `start` of these documents of a block."""
-        if len(self.parts) == 1:
+    def member_of(self, document: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The member (N,) of the chunks that begin at `start` of these documents of a block."""
+        if len(self.members) == 1:
             return np.zeros(len(document), np.int64)
-        share = keyed_random.nth_random(keyed_random.hash64(document.astype(np.uint64)), start) / 2.0**64
-        return np.searchsorted(self.bounds[:-1], share, side="right")
+        document_keys = keyed_random.hash64(document.astype(np.uint64))
+        uniform = keyed_random.nth_random(document_keys, start) / 2.0**64
+        return np.searchsorted(self.bounds[:-1], uniform, side="right")
 
-    def segments(self, part_of: np.ndarray, pieces: Sequence[Chunk], keys: np.ndarray) -> list[SegmentGroup]:
-        """Pieces as segments, those of a part together; `keys` (N,) decide all that is left to chance."""
-        made = []
-        for number, part in enumerate(self.parts):
-            its = (part_of == number).nonzero()[0]
-            if len(its):
-                made.append(SegmentGroup(number, its, part.segments([pieces[i] for i in its], keys[its])))
-        return made
+    def segments(
+        self, member_of: np.ndarray, chunks: Sequence[Chunk], keys: np.ndarray
+    ) -> list[SegmentGroup]:
+        """The segments of chunks, grouped by member. All random choices follow from `keys` (N,)."""
+        groups = []
+        for number, member in enumerate(self.members):
+            indices = (member_of == number).nonzero()[0]
+            if len(indices):
+                segments = member.segments([chunks[i] for i in indices], keys[indices])
+                groups.append(SegmentGroup(number, indices, segments))
+        return groups

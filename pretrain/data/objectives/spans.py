@@ -1,10 +1,11 @@
-"""Objectives of an encoder-decoder: spans of a piece are hidden from the encoder, and the decoder writes
-them, or the whole text again.
+"""Objectives of an encoder-decoder: spans of a chunk are hidden from the encoder, and the decoder writes
+them, or the full text again.
 
-The encoder reads a document as the published tokenizer marks it; marks are never hidden. The decoder begins
-with the tokenizer's start token. How much is hidden, and in how many spans, follows from a piece's length
-alone; where and how long each is gets drawn. UL2's modes (Tay et al. 2022) are told by a token before
-everything else: R, S, X are the last three sentinels, so that T5's tokenizers and ours need no new ones.
+The encoder reads a document with the special tokens of the published tokenizer, which are never hidden. The
+decoder begins with the tokenizer's start token. How much is hidden, and in how many spans, follows from a
+chunk's length alone; positions and lengths of spans are random. UL2's modes (Tay et al. 2022) are a token
+before everything else: R, S, X are the last three sentinels, so that T5's tokenizers and ours need no new
+tokens.
 """
 
 from collections.abc import Sequence
@@ -25,202 +26,253 @@ from trifold.pretrain.data.objectives.segments import (
 from trifold.pretrain.data.packing import RowCapacity
 from trifold.pretrain.data.ragged import EMPTY, mask_except, ragged_arange, round_up_to_8, split_runs
 
-MODES = {"R": -1, "S": -2, "X": -3}  # places among the sentinels
+MODES = {"R": -1, "S": -2, "X": -3}  # indices of the sentinels
 
 
 class SpanCorruption:
-    """Span corruption (T5, Raffel et al. 2020): of a piece's n text tokens round(density * n), at least 1,
-    are hidden in round(hidden / mean_length) spans, at least 1 and at most the sentinels there are (longer
-    spans then, counted as `capped`).
+    """Span corruption (T5, Raffel et al. 2020): of a chunk's n text tokens round(density * n), at least 1,
+    are hidden in round(hidden / mean_length) spans, at least 1 and at most the number of sentinels (spans
+    are longer then, and the chunk counts in `num_over_sentinel_limit`).
 
-    The source is the piece with a sentinel in place of each span; the target is sentinel, span, sentinel,
-    span, ..., EOS. Spans never touch each other. Lengths of spans, and of what lies between them, are uniform
+    The source is the chunk with a sentinel in place of each span; the target is sentinel, span, sentinel,
+    span, ..., EOS. Spans never touch each other. Lengths of spans, and of the text between them, are uniform
     over all ways to make the sums, as in T5; but T5 always hides the last token and never the first, here
-    both may be. Room: `row_length` is the source's; the target's is that of the longest piece that such a
+    both may be. `row_length` is the source's; the target's capacity is that of the longest chunk that such a
     source can stand for.
+
+    Example: BOS 1, EOS 2, the text 20 21 ... 29, sentinels 5 and 6, and two spans that hide 21 22 23 and 27:
+
+        source   1  20  5  24 25 26  6  28 29  2
+        targets     5  21 22 23  6  27  2
+        tokens   start  5  21 22 23  6  27
     """
 
     def __init__(
         self,
-        dials: objectives.SpansConfig | objectives.ContinuationConfig,
+        config: objectives.SpansConfig | objectives.ContinuationConfig,
         vocabulary: Vocabulary,
         row_length: int,
     ) -> None:
         self.start, self.eos = vocabulary.start, vocabulary.eos
-        self.marks = DocumentWithSpecials(vocabulary.before, vocabulary.after)
-        sentinels = np.array(required_sentinels(vocabulary, 1 + len(MODES), dials.kind), np.int64)
-        self.mode = sentinels[[MODES[dials.mode]]] if dials.mode else sentinels[:0]
-        self.sentinels = sentinels[: -len(MODES)] if dials.mode else sentinels
-        self.numbers = np.arange(len(self.sentinels))
+        self.specials = DocumentWithSpecials(vocabulary.before, vocabulary.after)
+        sentinels = np.array(required_sentinels(vocabulary, 1 + len(MODES), config.kind), np.int64)
+        self.mode = sentinels[[MODES[config.mode]]] if config.mode else sentinels[:0]
+        self.sentinels = sentinels[: -len(MODES)] if config.mode else sentinels
         self.row_length = row_length
-        n = np.arange(
-            int((row_length + 1) / (1 - dials.density)) + 4
-        )  # beyond what any source of row_length can stand for
-        self.hidden = np.where(n > 0, np.maximum(np.rint(dials.density * n), 1), 0).astype(np.int64)
-        wanted = self._count_spans(dials, n)
-        self.spans = np.minimum(wanted, len(self.sentinels))
-        self.too_many = wanted > self.spans
-        self.shrinks = (
-            self.hidden - self.spans - len(self.mode)
-        )  # how much shorter the source is than the piece
-        sources = [n - self.shrinks[np.maximum(n - marks, 0)] for marks in range(self.marks.count + 1)]
-        self.longest = int(np.argmax(np.max(sources, axis=0) > row_length)) - 1
+
+        # by the number n of text tokens, beyond what any source of row_length can stand for
+        n = np.arange(int((row_length + 1) / (1 - config.density)) + 4)
+        self.num_hidden = _count_hidden(config.density, n)
+        wanted = self._count_spans(config, n)
+        self.num_spans = np.minimum(wanted, len(self.sentinels))
+        self.over_limit = wanted > self.num_spans
+        # how much shorter the source is than the chunk
+        self.shrinks = self.num_hidden - self.num_spans - len(self.mode)
+
+        source_sizes = []
+        for num_specials in range(self.specials.count + 1):
+            source_sizes.append(n - self.shrinks[np.maximum(n - num_specials, 0)])
+        self.max_chunk_length = int(np.argmax(np.max(source_sizes, axis=0) > row_length)) - 1
 
     def _count_spans(
-        self, dials: objectives.SpansConfig | objectives.ContinuationConfig, n: np.ndarray
+        self, config: objectives.SpansConfig | objectives.ContinuationConfig, n: np.ndarray
     ) -> np.ndarray:
-        """The spans of pieces of n text tokens, were there sentinels enough."""
-        if isinstance(dials, objectives.ContinuationConfig):
+        """The spans of chunks of n text tokens if there were sentinels enough."""
+        if isinstance(config, objectives.ContinuationConfig):
             return np.minimum(n, 1)
-        return np.minimum(
-            np.maximum(np.rint(self.hidden / dials.mean_length), n > 0), n - self.hidden + 1
-        ).astype(np.int64)
+        return _count_spans(config.mean_length, self.num_hidden, n)
 
-    def _target(self, text: np.ndarray) -> np.ndarray:
-        return self.hidden[text] + self.spans[text] + 1
+    def _target_size(self, text: np.ndarray) -> np.ndarray:
+        return self.num_hidden[text] + self.num_spans[text] + 1
 
-    def room(self, longest: int) -> RowCapacity:
-        return RowCapacity(
-            round_up_to_8(int(self._target(np.arange(longest + 1)).max())), source=self.row_length
-        )
+    def capacity(self, chunk_length: int) -> RowCapacity:
+        target = int(self._target_size(np.arange(chunk_length + 1)).max())
+        return RowCapacity(round_up_to_8(target), source=self.row_length)
 
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
-        text = self.marks.text(lengths, start, stop)
-        return ChunkSizes(
-            self._target(text), stop - start - self.shrinks[text], capped=int(self.too_many[text].sum())
-        )
+        text = self.specials.count_text(lengths, start, stop)
+        source = stop - start - self.shrinks[text]
+        return ChunkSizes(self._target_size(text), source, int(self.over_limit[text].sum()))
 
     def _sample_spans(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of pieces of `text` tokens (N,), in any order: where in the hidden text each span but the first
-        begins; how much of the text is shown before each span.
-        """
-        hidden, spans = self.hidden[text], self.spans[text]
-        inner, outer = keyed_random.split(keys, 2)
-        cuts = np.maximum(hidden - 1, 0), np.maximum(spans - 1, 0)
-        return keyed_random.sample_without_replacement(
-            inner, *cuts
-        ) + 1, keyed_random.sample_without_replacement(outer, text - hidden + 1, spans)
+        """For chunks of `text` tokens (N,), in any order: where in a chunk's hidden tokens each span except
+        the first begins, and how many visible tokens come before each span.
 
-    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
-        marked, begin, first, last, end = self.marks.joined(pieces, self.mode)
-        hidden, spans = self.hidden[last - first], self.spans[last - first]
-        before = hidden.cumsum() - hidden
-        inner, outer = self._sample_spans(last - first, keys)
-        # Spans stand between hidden tokens and shown ones, both counted over all pieces: sorted, those of a
-        # piece stay together.
-        unseen = np.concatenate([before[spans > 0], inner + np.repeat(before, np.maximum(spans - 1, 0))])
-        shown = outer + np.repeat(first - before, spans)
-        unseen.sort()
-        shown.sort()
-        begins = unseen + shown
-        covered = ragged_arange(begins, np.diff(unseen, append=hidden.sum()))
-        text, names = marked[covered], np.concatenate([self.sentinels[:number] for number in spans.tolist()])
-        marked[begins] = names
-        is_source = mask_except(len(marked), covered)
-        is_source[begins] = True
+        In the example of the class: spans begin at [3] of the 4 hidden tokens, after [1, 4] of the 6 visible.
+        """
+        hidden, spans = self.num_hidden[text], self.num_spans[text]
+        length_keys, position_keys = keyed_random.split(keys, 2)
+        sizes, counts = np.maximum(hidden - 1, 0), np.maximum(spans - 1, 0)
+        hidden_starts = keyed_random.sample_without_replacement(length_keys, sizes, counts) + 1
+        visible_before = keyed_random.sample_without_replacement(position_keys, text - hidden + 1, spans)
+        return hidden_starts, visible_before
+
+    def segments(self, chunks: Sequence[Chunk], keys: np.ndarray) -> Segments:
+        tokens, begin, text_begin, text_end, end = self.specials.concatenate(chunks, self.mode)
+        text = text_end - text_begin
+        hidden, spans = self.num_hidden[text], self.num_spans[text]
+        hidden_starts, begins = self._locate_spans(text_begin, text, keys)
+
+        is_hidden = ragged_arange(begins, np.diff(hidden_starts, append=hidden.sum()))
+        hidden_tokens = tokens[is_hidden]
+        sentinels = np.concatenate([self.sentinels[:number] for number in spans.tolist()])
+
+        # the source: a sentinel at the first token of each span, the rest of the span removed
+        tokens[begins] = sentinels
+        in_source = mask_except(len(tokens), is_hidden)
+        in_source[begins] = True
+
+        # the targets: hidden tokens one after another, a sentinel before each span, EOS after each chunk
         sizes = hidden + spans + 1
         stops = sizes.cumsum()
-        at = unseen + np.arange(len(unseen)) + np.repeat(np.arange(len(spans)), spans)
+        chunks_before = np.repeat(np.arange(len(spans)), spans)  # each has an EOS
+        sentinel_positions = hidden_starts + np.arange(len(hidden_starts)) + chunks_before
         targets = np.empty(stops[-1], np.int64)
-        targets[mask_except(len(targets), at, stops - 1)] = text
-        targets[at], targets[stops - 1] = names, self.eos
+        targets[mask_except(len(targets), sentinel_positions, stops - 1)] = hidden_tokens
+        targets[sentinel_positions] = sentinels
+        targets[stops - 1] = self.eos
+
         return Segments(
-            _read(targets, stops - sizes, self.start),
-            targets,
-            sizes,
-            marked[is_source],
-            end - begin - hidden + spans,
+            tokens=_decoder_inputs(targets, stops - sizes, self.start),
+            targets=targets,
+            sizes=sizes,
+            source=tokens[in_source],
+            source_sizes=end - begin - hidden + spans,
         )
+
+    def _locate_spans(
+        self, text_begin: np.ndarray, text: np.ndarray, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each span's start among the hidden tokens of all chunks, and its start among all tokens, which is
+        the hidden plus the visible tokens before it. Both are sorted: the spans of a chunk stay together.
+        """
+        hidden, spans = self.num_hidden[text], self.num_spans[text]
+        hidden_before = hidden.cumsum() - hidden
+        starts_in_chunk, visible_in_chunk = self._sample_spans(text, keys)
+
+        first_starts = hidden_before[spans > 0]
+        later_starts = starts_in_chunk + np.repeat(hidden_before, np.maximum(spans - 1, 0))
+        hidden_starts = np.concatenate([first_starts, later_starts])
+        hidden_starts.sort()
+
+        visible_before = visible_in_chunk + np.repeat(text_begin - hidden_before, spans)
+        visible_before.sort()
+        return hidden_starts, hidden_starts + visible_before
 
 
 class Continuation(SpanCorruption):
     """UL2's S-denoiser: one span, which reaches to the end of the text."""
 
     def _sample_spans(self, text: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return EMPTY, np.repeat(text - self.hidden[text], self.spans[text])
+        return EMPTY, np.repeat(text - self.num_hidden[text], self.num_spans[text])
 
 
 class Infilling:
-    """Text infilling and sentence permutation (BART, Lewis et al. 2020): the decoder writes the piece as it
-    was, its marks included.
+    """Text infilling and sentence permutation (BART, Lewis et al. 2020): the decoder writes the original
+    chunk, special tokens included.
 
-    Of n text tokens round(density * n), at least 1, are hidden in round(hidden / mean_length) spans, at least
-    1, and one mask stands for each. Lengths are those of independent Poisson numbers given their sum, which
-    is the multinomial law: 0 is among them, and such a mask stands for nothing. Masks never touch each other.
-    Spans are of tokens where fairseq's are of words. Sentences end behind a token that the tokenizer says
-    ends one; all of a piece's are shuffled first. Room: `row_length` is the target's.
+    Of n text tokens round(density * n), at least 1, are hidden in round(hidden / mean_length) spans, at
+    least 1, and one mask stands for each. Lengths are those of independent Poisson numbers given their sum,
+    which is the multinomial law: 0 is among them, and such a mask stands for nothing. Masks never touch each
+    other. Spans are of tokens where fairseq's are of words. Sentences end after a token that the tokenizer
+    marks as the end of one; all of a chunk's are shuffled first. `row_length` is the target's.
     """
 
-    def __init__(self, dials: objectives.InfillingConfig, vocabulary: Vocabulary, row_length: int) -> None:
-        self.dials, self.marks, self.sentence_ends = (
-            dials,
-            DocumentWithSpecials(vocabulary.before, vocabulary.after),
-            vocabulary.sentence_ends,
-        )
-        self.mask, self.start = required_mask(vocabulary, dials.kind), vocabulary.start
-        self.repeats = self.marks.before[:1].tolist() == [
-            self.start
-        ]  # BART's own start is EOS; where it is BOS, it comes once
-        self.longest = row_length
+    def __init__(self, config: objectives.InfillingConfig, vocabulary: Vocabulary, row_length: int) -> None:
+        self.permutes = config.permute_sentences
+        self.specials = DocumentWithSpecials(vocabulary.before, vocabulary.after)
+        self.sentence_ends = vocabulary.sentence_ends
+        self.mask, self.start = required_mask(vocabulary, config.kind), vocabulary.start
+        # BART's start token is EOS; where it is BOS, it comes once
+        self.starts_with_bos = self.specials.before[:1].tolist() == [self.start]
+        self.max_chunk_length = row_length
         n = np.arange(row_length + 1)
-        self.hidden = np.where(n > 0, np.maximum(np.rint(dials.density * n), 1), 0).astype(np.int64)
-        self.spans = np.minimum(
-            np.maximum(np.rint(self.hidden / dials.mean_length), n > 0), n - self.hidden + 1
-        ).astype(np.int64)
+        self.num_hidden = _count_hidden(config.density, n)
+        self.num_spans = _count_spans(config.mean_length, self.num_hidden, n)
 
-    def room(self, longest: int) -> RowCapacity:
-        n = np.arange(longest + 1)
-        sources = [
-            n - (self.hidden - self.spans)[np.maximum(n - marks, 0)] for marks in range(self.marks.count + 1)
-        ]
-        return RowCapacity(longest, source=round_up_to_8(int(np.max(sources))))
+    def capacity(self, chunk_length: int) -> RowCapacity:
+        n = np.arange(chunk_length + 1)
+        shrinks = self.num_hidden - self.num_spans
+        source_sizes = []
+        for num_specials in range(self.specials.count + 1):
+            source_sizes.append(n - shrinks[np.maximum(n - num_specials, 0)])
+        return RowCapacity(chunk_length, source=round_up_to_8(int(np.max(source_sizes))))
 
     def sizes(self, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> ChunkSizes:
-        text = self.marks.text(lengths, start, stop)
-        return ChunkSizes(
-            stop - start - (self.repeats & (start == 0)), stop - start - self.hidden[text] + self.spans[text]
-        )
+        text = self.specials.count_text(lengths, start, stop)
+        target = stop - start - (self.starts_with_bos & (start == 0))
+        return ChunkSizes(target, stop - start - self.num_hidden[text] + self.num_spans[text])
 
-    def segments(self, pieces: Sequence[Chunk], keys: np.ndarray) -> Segments:
-        whole, begin, first, last, end = self.marks.joined(pieces)
-        hidden, spans = self.hidden[last - first], self.spans[last - first]
-        orders, bins, outer = keyed_random.split(keys, 3)
-        span_of = (keyed_random.uniform(bins, hidden) * np.repeat(spans, hidden)).astype(
+    def segments(self, chunks: Sequence[Chunk], keys: np.ndarray) -> Segments:
+        original, begin, text_begin, text_end, end = self.specials.concatenate(chunks)
+        text = text_end - text_begin
+        hidden, spans = self.num_hidden[text], self.num_spans[text]
+        order_keys, length_keys, position_keys = keyed_random.split(keys, 3)
+
+        # lengths: each hidden token falls into a random span of its chunk
+        spans_before = spans.cumsum() - spans
+        span_in_chunk = (keyed_random.uniform(length_keys, hidden) * np.repeat(spans, hidden)).astype(
             np.int64
-        )  # each hidden token falls into some span
-        lengths = np.bincount(span_of + np.repeat(spans.cumsum() - spans, hidden), minlength=spans.sum())
-        shown = keyed_random.sample_without_replacement(outer, last - first - hidden + 1, spans) + np.repeat(
-            first - (hidden.cumsum() - hidden), spans
         )
-        shown.sort()
-        covered = ragged_arange(shown + lengths.cumsum() - lengths, lengths)
-        told = self._permuted(whole, first, last - first, orders) if self.dials.permute_sentences else whole
-        kept = told[mask_except(len(whole), covered)]
-        source = np.full(len(kept) + len(shown), self.mask)
-        source[mask_except(len(source), shown + np.arange(len(shown)))] = kept
-        repeats = np.array([self.repeats and piece.start == 0 for piece in pieces], bool)
-        given = mask_except(len(whole), begin[repeats])
-        tokens = _read(whole, begin[begin < end], self.start)[given]
-        sizes = end - begin - repeats
-        return Segments(tokens, whole[given], sizes, source, end - begin - hidden + spans)
+        span_of = span_in_chunk + np.repeat(spans_before, hidden)
+        lengths = np.bincount(span_of, minlength=spans.sum())
 
-    def _permuted(
-        self, whole: np.ndarray, first: np.ndarray, text: np.ndarray, keys: np.ndarray
+        # positions: how many visible tokens come before each span
+        visible_before = keyed_random.sample_without_replacement(position_keys, text - hidden + 1, spans)
+        visible_before += np.repeat(text_begin - (hidden.cumsum() - hidden), spans)
+        visible_before.sort()
+        is_hidden = ragged_arange(visible_before + lengths.cumsum() - lengths, lengths)
+
+        # the source: the visible tokens, and a mask for each span
+        shuffled = (
+            self._permute_sentences(original, text_begin, text, order_keys) if self.permutes else original
+        )
+        visible = shuffled[mask_except(len(original), is_hidden)]
+        source = np.full(len(visible) + len(visible_before), self.mask)
+        mask_positions = visible_before + np.arange(len(visible_before))
+        source[mask_except(len(source), mask_positions)] = visible
+
+        # the target: the original, without a BOS that is the start token already
+        drops_first = np.array([self.starts_with_bos and chunk.start == 0 for chunk in chunks], bool)
+        is_target = mask_except(len(original), begin[drops_first])
+        inputs = _decoder_inputs(original, begin[begin < end], self.start)
+        return Segments(
+            tokens=inputs[is_target],
+            targets=original[is_target],
+            sizes=end - begin - drops_first,
+            source=source,
+            source_sizes=end - begin - hidden + spans,
+        )
+
+    def _permute_sentences(
+        self, tokens: np.ndarray, text_begin: np.ndarray, text: np.ndarray, keys: np.ndarray
     ) -> np.ndarray:
-        """`whole`, with the sentences of each of the texts of `text` tokens that begin at `first` in random
-        order.
+        """`tokens`, with the sentences of each of the texts of `text` tokens that begin at `text_begin` in
+        random order.
         """
-        at = ragged_arange(first, text)
-        starts, sizes, counts = split_runs(self.sentence_ends[whole[at - 1]], text)
+        positions = ragged_arange(text_begin, text)
+        begins_sentence = self.sentence_ends[tokens[positions - 1]]
+        starts, sizes, counts = split_runs(begins_sentence, text)
         order = keyed_random.shuffled(keys, counts) + np.repeat(counts.cumsum() - counts, counts)
-        permuted = whole.copy()
-        permuted[at] = whole[ragged_arange(at[starts[order]], sizes[order])]
+        permuted = tokens.copy()
+        permuted[positions] = tokens[ragged_arange(positions[starts[order]], sizes[order])]
         return permuted
 
 
-def _read(targets: np.ndarray, begin: np.ndarray, start: int) -> np.ndarray:
-    """What the decoder reads to predict the targets of pieces from `begin` on: the start token, then what it
-    should have written.
+def _count_hidden(density: float, n: np.ndarray) -> np.ndarray:
+    """How many of n text tokens are hidden: at least 1 where there are any."""
+    return np.where(n > 0, np.maximum(np.rint(density * n), 1), 0).astype(np.int64)
+
+
+def _count_spans(mean_length: float, hidden: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """In how many spans: at least 1 where there is text, and visible tokens between any two."""
+    spans = np.maximum(np.rint(hidden / mean_length), n > 0)
+    return np.minimum(spans, n - hidden + 1).astype(np.int64)
+
+
+def _decoder_inputs(targets: np.ndarray, begin: np.ndarray, start: int) -> np.ndarray:
+    """What the decoder reads to predict the targets of chunks that start at `begin`: the start token, then
+    the targets before.
     """
     tokens = np.empty_like(targets)
     tokens[1:] = targets[:-1]

@@ -18,7 +18,7 @@ KINDS = pytest.mark.parametrize(
 
 
 def rows_of(dials) -> Rows:
-    return Rows(recipe(dials), SmallVocabulary(), [SmallCorpus([5, 20, 40, 100] * 10)], "train")
+    return Rows.for_training(recipe(dials), SmallVocabulary(), [SmallCorpus([5, 20, 40, 100] * 10)])
 
 
 def loader_of(rows: Rows, rank: int = 0, world: int = 1, **choices) -> Loader:

@@ -61,7 +61,8 @@ def small_blocks(monkeypatch):
 
 
 def rows_of(dials, corpora=None, split="train", **choices) -> Rows:
-    return Rows(recipe(dials, **choices), VOCABULARY, corpora or [SmallCorpus(LENGTHS)], split)
+    make = Rows.for_training if split == "train" else Rows.heldout
+    return make(recipe(dials, **choices), VOCABULARY, corpora or [SmallCorpus(LENGTHS)])
 
 
 def text_of(row: Row, document: int) -> list[int]:
@@ -107,7 +108,7 @@ def test_every_token_of_every_document_comes_once_per_epoch(dials):
 @KINDS
 def test_random_documents_lose_nothing_and_stay_apart(dials, lengths, row_length):
     corpus = SmallCorpus(lengths)
-    rows = Rows(recipe(dials, row_length), VOCABULARY, [corpus], "train")
+    rows = Rows.for_training(recipe(dials, row_length), VOCABULARY, [corpus])
     seen: Counter[int] = Counter()
     for i in range(rows.num_rows):
         row = rows.row(i)
@@ -215,7 +216,7 @@ def test_the_fingerprint_covers_all_that_decides_a_row_but_the_seed():
     def fingerprint(dials=None, corpus="corpus", vocabulary="vocabulary", weights=(1.0, 1.0), **choices):
         corpora = [SmallCorpus([9, 9], fingerprint=corpus), SmallCorpus([9], fingerprint="second")]
         config = recipe(dials or MaskedConfig(), weights=weights, **choices)
-        return Rows(config, SmallVocabulary(fingerprint=vocabulary), corpora, "train").fingerprint
+        return Rows.for_training(config, SmallVocabulary(fingerprint=vocabulary), corpora).fingerprint
 
     assert fingerprint() == fingerprint(seed=1) == fingerprint(MaskedConfig(weight=2))
     others = [
@@ -233,10 +234,10 @@ def test_the_fingerprint_covers_all_that_decides_a_row_but_the_seed():
 
 
 def test_the_table_is_kept_beside_the_shards_and_gives_the_same_rows(tmp_path, monkeypatch):
-    first = Rows(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
+    first = Rows.for_training(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(packing, "_measure_blocks", None)
-    again = Rows(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], "train", cache=tmp_path)
+    monkeypatch.setattr(packing, "_pack_blocks", None)
+    again = Rows.for_training(recipe(SpansConfig()), VOCABULARY, [SmallCorpus(LENGTHS)], cache=tmp_path)
     assert [first.row(i).hash for i in range(50)] == [again.row(i).hash for i in range(50)]
 
 
@@ -256,7 +257,7 @@ def test_rows_are_those_of_format_2(expected, dials):
 )
 def test_documents_stay_apart_under_every_objective(dials):
     corpus = SmallCorpus(LENGTHS)
-    rows = Rows(recipe(dials, 32), VOCABULARY, [corpus], "train")
+    rows = Rows.for_training(recipe(dials, 32), VOCABULARY, [corpus])
     seen: set[int] = set()
     for row in (rows.row(i) for i in range(rows.num_rows)):
         for number in range(1, row.segments.max() + 1):
@@ -319,7 +320,7 @@ def test_rows_of_real_shards_spell_the_text(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(texts))
     vocabulary = train(iter(texts), TokenizerConfig(), 400, tmp_path / "tokenizer")
     shards, _ = prepare(SourceConfig(path=str(tmp_path / "text.txt")), vocabulary, tmp_path / "shards")
-    rows = Rows(recipe(CausalConfig(), 512), vocabulary, [shards], "train", cache=tmp_path / "shards")
+    rows = Rows.for_training(recipe(CausalConfig(), 512), vocabulary, [shards], cache=tmp_path / "shards")
     spelled = []
     for row in (rows.row(i) for i in range(rows.num_rows)):
         for number in range(1, row.segments.max() + 1):

@@ -93,11 +93,11 @@ def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkey
     config = recipe(CausalConfig(), weights=(3, 1))
 
     def rows(row_length: int, after: tuple[Rows, int] | None = None) -> Rows:
-        return Rows(config, SmallVocabulary(), corpora, "train", row_length=row_length, after=after)
+        return Rows.for_training(config, SmallVocabulary(), corpora, row_length=row_length, after=after)
 
     def following(numbers: range, rows: Rows) -> list[int]:
         """Of each source, the row after those that these are."""
-        placed = [rows._place(i) for i in numbers]
+        placed = [rows._locate(i) for i in numbers]
         return [1 + max(index for stream, index in placed if stream == wanted) for wanted in (0, 1)]
 
     for first_read, second_read in ((4, 5), (450, 1100), (2999, 7)):
@@ -111,7 +111,7 @@ def test_each_source_of_a_mixture_goes_on_where_the_stages_before_stopped(monkey
             assert after.first == read.stop
             begins = {}
             for i in range(read.stop, read.stop + 50):
-                begins.setdefault(*after._place(i))
+                begins.setdefault(*after._locate(i))
             orders = [
                 (stream.order, other.order)
                 for stream, other in zip(after.streams, before.streams, strict=True)
@@ -142,8 +142,8 @@ def test_the_loader_changes_rows_and_steps_with_the_stage_at_any_world(dials) ->
         dials=dials,
     )
     plan = resolve_stages(config)
-    short = Rows(config, SmallVocabulary(), [corpus], "train", row_length=16)
-    long = Rows(config, SmallVocabulary(), [corpus], "train", after=(short, 10))
+    short = Rows.for_training(config, SmallVocabulary(), [corpus], row_length=16)
+    long = Rows.for_training(config, SmallVocabulary(), [corpus], after=(short, 10))
 
     def steps(rank: int, world: int, start: int = 0):
         return list(

@@ -174,7 +174,7 @@ def test_a_run_of_two_groups_goes_on_alone_and_as_one_group(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dials", [*CASES.values()], ids=lambda dials: dials.kind)
 def test_ranks_that_share_rows_are_dealt_the_same_and_one_of_them_counts(dials: Any) -> None:
-    rows = Rows(small_recipe(dials), SmallVocabulary(), [SmallCorpus([5, 20, 40, 100] * 10)], "train")
+    rows = Rows.for_training(small_recipe(dials), SmallVocabulary(), [SmallCorpus([5, 20, 40, 100] * 10)])
 
     def share(counts: bool) -> StepRows:
         return Loader(

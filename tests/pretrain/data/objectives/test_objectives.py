@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.pretrain.data.small_corpus import FIRST, SmallVocabulary
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.errors import UserError
-from trifold.pretrain.config.objectives import AnyObjective as Dials
+from trifold.pretrain.config.objectives import AnyObjective as Config
 from trifold.pretrain.config.objectives import (
     CausalConfig,
     ContinuationConfig,
@@ -24,7 +24,7 @@ from trifold.pretrain.config.objectives import (
 )
 from trifold.pretrain.data import keyed_random
 from trifold.pretrain.data.objectives import Chunk, ObjectiveMixture
-from trifold.pretrain.data.objectives.masked import _whole_words
+from trifold.pretrain.data.objectives.masked import _pick_words
 from trifold.pretrain.data.packing import Chunks
 
 VOCABULARY = SmallVocabulary(2000)
@@ -44,20 +44,24 @@ class Made(NamedTuple):
 
 
 def segments_of(
-    dials: Dials, row_length: int, lengths: list[int], seed: int = 0, vocabulary: SmallVocabulary = VOCABULARY
+    config: Config,
+    row_length: int,
+    lengths: list[int],
+    seed: int = 0,
+    vocabulary: SmallVocabulary = VOCABULARY,
 ) -> list[tuple[int, Made]]:
     """(document, segment) of each piece of documents whose text tokens count up from FIRST; sizes are as
     foretold.
     """
-    goal = ObjectiveMixture(dials, vocabulary, row_length)
-    pieces, part_of, given = pieces_of(goal, lengths)
+    goal = ObjectiveMixture(config, vocabulary, row_length)
+    pieces, member_of, given = pieces_of(goal, lengths)
     made = []
-    for i, segment in enumerate(made_of(goal, part_of, given, keys_of(seed, len(given)))):
+    for i, segment in enumerate(made_of(goal, member_of, given, keys_of(seed, len(given)))):
         assert len(segment.tokens) == len(segment.targets) == pieces.tokens[i] <= goal.capacity.tokens
         if segment.source is not None:
             assert len(segment.source) == pieces.source_or_picked_tokens[i] <= goal.capacity.source
         if segment.picked is not None:
-            whole_words = getattr(mixture_members(dials)[segment.part], "whole_words", False)
+            whole_words = getattr(mixture_members(config)[segment.part], "whole_words", False)
             assert len(segment.picked) <= pieces.source_or_picked_tokens[i] <= goal.capacity.picked
             assert whole_words or len(segment.picked) == pieces.source_or_picked_tokens[i]
         made.append((int(pieces.document[i]), segment))
@@ -68,10 +72,12 @@ def keys_of(seed: int, number: int) -> np.ndarray:
     return keyed_random.nth_random(np.full(number, seed, np.uint64), np.arange(number))
 
 
-def made_of(goal: ObjectiveMixture, part_of: np.ndarray, given: list[Chunk], keys: np.ndarray) -> list[Made]:
+def made_of(
+    goal: ObjectiveMixture, member_of: np.ndarray, given: list[Chunk], keys: np.ndarray
+) -> list[Made]:
     """The pieces' segments, made together and taken apart again."""
     made = {}
-    for part, pieces, joined in goal.segments(part_of, given, keys):
+    for part, pieces, joined in goal.segments(member_of, given, keys):
 
         def split(array: np.ndarray, sizes: np.ndarray, n: int = len(pieces)) -> list[Any]:
             return np.split(array, sizes.cumsum()[:-1]) if len(sizes) else [None] * n
@@ -92,7 +98,7 @@ def pieces_of(goal: ObjectiveMixture, lengths: list[int]) -> tuple[Chunks, np.nd
     pieces = goal.chunks(np.array(lengths))
     texts = [FIRST + np.arange(lengths[document], dtype=np.uint16) for document in pieces.document]
     given = [Chunk(*piece) for piece in zip(texts, pieces.start.tolist(), pieces.stop.tolist(), strict=True)]
-    return pieces, goal.part_of(pieces.document, pieces.start), given
+    return pieces, goal.member_of(pieces.document, pieces.start), given
 
 
 def with_marks(length: int) -> list[int]:
@@ -156,7 +162,7 @@ def test_of_a_million_tokens_the_stated_shares_are_masked_replaced_and_kept(rate
     assert np.abs(by_place / 1000 - rate).max() < 5 * np.sqrt(rate * (1 - rate) / 1000)
 
 
-def test_whole_words_are_hidden_whole_and_as_often_as_asked():
+def test_pick_words_are_hidden_whole_and_as_often_as_asked():
     made = [s for _, s in segments_of(MaskedConfig(whole_words=True), 512, [700, 300, 40] * 300)]
     picked = total = 0
     for segment in made:
@@ -189,12 +195,12 @@ def test_of_words_in_random_order_each_is_hidden_that_still_fits(texts, seed):
             if words[word] <= left:
                 expected += range(edges[word], edges[word + 1])
                 left -= words[word]
-    assert _whole_words(begins, text, most, keys).tolist() == sorted(expected)
+    assert _pick_words(begins, text, most, keys).tolist() == sorted(expected)
 
 
 def test_words_of_one_size_are_hidden_as_often_wherever_they_stand():
     begins, documents = np.tile(np.arange(200) % 2 == 0, 4000), 4000
-    places = _whole_words(begins, np.full(documents, 200), np.full(documents, 61), keys_of(0, documents))
+    places = _pick_words(begins, np.full(documents, 200), np.full(documents, 61), keys_of(0, documents))
     by_word = np.bincount(places % 200 // 2, minlength=100) / 2 / documents
     assert by_word.sum() == pytest.approx(30) and np.abs(by_word - 0.3).max() < 5 * np.sqrt(
         0.3 * 0.7 / documents
@@ -230,8 +236,8 @@ def original_of(segment: Made) -> list[int]:
     st.sampled_from([(0.15, 3.0), (0.5, 3.0), (0.5, 1.0), (0.9, 1.0), (0.15, 32.0)]),
     st.integers(0, 99),
 )
-def test_source_and_target_spell_every_document_exactly(lengths, dials, seed):
-    density, mean_length = dials
+def test_source_and_target_spell_every_document_exactly(lengths, config, seed):
+    density, mean_length = config
     made = segments_of(SpansConfig(density=density, mean_length=mean_length), 32, lengths, seed)
     assert joined([(d, original_of(s)) for d, s in made], len(lengths)) == [with_marks(n) for n in lengths]
     for _, segment in made:
@@ -239,13 +245,13 @@ def test_source_and_target_spell_every_document_exactly(lengths, dials, seed):
         assert not (named[1:] & named[:-1]).any()  # spans never touch
 
 
-@pytest.mark.parametrize("dials", [(0.15, 3.0), (0.15, 8.0), (0.5, 8.0), (0.5, 64.0)])
-def test_the_spans_of_every_denoiser_are_any_way_to_make_its_sums(dials):
+@pytest.mark.parametrize("config", [(0.15, 3.0), (0.15, 8.0), (0.5, 8.0), (0.5, 64.0)])
+def test_the_spans_of_every_denoiser_are_any_way_to_make_its_sums(config):
     """UL2's: how much is hidden, in how many spans, and the law of a span's length and of what is shown
     before it.
     """
     length, documents = 400, 1000
-    density, mean_length = dials
+    density, mean_length = config
     made = [
         s
         for _, s in segments_of(
@@ -312,11 +318,13 @@ def test_spans_beyond_the_sentinels_are_capped_and_counted():
 @given(st.integers(8, 300), st.floats(0.02, 0.9), st.floats(1, 20))
 def test_the_longest_piece_is_as_long_as_the_source_room_allows(row_length, density, mean_length):
     goal = ObjectiveMixture(SpansConfig(density=density, mean_length=mean_length), VOCABULARY, row_length)
-    pieces = goal.chunks(np.arange(3 * goal.longest))  # pieces of every length, with 0, 1 and 2 marks
+    pieces = goal.chunks(
+        np.arange(3 * goal.max_chunk_length)
+    )  # pieces of every length, with 0, 1 and 2 marks
     assert pieces.source_or_picked_tokens.max() <= row_length and pieces.tokens.max() <= goal.capacity.tokens
     assert goal.capacity.tokens % 8 == 0 and goal.capacity.tokens - pieces.tokens.max() < 8
-    goal.longest += 1
-    assert goal.chunks(np.arange(3 * goal.longest)).source_or_picked_tokens.max() > row_length
+    goal.max_chunk_length += 1
+    assert goal.chunks(np.arange(3 * goal.max_chunk_length)).source_or_picked_tokens.max() > row_length
 
 
 def test_a_prefix_ends_anywhere_and_the_rest_is_predicted_as_a_causal_model_does():
@@ -390,8 +398,8 @@ def filled(segment: Made) -> list[list[int]]:
 
 @settings(deadline=None)
 @given(DOCUMENTS, st.sampled_from([(0.3, 3.0), (0.5, 1.0), (0.9, 1.5)]), st.booleans(), st.integers(0, 99))
-def test_infilling_writes_every_document_and_shows_the_rest_of_it(lengths, dials, permute, seed):
-    density, mean_length = dials
+def test_infilling_writes_every_document_and_shows_the_rest_of_it(lengths, config, permute, seed):
+    density, mean_length = config
     made = segments_of(
         InfillingConfig(density=density, mean_length=mean_length, permute_sentences=permute),
         32,
@@ -460,11 +468,11 @@ def test_sentences_are_shown_whole_and_in_any_order():
 
 
 def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_told_first():
-    for dials, sign in (
+    for config, sign in (
         (ContinuationConfig(), []),
         (ContinuationConfig(mode="S"), [VOCABULARY.sentinels[-2]]),
     ):
-        [(_, segment)] = segments_of(dials, 128, [100])
+        [(_, segment)] = segments_of(config, 128, [100])
         first = VOCABULARY.sentinels[0]
         assert segment.source.tolist() == [
             *sign,
@@ -507,12 +515,12 @@ ENCODER = MixtureConfig(parts=(MaskedConfig(random=0), MaskedConfig(rate=0.15, r
 
 @settings(deadline=None)
 @given(DOCUMENTS, st.sampled_from([ENCODER_DECODER, DECODER, ENCODER]), st.integers(0, 99))
-def test_a_mixture_gives_each_piece_to_one_part_and_loses_no_token(lengths, dials, seed):
+def test_a_mixture_gives_each_piece_to_one_part_and_loses_no_token(lengths, config, seed):
     seen: list[tuple[int, list[int]]] = []
-    for document, segment in segments_of(dials, 32, lengths, seed):
+    for document, segment in segments_of(config, 32, lengths, seed):
         arrays = [segment.source if segment.source is not None else segment.tokens, segment.targets]
         seen.append((document, np.unique(np.concatenate(arrays)).tolist()))
-        kind = dials.parts[segment.part].kind
+        kind = config.parts[segment.part].kind
         assert (segment.source is not None) == (kind in ("spans", "continuation", "infilling"))
         assert VOCABULARY.mask not in segment.targets
     for document, tokens in enumerate(joined(seen, len(lengths))):
@@ -522,10 +530,10 @@ def test_a_mixture_gives_each_piece_to_one_part_and_loses_no_token(lengths, dial
 def test_the_parts_of_a_mixture_have_the_pieces_that_their_weights_say():
     goal = ObjectiveMixture(ENCODER_DECODER, VOCABULARY, 64)
     pieces = goal.chunks(np.random.default_rng(0).integers(0, 400, 20_000))
-    shares = np.bincount(goal.part_of(pieces.document, pieces.start)) / len(pieces.document)
+    shares = np.bincount(goal.member_of(pieces.document, pieces.start)) / len(pieces.document)
     assert np.abs(shares - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(len(pieces.document))
-    long = goal.part_of(
-        np.zeros(4000, int), np.arange(4000) * goal.longest
+    long = goal.member_of(
+        np.zeros(4000, int), np.arange(4000) * goal.max_chunk_length
     )  # the pieces of one long document too
     assert np.abs(np.bincount(long) / 4000 - np.array([3, 1, 2, 2]) / 8).max() < 4 * 0.5 / np.sqrt(4000)
     assert goal.labels == ["spans", "X", "S", "infilling"]
@@ -534,23 +542,23 @@ def test_the_parts_of_a_mixture_have_the_pieces_that_their_weights_say():
 
 
 @pytest.mark.parametrize(
-    "dials",
+    "config",
     [SpansConfig(), ContinuationConfig(), InfillingConfig(), MaskedConfig(), ENCODER_DECODER],
-    ids=lambda dials: dials.kind,
+    ids=lambda config: config.kind,
 )
 @pytest.mark.parametrize(
     ("before", "after", "start"), [([], [2], 0), ([50, 51], [2], 2), ([], [2, 50], 50), ([1], [2], 2)]
 )
 @settings(deadline=None, max_examples=20)
 @given(lengths=DOCUMENTS)
-def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, after, start, lengths):
+def test_an_encoder_reads_the_marks_of_the_published_tokenizer(config, before, after, start, lengths):
     """Those of T5, NLLB, mBART and BART: none and two before a text, one and two after it, and decoders that
     start with any of them.
     """
     vocabulary = SmallVocabulary(2000)
     vocabulary.before, vocabulary.after, vocabulary.start = before, after, start
     vocabulary.sentinels = list(range(5, 45))
-    made = segments_of(dials, 32, lengths, vocabulary=vocabulary)
+    made = segments_of(config, 32, lengths, vocabulary=vocabulary)
     for document, group in by_document(made):
         read = [(s.source if s.source is not None else s.tokens).tolist() for s in group]
         signs = {vocabulary.sentinels[place] for place in (-1, -2, -3)}
@@ -561,7 +569,7 @@ def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, af
         for segment in group:
             if segment.source is not None:
                 assert segment.tokens.tolist() == [start, *segment.targets[:-1].tolist()]
-        if dials.kind == "infilling":
+        if config.kind == "infilling":
             text = list(range(FIRST, FIRST + lengths[document]))
             written = [token for segment in group for token in segment.targets.tolist()]
             assert written == [*before[before[:1] == [start] :], *text, *after]
@@ -569,20 +577,22 @@ def test_an_encoder_reads_the_marks_of_the_published_tokenizer(dials, before, af
 
 @settings(deadline=None, max_examples=20)
 @given(DOCUMENTS, st.sampled_from([([1], [2]), ([], []), ([50, 51], [])]), st.integers(0, 99))
-@pytest.mark.parametrize("dials", [*EVERY, ENCODER_DECODER], ids=str)
-def test_pieces_made_together_are_those_made_one_after_another(dials, lengths, marks, seed):
+@pytest.mark.parametrize("config", [*EVERY, ENCODER_DECODER], ids=str)
+def test_pieces_made_together_are_those_made_one_after_another(config, lengths, marks, seed):
     vocabulary = SmallVocabulary(2000)
     vocabulary.before, vocabulary.after = marks
-    goal = ObjectiveMixture(dials, vocabulary, 32)
-    _, part_of, given = pieces_of(goal, lengths)
+    goal = ObjectiveMixture(config, vocabulary, 32)
+    _, member_of, given = pieces_of(goal, lengths)
     keys = keys_of(seed, len(given))
-    alone = [made_of(goal, part_of[i : i + 1], [piece], keys[i : i + 1])[0] for i, piece in enumerate(given)]
-    for one, other in zip(made_of(goal, part_of, given, keys), alone, strict=True):
+    alone = [
+        made_of(goal, member_of[i : i + 1], [piece], keys[i : i + 1])[0] for i, piece in enumerate(given)
+    ]
+    for one, other in zip(made_of(goal, member_of, given, keys), alone, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_an_objective_is_a_pure_function_of_piece_and_key():
-    for dials in (
+    for config in (
         CausalConfig(),
         PrefixConfig(),
         FimConfig(),
@@ -592,7 +602,7 @@ def test_an_objective_is_a_pure_function_of_piece_and_key():
         InfillingConfig(),
         ENCODER_DECODER,
     ):
-        first, second, other = (segments_of(dials, 64, [50, 200], seed) for seed in (1, 1, 2))
+        first, second, other = (segments_of(config, 64, [50, 200], seed) for seed in (1, 1, 2))
         arrays = [
             [
                 np.concatenate([a for _, s in made for a in s if isinstance(a, np.ndarray)])
@@ -601,7 +611,7 @@ def test_an_objective_is_a_pure_function_of_piece_and_key():
         ]
         for a, b, c in arrays:
             assert (a == b).all()
-            assert dials.kind == "causal" or a.shape != c.shape or (a != c).any()
+            assert config.kind == "causal" or a.shape != c.shape or (a != c).any()
 
 
 def test_spans_without_sentinels_are_refused():
@@ -612,17 +622,17 @@ def test_spans_without_sentinels_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("dials", "message"),
+    ("config", "message"),
     [
         (MaskedConfig(), "the masked objective needs .* a mask"),
         (InfillingConfig(), "the infilling .* a mask"),
     ],
 )
-def test_a_missing_mask_is_refused_by_the_objective_that_needs_it(dials, message):
+def test_a_missing_mask_is_refused_by_the_objective_that_needs_it(config, message):
     vocabulary = SmallVocabulary()
     vocabulary.mask = None
     with pytest.raises(UserError, match=message):
-        ObjectiveMixture(dials, vocabulary, 64)
+        ObjectiveMixture(config, vocabulary, 64)
     ObjectiveMixture(SpansConfig(), vocabulary, 64)
 
 
@@ -634,6 +644,6 @@ def test_a_mixture_of_families_is_refused():
 
 
 def test_ordinary_tokens_are_all_but_the_marks():
-    assert ObjectiveMixture(MaskedConfig(), VOCABULARY, 64).parts[0].ordinary.tolist() == list(
+    assert ObjectiveMixture(MaskedConfig(), VOCABULARY, 64).members[0].ordinary.tolist() == list(
         range(FIRST, VOCABULARY.vocab_size)
     )
