@@ -27,6 +27,7 @@ from trifold.finetune.tasks.task import Task
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
+from trifold.modeling.huggingface.generation import check_expressible
 from trifold.modeling.lora import add_lora
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint.checkpoint import CheckpointState, open_checkpoint
@@ -78,6 +79,7 @@ def check_examples(config: FinetuneConfig, vocabulary: Tokenizer, model: ModelCo
     if config.row_length > model.max_positions:
         longest = f"the longest text that {config.model.folder or 'model.config'} knows ({model.max_positions} tokens)"
         raise UserError(f"row_length ({config.row_length}) exceeds {longest}.")
+    check_expressible(config.generation, model.family)
     tasks = open_tasks(config, vocabulary, model.family)
     rows, _ = open_rows(config, tasks, vocabulary)
     config.engine.check_model(tasks[0].with_head(model))

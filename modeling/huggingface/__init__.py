@@ -116,8 +116,10 @@ def _own_head(architecture: Architecture, config: ModelConfig, named: Mapping[st
 
 def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> Generation:
     """How a stock folder writes text, from config.json and generation_config.json (which wins)."""
-    said = {**hf_config, **hf_generation}
-    return read_generation(said, token_roles(said))
+    fields = {**hf_config, **hf_generation}
+    if not fields.get("is_encoder_decoder"):  # stock decoders force an end only where this file says so
+        fields["forced_eos_token_id"] = hf_generation.get("forced_eos_token_id")
+    return read_generation(fields, token_roles(fields))
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:

@@ -4,6 +4,7 @@ What Trifold and the stock class read of a folder comes in; one named Check each
 which order).
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trifold.modeling.config import Family, ModelConfig
+from trifold.modeling.config import Family, Generation, ModelConfig
 from trifold.modeling.huggingface import Found
 from trifold.modeling.huggingface.fields import bears_on_logits, flat, lost, same
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish.parity import Check
-from trifold.pretrain.publish.published_folder import RECORD, measure
+from trifold.pretrain.publish.published_folder import GENERATION, RECORD, measure, read_generation
 from trifold.pretrain.publish.weights import INDEX, WEIGHTS
 from trifold.pretrain.storage.json_files import read_json_object
 
@@ -128,9 +129,11 @@ def tokenizer(fast: Any, ours: Tokenizer, family: Family, record: Mapping[str, A
     return Check("tokenizer", not wrong, "; ".join(wrong[:_SHOWN]) or detail)
 
 
-def special_tokens(folder: Path, fast: Any, ours: Tokenizer, vocab_size: int) -> Check:
-    """Each file that names a special token gives it the same id. A tokenizer made elsewhere may not name all
-    of them.
+def special_tokens(
+    folder: Path, fast: Any, ours: Tokenizer, vocab_size: int, record: Mapping[str, Any]
+) -> Check:
+    """Each file that names a special token gives it the same id, but that a recipe may set another decoder
+    start for generation. A tokenizer made elsewhere may not name all of them.
     """
     wrong = []
     if ours.vocab_size > vocab_size:
@@ -144,10 +147,30 @@ def special_tokens(folder: Path, fast: Any, ours: Tokenizer, vocab_size: int) ->
     for source, ids in sources.items():
         for role, field in fields.items():
             expected = getattr(ours, role)
+            if role == "start" and source == GENERATION:
+                expected = (record.get("generation") or {}).get("start") or expected
             given = ids.get(field, expected)
             if given != expected and (ours.is_trained_here or None not in (given, expected)):
                 wrong.append(f"{source} says {role} is {given}, tokenizer.json {expected}")
     return Check("special tokens", not wrong, "; ".join(wrong) or "the same ids everywhere")
+
+
+def generation(folder: Path, family: Family, start: int, record: Mapping[str, Any]) -> Check:
+    """The stock class writes with the settings with which the model was scored."""
+    if record.get("generation") is None:
+        return Check("generation", True, "none was set for scoring")
+    scored = Generation.model_validate_json(json.dumps(record["generation"]))
+    if family != "decoder" and scored.start is None:
+        scored = scored.model_copy(update={"start": start})
+    read = read_generation(folder)
+    ignored = {"seed", "num_best"} | (set() if scored.sample else {"temperature", "top_k", "top_p"})
+    expected, values = scored.model_dump(exclude=ignored), read.model_dump(exclude=ignored)
+    wrong = [
+        f"{name} was {value!r}, and {GENERATION} says {values[name]!r}"
+        for name, value in expected.items()
+        if values[name] != value
+    ]
+    return Check("generation", not wrong, "; ".join(wrong) or "the settings that were used for scoring")
 
 
 def names(stock: Any, loading_info: Mapping[str, Any], record: Mapping[str, Any]) -> Check:

@@ -7,6 +7,8 @@ nothing of it is left.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.publish import model_card, published_folder
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.publish.weights import SHARD_BYTES
-from trifold.pretrain.storage.atomic import replace_folder
+from trifold.pretrain.storage.atomic import hidden_sibling, replace_folder
 from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.storage_path import StoragePath
 
@@ -58,7 +60,7 @@ def publish(
     source = find_checkpoint(run, on_event, checkpoint, root)
     weights = choose_weights(source, weights)
     try:
-        with replace_folder(out, overwrite=False) as folder:
+        with _new_folder(out) as folder:
             reference = _write_folder(run, source, weights, folder, DTYPES[dtype], shard_bytes)
             report = verify(folder, reference)
             if not report.ok:
@@ -69,6 +71,23 @@ def publish(
         reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
         raise UserError(f"{out} was not published: {reason}; nothing was left behind") from error
     return out
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends. The working directory is filled in place: a
+    shell would remain in the folder that was replaced.
+    """
+    if out != Path.cwd():
+        with replace_folder(out, overwrite=False) as folder:
+            yield folder
+        return
+    filled = hidden_sibling(out / published_folder.RECORD)
+    with replace_folder(filled) as folder:
+        yield folder
+    for path in sorted(filled.iterdir(), key=lambda path: path.name == published_folder.RECORD):
+        path.rename(out / path.name)
+    filled.rmdir()
 
 
 def find_checkpoint(
@@ -159,4 +178,5 @@ def _origin(source: Checkpoint, weights: Weights) -> dict[str, Any]:
         "code": marker["code"],
         "versions": marker["versions"],
         "task": source.state.extra.get("task"),
+        "generation": source.state.config.get("generation"),
     }

@@ -20,7 +20,7 @@ from torch import Tensor
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import decoding, export, restore
-from trifold.modeling.huggingface.generation import write_generation
+from trifold.modeling.huggingface.generation import check_expressible, write_generation
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import weights
 from trifold.pretrain.storage.disk import DiskPath
@@ -50,6 +50,7 @@ def write_folder(
     if config.family != "encoder" and not config.outputs:
         write_json(folder / GENERATION, _generation_fields(config, stock_config, generation))
     tokenizer.save(folder, config.family)
+    _write_tokenizer_settings(folder, config)
     return stock_config
 
 
@@ -144,4 +145,19 @@ def _generation_fields(
     token_ids = {name: value for name, value in stock_config.items() if name.endswith("_token_id")}
     if generation is None:
         return {**token_ids, "do_sample": False, "max_length": config.max_positions}
-    return {**token_ids, **write_generation(generation)}
+    check_expressible(generation, config.family)
+    return {**token_ids, **write_generation(generation, token_ids["eos_token_id"])}
+
+
+def _write_tokenizer_settings(folder: Path, config: ModelConfig) -> None:
+    """Complete tokenizer_config.json: stock classes cut texts at the longest one that the model can read, and
+    pad prompts on the left, because generated text continues the right end.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path)
+    longest = settings.get("model_max_length")
+    if not isinstance(longest, int) or not 0 < longest <= config.max_positions:
+        settings["model_max_length"] = config.max_positions
+    if config.family == "decoder" and not config.outputs:
+        settings["padding_side"] = "left"
+    write_json(path, settings)

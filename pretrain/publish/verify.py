@@ -109,7 +109,11 @@ def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Ite
         return
 
     yield file_checks.tokenizer(fast, contents.tokenizer, contents.trained.family, contents.record)
-    yield file_checks.special_tokens(folder, fast, contents.tokenizer, contents.trained.vocab_size)
+    vocab_size, record = contents.trained.vocab_size, contents.record
+    yield file_checks.special_tokens(folder, fast, contents.tokenizer, vocab_size, record)
+    family, start = contents.trained.family, contents.special["start"]
+    if family != "encoder" and not contents.trained.outputs:
+        yield file_checks.generation(folder, family, start, record)
     ours = _build(contents.trained, contents.state)
     if stock is None:
         again = _build(contents.found.config, contents.found.state)

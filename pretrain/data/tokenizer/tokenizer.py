@@ -189,7 +189,8 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spec = self._spec | ({"post_processor": self._marking(family)} if self.is_trained_here else {})
+        spec = self._spec | {"truncation": None, "padding": None}  # training reads and pads texts by itself
+        spec |= {"post_processor": self._marking(family)} if self.is_trained_here else {}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
         if self._model:

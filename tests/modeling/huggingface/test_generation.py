@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trifold.modeling.config import Generation
+from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import decoding
 from trifold.modeling.huggingface.generation import write_generation
 
@@ -53,3 +54,22 @@ def test_the_stock_class_knows_every_field_and_an_encoder_decoders_start_is_read
     assert decoding(said, write_generation(how)) == how.model_copy(
         update={"start": 2, "first": 9, "end": True}
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0}, {"temperature": "hot"}],
+)
+def test_settings_of_sampling_do_not_matter_where_nothing_is_drawn(fields: dict[str, object]) -> None:
+    assert decoding({}, fields) == Generation()
+    with pytest.raises(UserError, match=rf"sets {next(iter(fields))} = "):
+        decoding({}, fields | {"do_sample": True})
+
+
+def test_a_setting_out_of_range_is_named() -> None:
+    with pytest.raises(UserError, match="sets num_beams = 0"):
+        decoding({}, {"num_beams": 0})
+
+
+def test_a_forced_end_of_a_decoder_is_read_from_its_generation_config() -> None:
+    assert decoding({}, write_generation(Generation(end=True), eos=2)) == Generation(end=True)

@@ -10,66 +10,16 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from tests.published import MODELS, random_model, tokenizer
+from tests.pretrain.publish.runs import make_run, no_event, save
+from tests.published import random_model, tokenizer
 from trifold.modeling import huggingface
-from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState
-from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
-from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.publish import published_folder, weights
 from trifold.pretrain.publish.publish import Weights, publish
-from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import write_json
-from trifold.pretrain.storage.jsonl import append_line
 
 transformers = pytest.importorskip("transformers")
-
-
-def no_event(kind: str, **facts: Any) -> None:
-    raise AssertionError(f"{kind}: {facts}")
-
-
-def save(run: Path, model: Transformer, step: int, average: Transformer | None = None) -> None:
-    """A real checkpoint of a model, as a run of one rank writes it; with an average, all but its first
-    parameter are trained.
-    """
-    run_lease = lease.take_generation(DiskPath(run))
-    folder = lease.checkpoint_folder(DiskPath(run), step, run_lease.generation)
-    slices = {
-        name: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for name, p in model.named_parameters()
-    }
-    for name, p in list(average.named_parameters())[1:] if average else []:
-        slices[name].tensors["ema"] = p.detach().flatten()
-    write_rank(folder, run_lease, 0, 1, slices)
-    recipe = {
-        "run": str(run),
-        "model": model.config.model_dump(mode="json"),
-        "ema": 0.99 if average else 0.0,
-        "data": {"sources": [{"path": "books.txt", "hub": None}], "heldout": [], "cache": None},
-    }
-    state = CheckpointState(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
-    commit(folder, run_lease, 1, state, provenance(), timeout=5)
-
-
-def make_run(
-    run: Path, name: str, steps: tuple[int, ...] = (10,), **changes: Any
-) -> tuple[ModelConfig, Transformer]:
-    config = MODELS[name].model_copy(update={"vocab_size": tokenizer().vocab_size, **changes})
-    tokenizer().save(run / "tokenizer", config.family)
-    for step in steps:
-        model = random_model(config, seed=step)
-        save(run, model, step)
-    append_line(
-        run / "metrics.jsonl",
-        {"step": steps[-1], "heldout_loss": 3.25, "bits_per_byte": 2.125, "generation": 1},
-    )
-    shards = run / "shards" / "source-0" / "train"
-    shards.mkdir(parents=True)
-    write_json(shards / "index.json", {"documents": 1000, "tokens": 77777, "bytes": 300000})
-    return config, model
 
 
 def nothing_else_in(folder: Path, expected: set[str]) -> bool:
