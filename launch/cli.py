@@ -1,28 +1,30 @@
-"""The command line: `trifold COMMAND ...`. What a person asked wrongly is one clear message and exit 1; a
-defect keeps its traceback.
+"""The command line: `trifold COMMAND ...`.
 
-Each command imports what it needs when it runs, so that `trifold --help` answers at once.
+A user's mistake is printed as one message, with exit code 1; a defect keeps its traceback. Each command imports
+what it needs when it runs, so that `trifold --help` answers at once.
 """
 
+import codecs
 import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from trifold.launch.bench.commands import app as bench
-from trifold.launch.commands.jobs_cli import Changes, Config
+from trifold.launch.commands.jobs_cli import Changes, Recipe
 from trifold.launch.commands.jobs_cli import app as jobs
 from trifold.launch.recipe.reader import resolve, resolve_any
 from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
+from trifold.launch.terminal import Terminal, use_utf8, visible
 from trifold.modeling.errors import UserError
 
-# a full disk, a folder that may not be written or is a file: not a defect, though nobody asked for it
-MACHINE = (
+# a full disk, a folder that may not be written or is a file: the machine's state, not a defect
+MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -32,15 +34,23 @@ MACHINE = (
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
-Published = Annotated[Path, typer.Argument(help="a published folder")]
+Folder = Annotated[Path, typer.Argument(help="a published folder")]
+Workers = Annotated[
+    int | None, typer.Option(help="number of workers (ranks); 0 trains in this process, without Ray")
+]
+Cluster = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a Ray cluster to join [default: start one on this machine]")
+]
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pretrain the three transformer families, through any failure.",
+    help="Pretrain and fine-tune encoder, decoder and encoder-decoder transformers, with exact resume.",
 )
 
 app.add_typer(bench, name="bench")
@@ -48,309 +58,309 @@ app.add_typer(jobs)
 
 
 @app.command()
-def tokenizer(recipe: Config, changes: Changes = None) -> None:
-    """Train the SentencePiece model the recipe names."""
+def tokenizer(recipe: Recipe, changes: Changes = None) -> None:
+    """Train the recipe's SentencePiece tokenizer."""
     from trifold.launch.commands.pretrain import make_tokenizer
 
-    made = make_tokenizer(_resolve(recipe, changes), Console())
-    Console().print(f"{made.vocab_size} pieces, fingerprint {made.fingerprint}", highlight=False)
+    console = Terminal()
+    trained = make_tokenizer(_resolve(recipe, changes), console)
+    console.print_line(f"{trained.vocab_size} pieces, fingerprint {trained.fingerprint}")
 
 
 @app.command()
 def prepare(
-    recipe: Config,
+    recipe: Recipe,
     changes: Changes = None,
     address: Annotated[
-        str | None, typer.Option(help="a Ray cluster whose nodes tokenize; without it this machine does")
+        str | None,
+        typer.Option(help="HOST:PORT of a Ray cluster whose nodes tokenize [default: this machine]"),
     ] = None,
 ) -> None:
-    """Turn the corpus into token shards (pretrain does it when they are missing)."""
+    """Tokenize the corpus into shards. `pretrain` does this too where they are missing."""
     from trifold.launch.commands.pretrain import prepare
 
-    prepare(_resolve(recipe, changes), Console(), address)
+    prepare(_resolve(recipe, changes), Terminal(), address)
 
 
 @app.command()
 def plan(
-    recipe: Config,
+    recipe: Recipe,
     changes: Changes = None,
-    nodes: Annotated[
-        int, typer.Option(help="machines; with --per-node: other than the recipe's own workers")
-    ] = 1,
-    per_node: Annotated[int | None, typer.Option(help="devices of a machine")] = None,
+    nodes: Annotated[int, typer.Option(help="number of nodes", min=1)] = 1,
+    per_node: Annotated[
+        int | None, typer.Option(help="devices per node; overrides cluster.workers", min=1)
+    ] = None,
     device: Annotated[
         Literal["cpu", "cuda"] | None,
-        typer.Option(help="what it would run on; without it, as the recipe says"),
+        typer.Option(help="device of each rank [default: cuda if the recipe sets cluster.gpus_per_worker]"),
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="of a device; without it that of this machine's")
+        float | None, typer.Option(help="memory per device in GiB [default: this machine's]")
     ] = None,
     tokens_per_second: Annotated[
-        float | None, typer.Option(help="of one device; without it a few steps are measured here")
+        float | None, typer.Option(help="throughput per device [default: measured here in a few steps]")
     ] = None,
-    like: Annotated[Path | None, typer.Option(help="a run's folder: the rate that it had")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="run folder of an earlier run to take the throughput from")
+    ] = None,
     write_mb_per_second: Annotated[
-        float, typer.Option(help="of one device to the run folder, where its rate is given too")
+        float, typer.Option(help="write rate to the run folder per device, where the throughput is given")
     ] = 1000.0,
-    price_per_hour: Annotated[float, typer.Option(help="of one device")] = 0.0,
-    hours_per_failure: Annotated[float, typer.Option(help="of one device")] = 50_000.0,
+    price_per_hour: Annotated[float, typer.Option(help="price per device and hour")] = 0.0,
+    hours_per_failure: Annotated[
+        float, typer.Option(help="mean time between failures of a device")
+    ] = 50_000.0,
 ) -> None:
-    """Say what a recipe will need before anything starts: memory, seconds, checkpoints, price, what failures
-    cost.
-    """
+    """Estimate memory, step time, checkpoint size, price and failure overhead of a recipe."""
     from trifold.launch.commands.plan import Machine, plan, rate_of
     from trifold.pretrain.engine.memory_estimate import device_memory
 
     config = _resolve(recipe, changes)
     kind = device or ("cuda" if config.cluster.gpus_per_worker else "cpu")
-    ranks = nodes * per_node if per_node else nodes * max(1, config.cluster.workers)
-    memory = memory_gib * 2**30 if memory_gib else device_memory(kind, ranks // nodes)
-    where = Machine(
-        ranks,
-        kind,
-        memory,
-        tokens_per_second if like is None else rate_of(like),
-        1e6 * write_mb_per_second,
-        price_per_hour,
-        hours_per_failure,
+    ranks = nodes * (per_node or max(1, config.cluster.workers))
+    machine = Machine(
+        ranks=ranks,
+        device=kind,
+        memory=memory_gib * 2**30 if memory_gib else device_memory(kind, ranks // nodes),
+        tokens_per_second=tokens_per_second if like is None else rate_of(like),
+        write_bytes_per_second=1e6 * write_mb_per_second,
+        price_per_hour=price_per_hour,
+        hours_per_failure=hours_per_failure,
     )
-    plan(config, where, Console())
+    plan(config, machine, Terminal())
 
 
 @app.command("verify-resume")
 def verify_resume(
-    recipe: Config,
+    recipe: Recipe,
     changes: Changes = None,
-    kills: Annotated[int, typer.Option(min=1, help="workers to kill, at moments drawn from the seed")] = 10,
-    seed: Annotated[int, typer.Option(help="of the moments, workers and stages")] = 0,
+    kills: Annotated[int, typer.Option(min=1, help="number of kill -9, at random moments")] = 10,
+    seed: Annotated[int, typer.Option(help="seed of the moments, ranks and ZeRO stages")] = 0,
 ) -> None:
-    """Kill a short run of a recipe again and again, here, and compare it with the same run undisturbed: exit
-    1 on any difference.
+    """Kill a short run of a recipe repeatedly on this machine and compare it with the same run undisturbed.
+    Exits 1 on any difference.
     """
     from trifold.launch.rehearse.verify_resume import verify_resume
 
-    verify_resume(recipe, changes or [], kills, seed, Console())
+    verify_resume(recipe, changes or [], kills, seed, Terminal())
 
 
 @app.command()
 def pretrain(
-    recipe: Config,
-    changes: Changes = None,
-    workers: Annotated[
-        int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="a Ray cluster to join; without it one is started on this machine")
-    ] = None,
+    recipe: Recipe, changes: Changes = None, workers: Workers = None, address: Cluster = None
 ) -> None:
-    """Train a recipe; on a run folder that exists, continue it."""
+    """Pretrain a model; resumes if the run folder exists."""
     from trifold.launch.commands.pretrain import pretrain
 
-    pretrain(
-        _resolve(
-            recipe, [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
-        ),
-        Console(),
-        address,
-    )
+    pretrain(_resolve(recipe, _with_workers(changes, workers)), Terminal(), address)
 
 
 @app.command()
 def publish(
-    run: Annotated[Path, typer.Argument(help="a run's folder")],
-    out: Annotated[Path, typer.Option(help="the folder to make")],
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    out: Annotated[Path, typer.Option(help="the folder to create")],
     weights: Annotated[
         Literal["ema", "trained"] | None,
-        typer.Option(help="averaged (the default where there are any) or trained"),
+        typer.Option(help="averaged or trained weights [default: averaged if the run has them]"),
     ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="the LoRA adapters alone, in PEFT's format")
+        bool, typer.Option("--adapter", help="only the LoRA adapters, in PEFT's format")
     ] = False,
 ) -> None:
-    """Turn a run into a folder that stock Hugging Face classes load, verified before it appears."""
+    """Export a run as a folder that Hugging Face classes load, verified before it appears."""
     from trifold.finetune.evaluation.model_selection import best_step
     from trifold.launch.recipe.reader import checkpoint_root_of_run
     from trifold.pretrain.monitor.events import describe
     from trifold.pretrain.publish.lora_adapter import publish_adapter
     from trifold.pretrain.publish.publish import publish
 
-    def tell(event: str, **facts: object) -> None:
-        typer.echo(describe(event, facts))
+    def report(event: str, **fields: object) -> None:
+        if (text := describe(event, fields)) is not None:
+            _echo(text)
 
     root = checkpoint_root_of_run(run)
     best = best_step(root)
     if adapter:
-        publish_adapter(run, out, on_event=tell, checkpoint=best, root=root)
-        return typer.echo(f"{out} holds the adapters; PEFT reads them.")
-    publish(run, out, on_event=tell, checkpoint=best, weights=weights, root=root)
-    typer.echo(f"{out} is published and verified.")
+        publish_adapter(run, out, on_event=report, checkpoint=best, root=root)
+        return _echo(f"{out} holds the adapters; PEFT reads them.")
+    publish(run, out, on_event=report, checkpoint=best, weights=weights, root=root)
+    _echo(f"{out} is published and verified.")
 
 
 @app.command()
-def verify(folder: Published) -> None:
-    """Check a published folder against the stock class: one page, exit 1 on any miss."""
+def verify(folder: Folder) -> None:
+    """Compare a published folder with the Hugging Face class. Exits 1 if a check fails."""
     from trifold.pretrain.publish.verify import verify
 
     report = verify(folder)
     for check in report.checks:
         verdict = typer.style("passed", "green") if check.ok else typer.style("FAILED", "red", bold=True)
-        typer.echo(f"{verdict}  {check.name}: {check.detail}")
+        typer.echo(f"{verdict}  {visible(f'{check.name}: {check.detail}')}")
     if not report.ok:
-        raise UserError(f"{folder} is not what it should be: {report.failures}")
+        raise UserError(f"{folder} failed verification: {report.failures}")
 
 
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="a folder with config.json and *.safetensors")],
 ) -> None:
-    """Show what Trifold reads of a folder that stock classes load: architecture, tokenizer, what is dropped,
-    what can be done with it.
+    """Show how Trifold reads a Hugging Face folder: architecture, tokenizer, what is dropped, and what can be
+    done with it.
     """
     from trifold.pretrain.publish.describe import describe
 
-    for what, said in describe(folder):
-        typer.echo(f"{what:>16}  {said}")
+    for label, description in describe(folder):
+        _echo(f"{label:>16}  {description}")
 
 
 @app.command()
 def finetune(
-    recipe: Config,
-    changes: Changes = None,
-    workers: Annotated[
-        int | None, typer.Option(help="ranks to train on; 0: in this process, without Ray")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="a Ray cluster to join; without it one is started on this machine")
-    ] = None,
+    recipe: Recipe, changes: Changes = None, workers: Workers = None, address: Cluster = None
 ) -> None:
-    """Teach a published model a task, and score it beside a trivial system; on a run folder that exists,
-    continue it.
+    """Fine-tune a published model and report scores next to a trivial baseline; resumes if the run folder
+    exists.
     """
     from trifold.launch.commands.finetune import finetune
 
-    given = [*(changes or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
-    finetune(resolve(recipe, given, FinetuneRecipe), Console(), address)
+    config = resolve(recipe, _with_workers(changes, workers), FinetuneRecipe)
+    finetune(config, Terminal(), address)
 
 
 @app.command()
 def evaluate(
-    folder: Published,
-    task: Annotated[str, typer.Option(help="a fine-tuning recipe: its task's dev examples are answered")],
+    folder: Folder,
+    task: Annotated[
+        str, typer.Option(help="a fine-tuning recipe: a YAML file, whose dev examples are scored")
+    ],
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="a file for the predictions, as JSON lines")] = None,
 ) -> None:
-    """Score a published model on a task, beside a trivial system."""
+    """Score a published model on a task's dev examples, next to a trivial baseline."""
     from trifold.launch.commands.finetune import evaluate
 
-    evaluate(folder, resolve(task, changes or [], FinetuneRecipe), out, Console())
+    evaluate(folder, resolve(task, changes or [], FinetuneRecipe), out, Terminal())
 
 
 @app.command()
 def generate(
-    folder: Published,
+    folder: Folder,
     text: Annotated[
         str | None,
-        typer.Argument(help="a text, or question<TAB>context; without it, lines of --file or stdin"),
+        typer.Argument(help="a text, or question<TAB>context [default: the lines of --file or of stdin]"),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="a file with a text on each line")] = None,
+    file: Annotated[Path | None, typer.Option(help="a file with one text per line")] = None,
     json: Annotated[
         bool, typer.Option("--json", help="JSON lines: entities with their spans, answers with their scores")
     ] = False,
     how: Annotated[
         list[str] | None,
-        typer.Option(help="how text is written, such as beams=4, sample=true, top_p=0.9, max_new=200"),
+        typer.Option(help="generation setting: beams=4, sample=true, top_p=0.9, max_new=200, ..."),
     ] = None,
 ) -> None:
-    """Let a published model answer: text, entities or a span, as its task has it."""
+    """Run a published model: generates text, entities or answer spans, depending on its task."""
     from trifold.finetune.examples.pairs import existing, text_lines
     from trifold.launch.commands.finetune import generate
 
     if text is not None:
-        texts = iter([text])
+        texts = iter([_argument_as_utf8(text)])
     elif file is not None:
         texts = (line for _, line in text_lines(existing(str(file))))
     else:
-        texts = (line.decode(errors="surrogateescape").rstrip("\r\n") for line in sys.stdin.buffer)
-    for said in generate(folder, texts, how or [], json):
-        typer.echo(said)
+        texts = _lines_of_stdin()
+    for output in generate(folder, texts, how or [], json):
+        typer.echo(output)
 
 
 @app.command()
 def compare(
-    configs: Annotated[
+    recipes: Annotated[
         list[str],
-        typer.Argument(help="recipes, and changes to all of them, such as steps=300", metavar="CONFIG..."),
+        typer.Argument(help="recipes, and overrides for all of them, such as steps=300", metavar="CONFIG..."),
     ],
-    out: Annotated[Path, typer.Option(help="the folder of the report")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="the folder for the report")] = Path("runs/compare"),
     sentence: Annotated[
-        str | None, typer.Option(help="a sentence to look at; without it one of the held-out ones")
+        str | None, typer.Option(help="the sentence to show [default: one of the held-out text]")
     ] = None,
     word: Annotated[
-        str | None, typer.Option(help="a word of --sentence, such as it: where every head looks from there")
+        str | None, typer.Option(help="a word of --sentence: show what every head attends to from it")
     ] = None,
 ) -> None:
-    """Train models of the same size on the same rows, and draw one report; what is finished is used as it
-    is.
-    """
+    """Train models of the same size on the same rows and draw one report. Finished runs are reused."""
     from trifold.launch.compare.compare import compare
 
-    changes = [text for text in configs if "=" in text]
-    recipes = [resolve_any(text, changes) for text in configs if "=" not in text]
-    typer.echo(f"{compare(recipes, out, sentence, word, Console())} is the report.")
+    changes = [text for text in recipes if "=" in text]
+    configs = [resolve_any(text, changes) for text in recipes if "=" not in text]
+    _echo(f"The report: {compare(configs, out, sentence, word, Terminal())}")
 
 
 @app.command()
 def world(folder: Annotated[Path, typer.Argument(help="the folder to write")] = Path("runs/demo")) -> None:
-    """Write the small world that the demo and configs/compare/world-*.yaml learn from: text, and the examples
-    of four tasks.
-    """
+    """Generate the toy corpus of the demo and of configs/compare/world-*.yaml, with examples of four tasks."""
     from trifold.launch.demo.world import write_world
     from trifold.launch.demo.world_tasks import write_tasks
 
     write_world(folder / "world")
     write_tasks(folder / "tasks")
-    typer.echo(f"{folder}/world and {folder}/tasks are written.")
+    _echo(f"{folder}/world and {folder}/tasks are written.")
 
 
 @app.command()
 def demo() -> None:
-    """The whole system on a generated small world: prepared, trained on two workers, one killed, resumed,
-    published, verified, used.
+    """Run the whole pipeline on a toy corpus: pretrain three models, kill and resume a worker, publish and
+    verify, and fine-tune on question answering, NER, summarization and translation.
     """
     from trifold.launch.demo.demo import demo
 
-    demo(Console())
+    demo(Terminal())
 
 
-def main() -> None:
-    """Run a command; a refusal, or the machine's, is printed without a traceback and exits 1."""
-    for vendor in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # transformers imports torchao, which names each kernel that this torch cannot load
-        logging.getLogger(vendor).setLevel(logging.ERROR)
-    os.environ["KINETO_LOG_LEVEL"] = (
-        "6"  # torch's profiler, by which bench counts memory, announces its starts and stops
-    )
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. A UserError, or an error of the machine, is printed without a traceback and exits 1."""
+    use_utf8()
+    # transformers imports torchao, which warns about each kernel that this torch cannot load
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    # torch's profiler, by which bench counts memory, announces its starts and stops
+    os.environ["KINETO_LOG_LEVEL"] = "6"
     try:
-        app()
-    except UserError as refusal:
-        said = str(refusal)
+        return app(arguments)
+    except UserError as error:
+        message = str(error)
     except OSError as error:
-        if error.errno not in MACHINE:
+        if error.errno not in MACHINE_ERRORS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        said = (
-            f"{error.strerror}{where}. What was saved is not lost: mend that, and run the same command again."
-        )
-    else:
-        return
-    typer.echo(f"{typer.style('trifold:', 'red', bold=True)} {said}", err=True)
+        file = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror}{file}. No saved checkpoint is lost: fix this and rerun the same command."
+    typer.echo(f"{typer.style('trifold:', 'red', bold=True)} {visible(message)}", err=True)
     sys.exit(1)
 
 
 def _resolve(recipe: str, changes: list[str] | None) -> PretrainRecipe:
     return resolve(recipe, changes or [])
+
+
+def _with_workers(changes: list[str] | None, workers: int | None) -> list[str]:
+    override = [f"cluster.workers={workers}"] if workers is not None else []
+    return [*(changes or []), *override]
+
+
+def _echo(message: str) -> None:
+    typer.echo(visible(message))
+
+
+def _argument_as_utf8(text: str) -> str:
+    """An argument as UTF-8 also in a locale that cannot say it, such as C, where Python decodes it as ASCII."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer):
+        if number == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        yield line.decode(errors="surrogateescape").rstrip("\r\n")
 
 
 if __name__ == "__main__":

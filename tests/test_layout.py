@@ -37,7 +37,7 @@ LEVELS = {
     ),
     "finetune": ("config", "examples rows", "tasks", "evaluation", "run"),
     "launch": (
-        "recipe",
+        "recipe terminal",
         "bench rehearse watch",
         "cluster",
         "jobs",

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
+
+from trifold.launch.terminal import Terminal
 
 if TYPE_CHECKING:  # torch takes a second, and `trifold --help` should not
     from trifold.pretrain.distributed import RankInfo
@@ -52,7 +53,7 @@ def train(
     bench(
         resolve(recipe, changes or []),
         _rank_info(device, threads),
-        Console(),
+        Terminal(),
         documents=documents,
         peers=peers,
         eager=eager,
@@ -78,7 +79,7 @@ def data(
     from trifold.launch.recipe.reader import resolve
 
     bench(
-        resolve(recipe, changes or []), Console(), megabytes=megabytes, documents_per_row=documents, out=out
+        resolve(recipe, changes or []), Terminal(), megabytes=megabytes, documents_per_row=documents, out=out
     )
 
 
@@ -95,7 +96,7 @@ def save(
     from trifold.launch.bench.save import bench
     from trifold.launch.recipe.reader import resolve
 
-    bench(resolve(recipe, changes or []), _rank_info(device, threads), Console(), folder=folder, out=out)
+    bench(resolve(recipe, changes or []), _rank_info(device, threads), Terminal(), folder=folder, out=out)
 
 
 @app.command()
@@ -117,7 +118,7 @@ def generate(
     bench(
         resolve(recipe, changes or []),
         _rank_info(device, threads),
-        Console(),
+        Terminal(),
         new=new,
         rounds=rounds,
         out=out,
@@ -143,7 +144,7 @@ def gpu(
     """
     from trifold.launch.bench.gpu import bench
 
-    bench(Console(), only=only or [""], seconds=seconds, tiny=tiny, steps=steps, out=out)
+    bench(Terminal(), only=only or [""], seconds=seconds, tiny=tiny, steps=steps, out=out)
 
 
 @app.command(hidden=True)

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 import sentencepiece
-from rich.console import Console
 
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.rows import synthetic
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.objectives import (
     AnyObjective,
@@ -56,7 +56,7 @@ VOCABULARY, STEPS, ROUNDS = 32_000, 20, 5
 
 
 def bench(
-    config: PretrainRecipe, console: Console, *, megabytes: int, documents_per_row: int, out: Path | None
+    config: PretrainRecipe, console: Terminal, *, megabytes: int, documents_per_row: int, out: Path | None
 ) -> None:
     """Measure and show."""
     rows = [

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
 from trifold.launch.bench.contenders import SPECIAL, stock_class
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.generation.generate import generate
@@ -25,7 +25,7 @@ BATCHES, BEAMS, PROMPT = (1, 32), (1, 4), 32
 
 
 def bench(
-    config: PretrainRecipe, rank_info: RankInfo, console: Console, *, new: int, rounds: int, out: Path | None
+    config: PretrainRecipe, rank_info: RankInfo, console: Terminal, *, new: int, rounds: int, out: Path | None
 ) -> None:
     """Measure and show. Texts have exactly `new` tokens: their end is forbidden until then."""
     model_config = load_initial_model(config.model, Path(config.run))[0]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from trifold.launch.bench import contenders, train
 from trifold.launch.bench.contenders import Contender
@@ -28,6 +27,7 @@ from trifold.launch.bench.report import Row, show
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import CLONE, resolve
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.monitor.metrics import peak_flops
@@ -176,7 +176,7 @@ TINY = {
 
 
 def bench(
-    console: Console, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None
+    console: Terminal, *, only: Sequence[str], seconds: float, tiny: bool, steps: int, out: Path | None
 ) -> None:
     """All contenders, as many at a time as the device has memory for; ends after `seconds` at the latest, a
     few more for the table.

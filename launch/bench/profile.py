@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from trifold.launch.bench.report import Row, show
+from trifold.launch.terminal import Terminal
 from trifold.modeling.block import MLP, Attention, RMSNorm
 from trifold.modeling.heads import Head
 from trifold.pretrain.distributed import RankInfo
@@ -47,7 +47,7 @@ STEPS = 3
 
 
 def profile(
-    step: Callable[[int], None], model: nn.Module, rank_info: RankInfo, file: Path, console: Console
+    step: Callable[[int], None], model: nn.Module, rank_info: RankInfo, file: Path, console: Terminal
 ) -> list[Row]:
     """Run a few steps under the profiler, write the trace to `file`, show and return the parts."""
     cuda = rank_info.device == "cuda"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 
 Row = dict[
@@ -31,7 +31,7 @@ def machine(device: str, threads: int) -> str:
     return f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
+def show(console: Terminal, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
     """The table; with `out` also OUT.json and OUT.png."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title)
@@ -39,7 +39,7 @@ def show(console: Console, title: str, rows: Sequence[Row], out: Path | None = N
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(said(row.get(name)) for name in names))
-    (console if console.is_terminal else Console(file=console.file, width=160)).print(table)
+    (console if console.is_terminal else Terminal(file=console.file, width=160)).print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(

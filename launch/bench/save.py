@@ -9,12 +9,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from trifold.launch.bench.contenders import timed_step
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.train import field
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified, open_checkpoint
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
@@ -38,7 +38,7 @@ class Costs(NamedTuple):
 
 
 def bench(
-    config: PretrainRecipe, rank_info: RankInfo, console: Console, *, folder: Path, out: Path | None
+    config: PretrainRecipe, rank_info: RankInfo, console: Terminal, *, folder: Path, out: Path | None
 ) -> None:
     """Measure in a new folder below `folder`, which is removed, and show."""
     [racer] = field(config, rank_info, 0, ())

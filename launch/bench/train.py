@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
 from trifold.launch.bench import contenders
 from trifold.launch.bench.contenders import Contender
@@ -19,6 +18,7 @@ from trifold.launch.bench.profile import profile
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain.data.objectives import ObjectiveMixture
@@ -33,7 +33,7 @@ DIFFERENT = 4  # steps with rows of their own, read in turn
 def bench(
     config: PretrainRecipe,
     rank_info: RankInfo,
-    console: Console,
+    console: Terminal,
     *,
     documents: int,
     peers: bool,

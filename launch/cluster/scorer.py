@@ -19,7 +19,7 @@ from torch import Tensor
 
 import trifold.finetune.run
 from trifold.launch.recipe.reader import resolve
-from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
+from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
@@ -164,7 +164,7 @@ def why(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def join(config: PretrainRecipe) -> None:
+def flush_scores(config: AnyRecipe) -> None:
     """Take the scores that came after the last step into the metrics: the ranks have ended, and this process
     writes for them.
     """

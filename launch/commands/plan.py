@@ -13,11 +13,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from trifold.launch.bench import contenders, rows, save
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
@@ -53,7 +53,7 @@ class Machine:
     restart_seconds: float = 60.0  # from a failure to the first step after it, reading the checkpoint aside
 
 
-def plan(config: PretrainRecipe, where: Machine, console: Console) -> dict[str, Any]:
+def plan(config: PretrainRecipe, where: Machine, console: Terminal) -> dict[str, Any]:
     """Work it out, write RUN/plan.json, show it."""
     found = predict(resolve_precision(config, where.device), where)
     file = Path(config.run) / "plan.json"

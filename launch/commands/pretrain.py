@@ -1,176 +1,86 @@
-"""One `trifold pretrain`: the recipe settled with its run folder, data prepared, ranks placed, progress
-shown, and a stop that saves.
+"""`trifold pretrain`, `prepare` and `tokenizer`: what they prepare, and the table of results.
 
-In: a recipe. Out: the trained run folder. With 0 workers the same training function runs in this process,
-without Ray: for debugging, profiling and benchmarks.
+A resolved recipe comes in; the run folder holds tokenizer, token shards, checkpoints and metrics afterwards.
 """
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trifold.launch.cluster import scorer
 from trifold.launch.commands.plan import compare_to_measured
-from trifold.launch.recipe.changes import reconcile_run_folder
-from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe, resume_command
-from trifold.launch.watch.progress import ProgressWatcher
-from trifold.launch.watch.trackers import tracking
+from trifold.launch.commands.run import Progress, drive, watch_run_folder
+from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.pretrain import run
 from trifold.pretrain.config.objectives import MixtureConfig, member_labels
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.monitor.run_folder import last_outcome, metrics_backwards
+from trifold.pretrain.monitor.run_folder import metrics_backwards
+
+COLUMNS = {  # of the table of results: heading and metric
+    "nats per target": "heldout_loss",
+    "a unigram": "unigram_loss",
+    "accuracy": "accuracy",
+    "bits per byte": "bits_per_byte",
+}
 
 
-def make_tokenizer(config: PretrainRecipe, console: Console) -> Tokenizer:
-    """Train (or take over) the recipe's tokenizer into its run folder."""
-    with _prepare_run_folder(config, console) as watch:
-        return run.make_tokenizer(config, watch.prepared)
+def make_tokenizer(config: PretrainRecipe, console: Terminal) -> Tokenizer:
+    """Train the recipe's tokenizer, or copy the one it names, into the run folder."""
+    with watch_run_folder(config, console) as watcher:
+        return run.make_tokenizer(config, watcher.prepared)
 
 
-def prepare(config: PretrainRecipe, console: Console, address: str | None = None) -> None:
-    """Make tokenizer, token shards and packed rows in the run folder; tokenizing on this machine, or on all
-    of the cluster at `address`.
+def prepare(config: PretrainRecipe, console: Terminal, address: str | None = None) -> None:
+    """Make tokenizer, token shards and packed rows in the run folder. Text is tokenized on this machine, or on
+    all nodes of the cluster at `address`.
     """
     spread = None
     if address is not None:
         from trifold.launch.cluster.tokenize_tasks import over_cluster
 
         spread = over_cluster(address)
-    with _prepare_run_folder(config, console) as watch:
-        run.prepare(config, os.cpu_count() or 1, watch.prepared, spread)
+    with watch_run_folder(config, console) as watcher:
+        run.prepare(config, os.cpu_count() or 1, watcher.prepared, spread)
 
 
-def pretrain(config: PretrainRecipe, console: Console, address: str | None = None) -> None:
-    """Train a recipe to its end, or until SIGTERM or Ctrl-C: then the run is saved, and the process exits
-    with 128 + the signal.
-    """
-    folder, tasks = Path(config.run), scorer.resolve_tasks(config)
-    connect(config, address)
-    with _prepare_run_folder(config, console) as watch, tracking(config, console):
-        run.prepare(config, os.cpu_count() or 1, watch.prepared)
-        scorer.prepare(config, tasks, os.cpu_count() or 1, watch.prepared)
-        with stopping(folder) as stop:
-            _train(config, tasks, address, stop)
-    if last_outcome(folder) == "stopped":
-        console.print(
-            f"Continue with: {resume_command(config)}", markup=False, highlight=False, soft_wrap=True
-        )
-        raise SystemExit(
-            128 + (stop.number or signal.SIGTERM)
-        )  # in this process the training loop hears SIGTERM itself
-    console.print(scores(config))
-    if (table := compare_to_measured(config)) is not None:
-        console.print(table)
+def pretrain(config: PretrainRecipe, console: Terminal, address: str | None = None) -> None:
+    """Train a recipe until it is finished, or until a signal stops it with a save."""
+    tasks = scorer.resolve_tasks(config)
+
+    def prepare_all(config: PretrainRecipe, progress: Progress) -> None:
+        run.prepare(config, os.cpu_count() or 1, progress)
+        scorer.prepare(config, tasks, os.cpu_count() or 1, progress)
+
+    drive(config, prepare_all, run.train, console, address, tasks if config.scoring.names else None)
+
+    console.print(results(config))
+    if (comparison := compare_to_measured(config)) is not None:
+        console.print(comparison)
 
 
-def connect(config: AnyRecipe, address: str | None) -> None:
-    """Join the cluster that is asked for, before anything is made for it. Raises UserError where nobody
-    answers.
-    """
-    if address is not None and config.cluster.workers > 0:
-        from trifold.launch.cluster import driver
-
-        driver.join(address)
-
-
-def _train(config: PretrainRecipe, tasks: scorer.Tasks, address: str | None, stop: "StopSignal") -> None:
-    """Train, with a scorer beside it where one is asked for; without Ray this process scores the last
-    checkpoint afterwards.
-    """
-    folder, wanted = Path(config.run), bool(config.scoring.names)
-    if config.cluster.workers == 0:
-        run.train(config, single_rank(config))
-        if wanted and last_outcome(folder) == "finished":
-            scorer.score_here(config, tasks)
-    else:
-        from trifold.launch.cluster import driver, scoring_actor  # import Ray: 2 s
-
-        beside = scoring_actor.BackgroundScorer(config, tasks) if wanted else None
-        driver.run(config, run.train, address, stop.asked, beside)
-        if beside is not None and last_outcome(folder) == "finished":
-            beside.finish(stop.asked)
-    scorer.join(config)
-
-
-def scores(config: PretrainRecipe) -> Table:
-    """What the run's evaluations found on the held-out text: first, best and last, beside the simplest model
-    there is; of a mixture the loss of each part too.
-    """
-    found = [*metrics_backwards(Path(config.run), "heldout_loss")][::-1]
+def results(config: PretrainRecipe) -> Table:
+    """The first, best and last evaluation on held-out text, next to a unigram model's loss."""
+    columns = dict(COLUMNS)
+    if isinstance(config.objective, MixtureConfig):
+        columns |= {label: f"heldout_loss_{label}" for label in member_labels(config.objective)}
     table = Table(title=f"{config.run}: {config.objective.kind} on held-out text")
-    parts = member_labels(config.objective) if isinstance(config.objective, MixtureConfig) else []
-    for name in ("step", "nats per target", "a unigram", "right", "bits per byte", *parts):
-        table.add_column(name, justify="right")
-    wanted = (
-        "heldout_loss",
-        "unigram_loss",
-        "accuracy",
-        "bits_per_byte",
-        *(f"heldout_loss_{part}" for part in parts),
-    )
-    for record in dict.fromkeys(
-        (0, min(range(len(found)), key=lambda i: found[i]["heldout_loss"]), len(found) - 1)
-    ):
-        shown = found[record]
-        table.add_row(str(shown["step"]), *(f"{shown[name]:.3f}" if name in shown else "" for name in wanted))
+    for heading in ("step", *columns):
+        table.add_column(heading, justify="right")
+
+    evaluations = [*metrics_backwards(Path(config.run), "heldout_loss")][::-1]
+    for record in _first_best_last(evaluations):
+        values = [f"{record[metric]:.3f}" if metric in record else "" for metric in columns.values()]
+        table.add_row(str(record["step"]), *values)
     return table
 
 
-class StopSignal:
-    """Whether somebody asked this run to stop, and by which signal. Ranks see the file `stop` in the run
-    folder, on any host.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "stop"
-        self.number: int | None = None
-
-    def asked(self) -> bool:
-        return self.number is not None or self.file.exists()
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if number == self.number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for a save
-        self.number = number
-        self.file.touch()
-
-
-@contextmanager
-def stopping(folder: Path) -> Iterator[StopSignal]:
-    """While inside, SIGTERM and Ctrl-C ask the run to finish its step, save and return."""
-    stop = StopSignal(folder)
-    for request in (stop.file, folder / "regroup"):  # what a killed process left
-        request.unlink(missing_ok=True)
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        stop.file.unlink(missing_ok=True)
-
-
-def _prepare_run_folder(config: PretrainRecipe, console: Console) -> ProgressWatcher:
-    """The recipe agreed with its run folder, and that folder watched."""
-    for change in reconcile_run_folder(config):
-        console.print(
-            f"{change.key}: {change.old!r} so far, {change.new!r} from here",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    return ProgressWatcher(Path(config.run), config.steps, console)
-
-
-def single_rank(config: PretrainRecipe) -> RankInfo:
-    """This process as the only rank."""
-    return RankInfo(
-        0, 1, 0, "cuda" if config.cluster.gpus_per_worker else "cpu", None, config.cluster.threads(1)
-    )
+def _first_best_last(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These three without repetition; none where there are none."""
+    if not evaluations:
+        return []
+    best = min(evaluations, key=lambda record: record["heldout_loss"])
+    chosen = [evaluations[0], best, evaluations[-1]]
+    return [record for i, record in enumerate(chosen) if record not in chosen[:i]]

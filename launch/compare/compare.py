@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from trifold.finetune.run import open_rows as task_rows
 from trifold.finetune.tasks import open_tasks
@@ -25,6 +24,7 @@ from trifold.launch.compare.probes import ends, maps, opened, reach, speed
 from trifold.launch.recipe.changes import differences
 from trifold.launch.recipe.reader import flatten, resolve
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
@@ -61,7 +61,7 @@ BINS = 6  # of sentence length: each a sixth of the sentences
 
 
 def compare(
-    recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Console
+    recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Terminal
 ) -> Path:
     """Train what is not trained yet, measure, and write the report. Raises UserError where the recipes are not
     comparable.

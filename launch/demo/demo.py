@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from trifold.launch.demo.world import write_world
 from trifold.launch.demo.world_tasks import write_tasks
 from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import FinetuneRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import num_parameters
 from trifold.pretrain.monitor.events import describe
@@ -55,7 +55,7 @@ TASKS = {  # the same; all that the prompts tell is made up anew
 KILLED = "translation"  # one fine-tune loses a worker too
 
 
-def demo(console: Console) -> None:
+def demo(console: Terminal) -> None:
     """Train, kill, resume, publish, verify and use a model of each family; teach them four tasks; end with a
     table of each.
     """
@@ -91,7 +91,7 @@ def _side_by_side(title: str, rows: list[dict[str, str]]) -> Table:
     return table
 
 
-def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
+def _family(path: str, prompt: str, console: Terminal) -> dict[str, str]:
     """One recipe from text to a verified folder, as a row of the table."""
     config = resolve(path)
     assert isinstance(config.model, ModelConfig), "the demo begins with new weights"
@@ -122,7 +122,7 @@ def _family(path: str, prompt: str, console: Console) -> dict[str, str]:
     }
 
 
-def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
+def _task(path: str, prompt: str, console: Terminal) -> dict[str, str]:
     """One recipe from a family's published folder to a task's, and the same from random weights, as a row of
     the table.
     """
@@ -158,7 +158,7 @@ def _task(path: str, prompt: str, console: Console) -> dict[str, str]:
     }
 
 
-def _published(run: Path, prompt: str, console: Console) -> tuple[Path, str]:
+def _published(run: Path, prompt: str, console: Terminal) -> tuple[Path, str]:
     """A run's folder, its checks, and what it answers."""
 
     def tell(event: str, **facts: Any) -> None:

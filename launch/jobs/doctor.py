@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from rich.console import Console
 from rich.table import Table
 
 from trifold.launch.cluster import driver
 from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.findings import Examined, diagnose, groups, network, some
 from trifold.launch.jobs.node_facts import SIZES, Node
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 
 import ray  # isort: skip (after cluster, which sets what it reads when it is imported)
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 ray.cloudpickle.register_pickle_by_value(node_facts)  # the nodes may have another Trifold, or none
 
 
-def doctor(address: str | None, storage: Path, console: Console) -> None:
+def doctor(address: str | None, storage: Path, console: Terminal) -> None:
     """Examine the cluster at `address` (HOST:PORT), or this machine; UserError when something must be
     mended.
     """

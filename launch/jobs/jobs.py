@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.findings import before_submit
 from trifold.launch.recipe.reader import CLONE, resolve_any, write
 from trifold.launch.recipe.schema import AnyRecipe
+from trifold.launch.terminal import Terminal
 from trifold.launch.watch.progress import run_status
 from trifold.modeling.errors import UserError
 
@@ -105,7 +105,7 @@ class Jobs:
                 raise
         return run.name
 
-    def follow(self, name: str, console: Console) -> None:
+    def follow(self, name: str, console: Terminal) -> None:
         """Show a run's log as it grows, its progress as one line on a terminal, until its job ends or Ctrl-C
         detaches from it.
 
@@ -125,11 +125,11 @@ class Jobs:
                 f"{name} {ENDED.get(status, status)}. Continue with: {self._command('resume', name)}"
             )
 
-    def logs(self, name: str, console: Console) -> None:
+    def logs(self, name: str, console: Terminal) -> None:
         """What a run's newest job has said so far."""
         console.print(self._client.get_job_logs(self._find(name).submission_id), end="", **_PLAIN)
 
-    def status(self, name: str | None, console: Console) -> None:
+    def status(self, name: str | None, console: Terminal) -> None:
         """How every run stands, or one of them: from its folder, and from Ray whether its job lives."""
         newest = {job.metadata["name"]: job for job in ([self._find(name)] if name else self._jobs())}
         console.print(f"runs at {self.address}" + ("" if newest else ": none yet"), **_PLAIN)
@@ -143,7 +143,7 @@ class Jobs:
                 )
             )
 
-    def stop(self, name: str, wait: float, console: Console) -> None:
+    def stop(self, name: str, wait: float, console: Terminal) -> None:
         """Ask a run to save and end, and wait until it has; after `wait` seconds end its job without."""
         job = self._find(name)
         if job.status.is_terminal():
@@ -169,7 +169,7 @@ class Jobs:
         job = self._find(name)
         return self.submit(resolve_any(self._folder(job) / "config.yaml"), code)
 
-    def doctor(self, storage: Path, code: bool, console: Console) -> None:
+    def doctor(self, storage: Path, code: bool, console: Terminal) -> None:
         """Examine the cluster from its head, and show what that says; UserError where something must be
         mended.
         """
@@ -269,7 +269,7 @@ def _trifold(command: str, columns: int = 80) -> str:
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
-async def _shown(chunks: AsyncIterator[str], console: Console) -> None:
+async def _shown(chunks: AsyncIterator[str], console: Terminal) -> None:
     """Print a log's lines as they come; on a terminal those about a step replace each other."""
     rest = ""
     with console.status("waiting for the job") as live:

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from trifold.finetune import run as finetuning
@@ -27,6 +26,7 @@ from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.reader import resolve_any
 from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe
 from trifold.launch.rehearse.processes import Ranks, Train
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain import run as pretraining
 from trifold.pretrain.checkpoint.lease import newest_generation
@@ -61,7 +61,7 @@ class Difference(NamedTuple):
     largest: float  # relative, between losses, of training and held out
 
 
-def verify_resume(recipe: str, changes: list[str], kills: int, seed: int, console: Console) -> None:
+def verify_resume(recipe: str, changes: list[str], kills: int, seed: int, console: Terminal) -> None:
     """Rehearse a recipe's continuation. Raises UserError where a killed run is not the straight one."""
     config = resolve_any(recipe, changes)
     home = Path(config.run) / "verify-resume"
@@ -175,7 +175,7 @@ def _text(path: str | Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _prepare(config: AnyRecipe, console: Console) -> None:
+def _prepare(config: AnyRecipe, console: Terminal) -> None:
     reconcile_run_folder(config)
     with console.status(f"preparing {config.run}"):
         if isinstance(config, PretrainRecipe):
@@ -266,7 +266,7 @@ def _told(run: Path) -> dict[tuple[int, str], Any]:
     }
 
 
-def _equal(run: Path, straight: Path, most: float, console: Console) -> bool:
+def _equal(run: Path, straight: Path, most: float, console: Terminal) -> bool:
     """Print a run's verdict: whether it is the straight one."""
     found, wanted = differences(straight, run), "to the last bit" if most == 0 else f"within {most:g}"
     equal = not found.rows and found.largest <= most

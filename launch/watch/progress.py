@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from trifold.launch.recipe.reader import checkpoint_root_of_run
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import valid_folders
@@ -69,7 +69,7 @@ class ProgressWatcher:
     how far `prepare` is.
     """
 
-    def __init__(self, folder: Path, steps: int, console: Console, every: float = 10.0) -> None:
+    def __init__(self, folder: Path, steps: int, console: Terminal, every: float = 10.0) -> None:
         self.folder, self.steps, self.console, self.every = folder, steps, console, every
         self._seconds: deque[float] = deque(maxlen=50)  # of the last steps, for the time left
         self._evaluation = self._scores = ""

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from rich.console import Console
-
 from trifold.launch.recipe.reader import flatten
 from trifold.launch.recipe.schema import AnyRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.storage.jsonl import read_from
@@ -113,7 +112,7 @@ TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflo
 
 
 @contextmanager
-def tracking(config: AnyRecipe, console: Console, every: float = 2.0) -> Iterator[None]:
+def tracking(config: AnyRecipe, console: Terminal, every: float = 2.0) -> Iterator[None]:
     """While inside, the recipe's trackers are told what the run records, every few seconds. UserError where one
     cannot be used.
     """
@@ -144,7 +143,7 @@ def _said(error: Exception) -> str:
 class _Followed:
     """One tracker, and how much of metrics.jsonl it has taken: kept in the run folder, in trackers.json."""
 
-    def __init__(self, name: str, config: AnyRecipe, console: Console) -> None:
+    def __init__(self, name: str, config: AnyRecipe, console: Terminal) -> None:
         self.name, self.console, self.run = name, console, Path(config.run)
         self.file = self.run / "trackers.json"
         self.well = True

@@ -1,63 +1,41 @@
-"""The command as a person meets it: real processes, what they print, and how they exit."""
+"""The command line as a person meets it: what it prints, and how it exits."""
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from trifold.launch.demo.world import write_world
+from tests.launch.command_line import start, trifold, write_tiny
+from trifold.launch.terminal import Terminal, visible
 from trifold.pretrain.storage.jsonl import read_lines
-
-TINY = """
-model: {family: decoder, vocab_size: 500, dim: 32, num_layers: 1, num_heads: 2, num_kv_heads: 2,
-  head_dim: 16, mlp_dim: 64, max_positions: 64}
-data: {sources: [{path: world/train.txt}], heldout: [{path: world/heldout.txt}], row_length: 64}
-objective: {kind: causal}
-optimizer: {lr: 1e-3}
-run: run
-steps: 4000
-step_rows: 2
-micro_rows: 1
-evaluate_every: 4000
-evaluate_rows: 2
-cluster: {workers: 0, threads_per_worker: 1}
-"""
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
-    write_world(tmp_path / "world", train=300, heldout=20)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return tmp_path
+def folder(tmp_path) -> Path:
+    return write_tiny(tmp_path)
 
 
-def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-c",
-        "from trifold.launch.cli import main; main()",
-        *arguments,
-    ]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def until(holds, process: subprocess.Popen[str]) -> None:
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
 
 
-def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_forget_a_renamed_one(place):
+def test_a_storage_that_holds_another_run_of_this_name_is_rejected_and_a_renamed_run_is_noticed(folder):
     def pretrain(*arguments: str) -> tuple[int, str]:
-        process = start(
-            place, "pretrain", "tiny.yaml", "steps=2", f"checkpoints.storage={place / 'store'}", *arguments
-        )
-        said = process.communicate(timeout=120)[1]
-        return process.returncode, " ".join(said.split())
+        storage = f"checkpoints.storage={folder / 'store'}"
+        result = trifold(folder, "pretrain", "tiny.yaml", "steps=2", storage, *arguments)
+        return result.code, " ".join(result.err.split())
 
     assert pretrain("run=a/base")[0] == 0
-    code, said = pretrain("run=b/base", "seed=7")
-    assert code == 1 and "store/base is a run of another recipe" in said and "seed: 0 there, 7 here" in said
-    (place / "a/base").rename(place / "a/other")
-    code, said = pretrain("run=a/other")
-    assert code == 1 and "has trained 2 steps" in said and "Give the folder back its name" in said
+    code, message = pretrain("run=b/base", "seed=7")
+    assert code == 1 and "store/base is a run of another recipe" in message
+    assert "seed: 0 there, 7 here" in message
+    (folder / "a/base").rename(folder / "a/other")
+    code, message = pretrain("run=a/other")
+    assert code == 1 and "has trained 2 steps" in message and "Give the folder back its name" in message
 
 
 @pytest.mark.parametrize(
@@ -79,33 +57,50 @@ def test_storage_where_a_run_of_that_name_stands_takes_no_other_and_does_not_for
         (["generate", "nowhere", "text"], "nowhere"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_1_without_a_traceback(place, arguments, message):
-    process = start(place, *arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert message in err and "Traceback" not in err + out
-    assert err.startswith("trifold: ")
+def test_a_mistake_is_one_message_and_exit_1_without_a_traceback(folder, arguments, message):
+    result = trifold(folder, *arguments)
+    assert result.code == 1
+    assert message in result.err and "Traceback" not in result.err + result.out
+    assert result.err.startswith("trifold: ")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_saves_exits_with_its_signal_and_the_run_goes_on_from_there(place, number, code):
-    process = start(place, "pretrain", "tiny.yaml")
-    while not any(record["step"] > 2 for record in read_lines(place / "run" / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_saves_exits_with_its_number_and_the_run_resumes_there(folder, number, code):
+    process = start(folder, "pretrain", "tiny.yaml")
+    until(lambda: any(r["step"] > 2 for r in read_lines(folder / "run" / "metrics.jsonl")), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert "Continue with: trifold pretrain run/config.yaml" in out
-    stopped = read_lines(place / "run" / "events.jsonl")[-1]
+    stopped = read_lines(folder / "run" / "events.jsonl")[-1]
     assert stopped["event"] == "stopped"
 
-    process = start(place, "pretrain", "run/config.yaml", f"checkpoints.keep_last={1}", "evaluate_every=5000")
-    while not any(event["event"] == "resumed" for event in read_lines(place / "run" / "events.jsonl")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
-    resumed = [event for event in read_lines(place / "run" / "events.jsonl") if event["event"] == "resumed"]
+    if number != signal.SIGINT:
+        return  # resuming is the same after all of them
+    steps = f"steps={stopped['step']}"
+    result = trifold(folder, "pretrain", "run/config.yaml", "checkpoints.keep_last=1", steps)
+    assert result.code == 0, result.err
+    resumed = [event for event in read_lines(folder / "run" / "events.jsonl") if event["event"] == "resumed"]
     assert resumed[0]["step"] == stopped["step"]
+
+
+def test_a_control_character_of_a_file_name_reaches_the_terminal_as_its_escape(folder):
+    (folder / "evil\x1b[2J.yaml").write_text("- a list\n")
+    result = trifold(folder, "pretrain", "evil\x1b[2J.yaml")
+    assert result.code == 1 and "\x1b" not in result.err and r"evil\x1b[2J.yaml holds" in result.err
+
+    result = trifold(folder, "pretrain", "tiny.yaml", "data.sources.0.path=a\u009b31m\u202e.txt")
+    assert r"a\x9b31m\u202e.txt" in result.err and "\u202e" not in result.err
+
+
+def test_a_console_shows_control_characters_as_escapes_wherever_they_stand():
+    console = Terminal(record=True, width=200, force_terminal=False)
+    console.print_line("a\x1b[31mb\rc\ttab\nnext")
+    console.print("[bold]markup[/] \x07")
+    console.rule("t\x1bitle")
+    text = console.export_text()
+    assert r"a\x1b[31mb\rc" in text and "next" in text and r"markup \x07" in text and r"t\x1bitle" in text
+    assert visible("Größe 東京 👩‍🔬 नमस्ते") == "Größe 東京 👩‍🔬 नमस्ते"  # the joiner inside the emoji stays

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tests.processes import run_processes
 from trifold.launch.bench import contenders, data, gpu, rows
 from trifold.launch.bench.report import show
 from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.huggingface import export
 from trifold.modeling.transformer import build
@@ -88,12 +88,12 @@ def test_a_table_is_also_a_json_file_and_a_chart(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with (tmp_path / "said").open("w") as said:
         show(
-            Console(file=said),
+            Terminal(file=said),
             "speed",
             [{"": "theirs", "note": "failed"}, {"": "ours", "tokens/s": 1234.5}],
             tmp_path / "out",
         )
-        show(Console(file=said), "speed", [{"": "ours", "note": "out of time"}], tmp_path / "nothing")
+        show(Terminal(file=said), "speed", [{"": "ours", "note": "out of time"}], tmp_path / "nothing")
     assert "1,234" in (tmp_path / "said").read_text() or "1,235" in (tmp_path / "said").read_text()
     assert json.loads((tmp_path / "out.json").read_text())["rows"][1]["tokens/s"] == 1234.5
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

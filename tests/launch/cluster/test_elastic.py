@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.hosts import Hosts
-from tests.launch.jobs.test_jobs import step, until, write_recipe
+from tests.launch.jobs.cluster_runs import step, until, write_recipe
 from trifold.pretrain.checkpoint.lease import all_folders, is_valid
 from trifold.pretrain.monitor import heartbeat
 from trifold.pretrain.storage.disk import DiskPath

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch.cluster.test_driver import recipe
+from tests.launch.cluster.stand_in import recipe
 from trifold.launch.cluster import failure_report
 from trifold.launch.cluster.failure_report import Watchdog
 

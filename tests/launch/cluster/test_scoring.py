@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import ray
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trifold.finetune.run
@@ -29,6 +28,7 @@ from tests.published import MODELS
 from trifold.launch.cluster import capacity, scorer
 from trifold.launch.recipe.reader import CLONE, resolve, write
 from trifold.launch.recipe.schema import ClusterConfig, FinetuneRecipe, PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.launch.watch.progress import run_status
 from trifold.modeling.errors import UserError
 from trifold.pretrain.distributed import RankInfo
@@ -99,7 +99,7 @@ def recipe(folder: Path, run: str, **changes: Any) -> PretrainRecipe:
 
 def pretrain(config: PretrainRecipe) -> str:
     shown = io.StringIO()
-    trifold.launch.commands.pretrain.pretrain(config, Console(file=shown, width=200))
+    trifold.launch.commands.pretrain.pretrain(config, Terminal(file=shown, width=200))
     return shown.getvalue()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs.test_jobs import trifold, write_recipe
+from tests.launch.jobs.cluster_runs import trifold, write_recipe
 from trifold.launch.cluster import driver
 from trifold.launch.cluster.tokenize_tasks import over_cluster
 from trifold.launch.recipe.reader import CLONE

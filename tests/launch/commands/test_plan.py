@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from trifold.launch.commands.plan import Machine, compare_to_measured, plan, predict, rate_of
 from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import PretrainRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.pretrain.engine.memory_estimate import RankMemory
@@ -74,7 +74,7 @@ def test_ranks_that_share_rows_hold_less_take_half_as_long_for_a_micro_and_send_
 
 def test_a_recipe_that_does_not_fit_is_told_what_does(recipe: PretrainRecipe, tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as said:
-        found = plan(recipe, replace(GIVEN, memory=30 * 2**20), Console(file=said, width=200))
+        found = plan(recipe, replace(GIVEN, memory=30 * 2**20), Terminal(file=said, width=200))
     assert found["memory_peak_bytes"] > 30 * 2**20 and 0 < found["largest_micro_rows"] < 4
     assert f"micro_rows to {found['largest_micro_rows']} at most" in (tmp_path / "said").read_text()
 
@@ -83,7 +83,7 @@ def test_a_plan_says_whether_blocks_are_recomputed(recipe: PretrainRecipe, tmp_p
     auto = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"recompute": "auto"})})
     with (tmp_path / "said").open("w") as said:
         ample, tight = (
-            plan(auto, replace(GIVEN, memory=memory), Console(file=said, width=200))
+            plan(auto, replace(GIVEN, memory=memory), Terminal(file=said, width=200))
             for memory in (2**34, 30 * 2**20)
         )
     assert (ample["recompute"], tight["recompute"]) == (False, True)
@@ -97,7 +97,7 @@ def test_what_a_process_holds_besides_is_not_known_from_a_rate_and_none_of_it_is
     recipe: PretrainRecipe, tmp_path: Path
 ) -> None:
     with (tmp_path / "said").open("w") as said:
-        found = plan(recipe, GIVEN, Console(file=said, width=200))
+        found = plan(recipe, GIVEN, Terminal(file=said, width=200))
     assert found["memory_process_bytes"] is None
     assert found["memory_peak_bytes"] == sum(found[f"memory_{part}_bytes"] for part in RankMemory._fields)
     [line] = [line for line in (tmp_path / "said").read_text().splitlines() if "memory: process" in line]
@@ -124,7 +124,7 @@ def test_a_run_is_set_beside_its_plan_and_gives_its_rate_to_the_next(
 ) -> None:
     assert compare_to_measured(recipe) is None
     with (tmp_path / "said").open("w") as said:
-        plan(recipe, GIVEN, Console(file=said))
+        plan(recipe, GIVEN, Terminal(file=said))
     append_line(tmp_path / "events.jsonl", {"event": "started", "world": 2})
     for step, seconds in enumerate((9.0, 2.0, 2.0), start=1):
         append_line(

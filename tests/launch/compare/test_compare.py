@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.finetune.small_tasks import vocabulary, write_pairs
@@ -25,6 +24,7 @@ from trifold.launch.compare.probes import Map, maps, reach
 from trifold.launch.compare.report import write
 from trifold.launch.recipe.reader import resolve_any
 from trifold.launch.recipe.schema import FinetuneRecipe
+from trifold.launch.terminal import Terminal
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import build
@@ -88,7 +88,7 @@ class Images(HTMLParser):
 
 
 def test_models_are_trained_once_drawn_and_joined_by_another(tmp_path: Path) -> None:
-    console, out = Console(quiet=True), tmp_path / "out"
+    console, out = Terminal(quiet=True), tmp_path / "out"
     page = compare(recipes(tmp_path, ["gru", "gru-attention"]), out, None, None, console)
     assert {file.name for file in out.iterdir()} == {"report.html", "report.json"} | {
         f"translation-{name}.png" for name in ("loss", "length", "reach", "speed", "gru-attention-looks")
@@ -106,7 +106,7 @@ def test_models_are_trained_once_drawn_and_joined_by_another(tmp_path: Path) -> 
 
 
 def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: Path) -> None:
-    console = Console(quiet=True)
+    console = Terminal(quiet=True)
     a, b = recipes(tmp_path, ["gru", "transformer"])
     large = b.model_copy(
         update={
@@ -129,7 +129,7 @@ def test_a_finished_run_of_another_recipe_is_refused_or_scored_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "POSITIONS", 64)
-    console, out, events = Console(quiet=True), tmp_path / "out", tmp_path / "gru" / "events.jsonl"
+    console, out, events = Terminal(quiet=True), tmp_path / "out", tmp_path / "gru" / "events.jsonl"
     compare(recipes(tmp_path, ["gru"]), out, None, None, console)
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 there, 0\.5 here"):
         compare(recipes(tmp_path, ["gru"], optimizer={"lr": 0.5}), out, None, None, console)
@@ -142,7 +142,7 @@ def test_a_finished_run_of_another_recipe_is_refused_or_scored_anew(
 def test_models_that_learned_from_unlike_files_are_refused_and_what_is_finished_is_only_read(
     tmp_path: Path,
 ) -> None:
-    console, out = Console(quiet=True), tmp_path / "out"
+    console, out = Terminal(quiet=True), tmp_path / "out"
     gru, transformer = recipes(tmp_path, ["gru", "transformer"])
     compare([gru], out, None, None, console)
     write_pairs(tmp_path / "train", 40, 2)
@@ -158,7 +158,7 @@ def test_models_that_learned_from_unlike_files_are_refused_and_what_is_finished_
 
 
 def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    console, (a, b) = Console(quiet=True), recipes(tmp_path, ["gru", "gru-attention"])
+    console, (a, b) = Terminal(quiet=True), recipes(tmp_path, ["gru", "gru-attention"])
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         compare([a, b], tmp_path / "file", None, None, console)
@@ -178,7 +178,7 @@ def test_what_is_looked_into_is_what_was_scored(tmp_path: Path) -> None:
     """The best step, averaged, with its adapters: not the newest weights."""
     steps: dict[str, Any] = {"steps": 3, "evaluate_every": 1, "checkpoints": {"every": 1}}
     [recipe] = recipes(tmp_path, ["transformer"], lora={"rank": 2}, ema=0.5, optimizer={"lr": 0.1}, **steps)
-    finetune(recipe, Console(quiet=True))
+    finetune(recipe, Terminal(quiet=True))
     found = json.loads((tmp_path / "transformer" / "scores.json").read_text())
     assert found["step"] == 1
     model, words = probes.opened(tmp_path / "transformer"), vocabulary(tmp_path)

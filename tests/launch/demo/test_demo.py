@@ -6,12 +6,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from trifold.launch.demo.demo import FAMILIES, KILLED, TASKS, _killed, _side_by_side, demo
 from trifold.launch.demo.world_tasks import write_tasks
 from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import FinetuneRecipe
+from trifold.launch.terminal import Terminal
 from trifold.pretrain.storage.jsonl import append_line
 
 
@@ -42,7 +42,7 @@ def test_a_demo_that_is_stopped_says_that_the_run_can_go_on_and_the_demo_begins_
         raise SystemExit(130)
 
     monkeypatch.setattr("trifold.launch.demo.demo._family", stopped)
-    console = Console(width=80, record=True, file=StringIO())
+    console = Terminal(width=80, record=True, file=StringIO())
     with pytest.raises(SystemExit, match="130"):
         demo(console)
     assert console.export_text().endswith(
@@ -60,7 +60,7 @@ def test_the_folders_stand_below_the_tables_each_on_a_line_of_its_own_to_be_copi
         "trifold.launch.demo.demo._task",
         lambda path, *_: {"task": path, "folder": f"runs/of/{Path(path).stem}/published"},
     )
-    console = Console(width=80, record=True, file=StringIO())
+    console = Terminal(width=80, record=True, file=StringIO())
     demo(console)
     said = console.export_text().splitlines()
     assert all(f"runs/of/{Path(path).stem}/published" in said for path in (*FAMILIES, *TASKS))
@@ -69,7 +69,7 @@ def test_the_folders_stand_below_the_tables_each_on_a_line_of_its_own_to_be_copi
 def test_a_table_fits_a_terminal_and_says_what_happened(tmp_path):
     append_line(tmp_path / "events.jsonl", {"event": "resumed", "step": 50})
     row = {"task": "qa", "from pretrained": "61.0", "killed and resumed": _killed(tmp_path, {"step": 65})}
-    console = Console(width=80, record=True, file=StringIO())
+    console = Terminal(width=80, record=True, file=StringIO())
     console.print(_side_by_side("Fine-tuning", [row, {**row, "task": "ner"}]))
     said = console.export_text()
     assert all(word in said for word in ("Fine-tuning", "qa", "ner", "61.0", "65", "50"))

@@ -9,12 +9,12 @@ import sys
 from copy import deepcopy
 
 import pytest
-from rich.console import Console
 
-from tests.launch.jobs.test_jobs import trifold, write_recipe
+from tests.launch.jobs.cluster_runs import trifold, write_recipe
 from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.doctor import doctor
 from trifold.launch.jobs.findings import Examined, before_submit, diagnose
+from trifold.launch.terminal import Terminal
 
 VERSIONS = {"python": "3.11.9", "trifold": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "ray": "2.60.0"}
 
@@ -191,7 +191,7 @@ def test_the_quick_facts_need_no_package_at_all(tmp_path):
 
 
 def test_this_machine_is_examined_as_a_cluster_of_one(ray_cluster, tmp_path):
-    console = Console(record=True, width=120)
+    console = Terminal(record=True, width=120)
     doctor(None, tmp_path / "runs", console)
     said = console.export_text()
     assert (

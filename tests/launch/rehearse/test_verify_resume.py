@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
 import trifold.pretrain.run
 from tests.finetune.small_tasks import folder_of, write_tags
@@ -16,6 +15,7 @@ from trifold.launch.demo.world import write_world
 from trifold.launch.recipe.reader import resolve_any
 from trifold.launch.rehearse import verify_resume
 from trifold.launch.rehearse.verify_resume import WINDOW, Leg, differences, draw_legs
+from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.data.loader import Loader
@@ -82,7 +82,7 @@ def written(folder: Path, values: dict[str, Any]) -> str:
 
 def verify(config: str, kills: int) -> str:
     """What is printed, the refusal last."""
-    console = Console(width=140, file=StringIO(), record=True)
+    console = Terminal(width=140, file=StringIO(), record=True)
     try:
         verify_resume.verify_resume(config, [], kills, 0, console)
     except UserError as refusal:

@@ -5,8 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from rich.console import Console
-
+from trifold.launch.terminal import Terminal
 from trifold.launch.watch.progress import ProgressWatcher
 from trifold.pretrain.storage.jsonl import append_line
 
@@ -16,7 +15,7 @@ STEP = {"loss": 2.5, "seconds": 0.5, "tokens_per_s": 12345.0, "mfu": 0.314}
 def watched(folder: Path, terminal: bool, write) -> str:
     """What a console of 100 columns shows of a run of 20 steps that `write` writes."""
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
+    console = Terminal(file=out, force_terminal=terminal, width=100, color_system=None)
     with ProgressWatcher(folder, 20, console, every=0.0):
         write()
         time.sleep(0.8)

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from tests.launch.cluster.test_driver import recipe
-from tests.launch.test_cli import place as place
-from tests.launch.test_cli import start
+from tests.launch.cluster.stand_in import recipe
+from trifold.launch.terminal import Terminal
 from trifold.launch.watch import trackers
 from trifold.launch.watch.trackers import tracking
 from trifold.modeling.errors import UserError
@@ -34,9 +32,9 @@ def run_to(run: Path, first: int, last: int, event: str = "stopped") -> None:
 
 
 def told_of(
-    run: Path, name: str, first: int, last: int, event: str = "stopped", console: Console | None = None
+    run: Path, name: str, first: int, last: int, event: str = "stopped", console: Terminal | None = None
 ) -> None:
-    with tracking(recipe(run).model_copy(update={"trackers": (name,)}), console or Console()):
+    with tracking(recipe(run).model_copy(update={"trackers": (name,)}), console or Terminal()):
         run_to(run, first, last, event)
 
 
@@ -89,7 +87,7 @@ def test_a_tracker_that_is_away_holds_nothing_up_and_gets_it_all_from_the_next_s
             Away.closed.append(ended)
 
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Away)
-    console = Console(record=True, width=200)
+    console = Terminal(record=True, width=200)
     told_of(tmp_path, "mlflow", 1, 3, console=console)
     assert (
         console.export_text()
@@ -115,9 +113,9 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
         told_of(tmp_path, "wandb", 1, 1)
 
 
-def test_pretraining_tells_the_trackers_that_its_recipe_names(place):
+def test_pretraining_sends_its_metrics_to_the_trackers_of_its_recipe(tmp_path):
     pytest.importorskip("mlflow")
-    process = start(place, "pretrain", "tiny.yaml", "trackers=[mlflow]", "steps=3")
-    assert process.wait(timeout=120) == 0, process.communicate()
-    (loss,) = place.glob("run/mlflow/*/*/metrics/loss")
+    result = trifold(write_tiny(tmp_path), "pretrain", "tiny.yaml", "trackers=[mlflow]", "steps=3")
+    assert result.code == 0, result.err
+    (loss,) = tmp_path.glob("run/mlflow/*/*/metrics/loss")
     assert [line.split()[2] for line in loss.read_text().splitlines()] == ["1", "2", "3"]
