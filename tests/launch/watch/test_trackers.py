@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster.stand_in import recipe
+from tests.launch.command_line import trifold, write_tiny
 from trifold.launch.terminal import Terminal
 from trifold.launch.watch import trackers
 from trifold.launch.watch.trackers import tracking
