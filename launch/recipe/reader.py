@@ -181,11 +181,14 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or not (file.parent / base).is_file():
+        candidates = [file.parent / base, CLONE / base] if isinstance(base, str) else []
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
             raise UserError(
-                f"{file}: extends names {show_value(base)}, and there is no such file beside it in {here.parent}."
+                f"{file}: extends names {show_value(base)}; there is no such file in {here.parent} or among the"
+                f" recipes that come with Trifold ({CLONE / 'configs'})."
             )
-        below, below_origins = _read(file.parent / base, (*chain, here))
+        below, below_origins = _read(found, (*chain, here))
         merged, origins = _merge(merged, below), origins | below_origins
     return _merge(merged, values), origins | dict.fromkeys(flatten(values), str(file))
 
