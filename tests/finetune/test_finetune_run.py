@@ -3,16 +3,16 @@ trivial system.
 """
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
+from tests.finetune.small_tasks import folder_of, recipe, write_pairs
+from tests.finetune.training import fail_on_event, metrics, scores_of, tags, train_run, train_until_killed
 from tests.processes import run_processes
+from tests.training import quiet
 from trifold.finetune.config import FinetuneConfig
 from trifold.finetune.evaluation.evaluate import LoadedModel, score_predictions
 from trifold.finetune.evaluation.model_selection import best_step
@@ -22,7 +22,6 @@ from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import open_checkpoint
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.lora_adapter import publish_adapter
 from trifold.pretrain.publish.publish import publish
@@ -31,58 +30,10 @@ from trifold.pretrain.storage.json_files import read_json_object, write_json
 from trifold.pretrain.storage.jsonl import read_lines
 
 
-def quiet(what: str, done: int) -> None: ...
-
-
-def no_event(kind: str, **facts: object) -> None:
-    raise AssertionError(f"{kind}: {facts}")
-
-
-def trained(place: RankInfo, config: FinetuneConfig) -> None:
-    train(config, place)
-
-
-def killed_at(place: RankInfo, config: FinetuneConfig, step: int) -> None:
-    """Train, and let the last rank be gone (SIGKILL) when the step begins."""
-    train_step = Engine.train_step
-
-    def step_or_die(self: Engine, *given: Any) -> Any:
-        done = [
-            record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record
-        ]
-        if max(done, default=0) >= step and place.rank == place.world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(self, *given)
-
-    Engine.train_step = step_or_die  # type: ignore[method-assign]
-    train(config, place)
-
-
-def scores_of(config: FinetuneConfig) -> dict[str, Any]:
-    return dict(json.loads((Path(config.run) / "scores.json").read_text()))
-
-
-def metrics(config: FinetuneConfig) -> dict[str, Any]:
-    """The last value of each step's loss, rows and scores."""
-    names = ("loss", "rows", "rows_hash", "heldout_loss", "f1")
-    return {
-        f"{name} {line['step']}": line[name]
-        for line in read_lines(Path(config.run) / "metrics.jsonl")
-        for name in names
-        if name in line
-    }
-
-
-def tags(folder: Path) -> dict[str, Any]:
-    write_tags(folder / "train.conll", 300, seed=1)
-    write_tags(folder / "dev.conll", 60, seed=2)
-    return {"kind": "ner", "train": [str(folder / "train.conll")], "dev": [str(folder / "dev.conll")]}
-
-
 def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_class(tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path))
     prepare(config, quiet)
-    run_processes(2, trained, config)
+    run_processes(2, train_run, config)
     found = scores_of(config)
     assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
     lines = read_lines(Path(config.run) / "predictions.jsonl")
@@ -90,7 +41,7 @@ def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_clas
     out = publish(
         Path(config.run),
         tmp_path / "out",
-        on_event=no_event,
+        on_event=fail_on_event,
         checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published_folder.CARD).read_text()
@@ -112,13 +63,13 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
         tmp_path / "run", folder_of(tmp_path, family), task, steps=80, engine={"zero_stage": stage}
     )
     prepare(config, quiet)
-    run_processes(2, trained, config, timeout=400)  # ZeRO-3 on a busy machine
+    run_processes(2, train_run, config, timeout=400)  # ZeRO-3 on a busy machine
     found = scores_of(config)
     assert found["scores"]["bleu"] > 40 > 2 * found["trivial"]["scores"]["bleu"]
     publish(
         Path(config.run),
         tmp_path / "out",
-        on_event=no_event,
+        on_event=fail_on_event,
         checkpoint=best_step(DiskPath(Path(config.run))),
     )
 
@@ -167,10 +118,10 @@ def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_be
     straight, broken = (recipe(tmp_path / name, folder, task, **changes) for name in ("straight", "broken"))
     for config in (straight, broken):
         prepare(config, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
-        run_processes(2, killed_at, broken, 13)
-    run_processes(2, trained, broken)
+        run_processes(2, train_until_killed, broken, 13)
+    run_processes(2, train_run, broken)
     assert metrics(straight) == metrics(broken) and len(metrics(straight)) == 20 * 3 + 5 * 2
     assert best_step(DiskPath(Path(straight.run))) == best_step(DiskPath(Path(broken.run)))
     assert scores_of(straight) == scores_of(broken)
@@ -189,7 +140,7 @@ def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored
         schedule={"final": 1.0},
     )
     prepare(config, quiet)
-    run_processes(1, trained, config)
+    run_processes(1, train_run, config)
     events = read_lines(Path(config.run) / "events.jsonl")
     history = [
         (line["step"], line["f1"]) for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line
@@ -199,7 +150,7 @@ def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored
         "step"
     ] == history[-1][0] < 100
     assert history.index(best) == len(history) - 3 and scores_of(config)["step"] == best[0]
-    run_processes(1, trained, config)  # again: there is nothing left to train
+    run_processes(1, train_run, config)  # again: there is nothing left to train
     assert max(line["step"] for line in read_lines(Path(config.run) / "metrics.jsonl")) == history[-1][0]
 
 
@@ -229,7 +180,7 @@ def test_two_tasks_take_turns_by_weight_and_frozen_parameters_stay(tmp_path: Pat
         if (source := row.source) is not None
     ]
     assert sum("b: " in text for text in said) == 16
-    run_processes(2, trained, config)
+    run_processes(2, train_run, config)
     [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*4-*")
     before, after = published_folder.load_model(folder)[1], open_checkpoint(DiskPath(checkpoint))
     moved = {name: not torch.equal(before[name], after.full(name)) for name in before}
@@ -244,10 +195,10 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
         tmp_path / "run", folder, tags(tmp_path), lora=lora, optimizer={"lr": 1e-2}, engine={"zero_stage": 2}
     )
     prepare(config, quiet)
-    run_processes(2, trained, config)
+    run_processes(2, train_run, config)
     found, run = scores_of(config), Path(config.run)
     assert found["scores"]["f1"] > 50 > found["trivial"]["scores"]["f1"]
-    out = publish(run, tmp_path / "out", on_event=no_event, checkpoint=best_step(DiskPath(run)))
+    out = publish(run, tmp_path / "out", on_event=fail_on_event, checkpoint=best_step(DiskPath(run)))
     before, after = published_folder.load_model(folder)[1], published_folder.load_model(out)[1]
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert moved == {
@@ -255,7 +206,9 @@ def test_adapters_alone_are_trained_and_published_merged(tmp_path: Path) -> None
         for i in range(2)
         for part in ("attn.f.q", "attn.f.v", "mlp.f.up", "mlp.f.down")
     }
-    peft = publish_adapter(run, tmp_path / "peft", on_event=no_event, checkpoint=best_step(DiskPath(run)))
+    peft = publish_adapter(
+        run, tmp_path / "peft", on_event=fail_on_event, checkpoint=best_step(DiskPath(run))
+    )
     settings = json.loads((peft / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder) and settings["modules_to_save"] == [
         "classifier"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.finetune.small_tasks import folder_of, recipe, vocabulary, write_pairs
-from tests.finetune.test_finetune_run import killed_at, metrics, no_event, quiet, scores_of, tags, trained
+from tests.finetune.training import fail_on_event, metrics, scores_of, tags, train_run, train_until_killed
 from tests.processes import run_processes
+from tests.training import quiet
 from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.evaluation.model_selection import best_step
 from trifold.finetune.evaluation.predict import predict
@@ -64,7 +65,7 @@ def test_translation_is_learned_with_attention_and_its_folder_is_used(tmp_path: 
     out = publish(
         Path(config.run),
         tmp_path / "out",
-        on_event=no_event,
+        on_event=fail_on_event,
         checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert verify(out).ok and "trifold generate" in (out / published_folder.CARD).read_text()
@@ -86,7 +87,7 @@ def test_a_tagger_with_a_crf_learns_from_context_and_answers_as_it_was_scored(tm
     out = publish(
         Path(config.run),
         tmp_path / "out",
-        on_event=no_event,
+        on_event=fail_on_event,
         checkpoint=best_step(DiskPath(Path(config.run))),
     )
     assert verify(out).ok
@@ -129,9 +130,9 @@ def test_a_killed_run_continues_bit_for_bit_with_dropout_at_every_stage(stage: i
     )
     for config in (straight, broken):
         prepare(config, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
-        run_processes(2, killed_at, broken, 8)
-    run_processes(2, trained, broken)
+        run_processes(2, train_until_killed, broken, 8)
+    run_processes(2, train_run, broken)
     assert metrics(straight) == metrics(broken) and len(metrics(straight)) == 10 * 3 + 3
     assert scores_of(straight) == scores_of(broken)

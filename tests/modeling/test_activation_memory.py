@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.modeling.families import CONFIGS
-from tests.modeling.test_guards import batch
+from tests.modeling.operation_counts import batch
 from trifold.modeling.activation_memory import MicroMemory, measure_micro_memory
 from trifold.modeling.batch import Batch
 from trifold.modeling.transformer import build

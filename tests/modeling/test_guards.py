@@ -5,21 +5,18 @@ The numbers were recorded on torch 2.13. Lower ones are welcome: write them down
 docs/performance.md only.
 """
 
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.modeling.families import CONFIGS, documents, packed
+from tests.modeling.families import CONFIGS
+from tests.modeling.operation_counts import Calls, batch
 from trifold.modeling import attention
 from trifold.modeling.activation_memory import measure_micro_memory
 from trifold.modeling.attention import Visibility
-from trifold.modeling.batch import Batch
 from trifold.modeling.transformer import build
 
 FAMILIES = ("llama", "modernbert", "t5gemma")
@@ -33,28 +30,6 @@ KEPT = {
     "modernbert": 22080,
     "t5gemma": 62016,
 }  # bytes that the backward of one more layer reads, for 24 positions
-
-
-class Calls(TorchDispatchMode):
-    """While inside, counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.of[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def batch(name: str, seed: int) -> Batch:
-    """One row of three documents, whose lengths and tokens change with the seed and whose shape does not."""
-    lengths = [(3 + seed % 4, 4), (5, 2 + seed % 3), (7, 6)]
-    made = packed(documents(CONFIGS[name], lengths, seed), 24, 24)
-    picked = torch.arange(8)[None] if name == "modernbert" else None
-    return Batch(made.tokens, made.segments, made.targets, made.source, made.source_segments, picked)
 
 
 def deeper(name: str, more: int) -> Any:

@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.test_run import (
-    OBJECTIVES,
-    _trained_until,
-    killed_at,
-    losses,
-    prepare,
-    quiet,
-    recipe,
-    trained,
-)
 from tests.processes import run_processes
+from tests.recipes import OBJECTIVES, recipe
+from tests.training import losses, quiet, train_run, train_until, train_until_killed
 from trifold.pretrain.config import training
+from trifold.pretrain.run import prepare
 
 pytestmark = pytest.mark.proof
 
@@ -39,11 +32,11 @@ def test_a_kill_at_a_random_step_changes_no_bit_of_any_loss(
     )
     for config in (straight, broken):
         prepare(config, 1, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
-        run_processes(2, killed_at, broken, step)
+        run_processes(2, train_until_killed, broken, step)
     assert step <= len(losses(broken.run)) < 20
-    run_processes(2, trained, broken)
+    run_processes(2, train_run, broken)
     assert losses(straight.run) == losses(broken.run) and len(losses(broken.run)) == 20
 
 
@@ -54,10 +47,10 @@ def test_workers_2_1_3_2_and_stages_1_3_2_1_see_the_same_rows_and_losses_within_
     straight, moved = (recipe(tmp_path, name, family, steps=20) for name in ("straight", "moved"))
     for config in (straight, moved):
         prepare(config, 1, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     for stop, world, stage in ((5, 2, 1), (10, 1, 3), (15, 3, 2), (20, 2, 1)):
         leg = moved.model_copy(update={"engine": training.EngineConfig(zero_stage=stage)})  # type: ignore[arg-type]
-        run_processes(world, _trained_until, leg, stop)
+        run_processes(world, train_until, leg, stop)
     assert [rows for _, rows in losses(straight.run).values()] == [
         rows for _, rows in losses(moved.run).values()
     ]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pretrain.test_run import OBJECTIVES, losses, prepare, quiet, recipe, trained
 from tests.processes import run_processes
+from tests.recipes import OBJECTIVES, recipe
+from tests.training import losses, quiet, train_run
+from trifold.pretrain.run import prepare
 
 GOLDEN: dict[str, list[float]] = {
     "decoder": [
@@ -36,7 +38,7 @@ def test_the_first_losses_of_a_tiny_recipe_are_the_recorded_ones(family: str, tm
     config = recipe(tmp_path, "golden", family, steps=20)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
     prepare(config, 1, quiet)
-    run_processes(1, trained, config)
+    run_processes(1, train_run, config)
     found = [loss for loss, _ in losses(config.run).values()]
     print(family, [round(loss, 6) for loss in found])
     assert found == pytest.approx(GOLDEN[family], rel=TOLERANCE)

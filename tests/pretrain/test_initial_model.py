@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from tests.pretrain.data.tokenizer.stock_tokenizers import stock_folder, stock_model
-from tests.pretrain.test_run import _trained_until, losses, quiet, recipe, trained
 from tests.processes import run_processes
 from tests.published import MODELS, random_model, tokenizer
+from tests.recipes import recipe
+from tests.training import losses, quiet, train_run, train_until
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config import pretraining as dials
@@ -56,7 +57,7 @@ def test_a_run_begins_with_the_loss_of_the_stock_model_and_what_it_becomes_is_pu
     folder = folder_of(tmp_path / "folder", "decoder")
     config = started(tmp_path, "run", "decoder", folder)
     prepare(config, 1, quiet)
-    run_processes(1, trained, config)
+    run_processes(1, train_run, config)
     first = next(
         record for record in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in record
     )
@@ -89,7 +90,7 @@ def test_a_run_continues_only_from_the_folder_it_started_from(tmp_path: Path) ->
     folder = folder_of(tmp_path / "folder", "encoder-decoder")
     config = started(tmp_path, "run", "encoder-decoder", folder, objective=InfillingConfig())
     prepare(config, 1, quiet)
-    run_processes(1, _trained_until, config, 2)
+    run_processes(1, train_until, config, 2)
     weights = (folder / "model.safetensors").read_bytes()
     run_processes(1, _refused_and_continued, config, weights)
     assert len(losses(config.run)) == 4

@@ -5,10 +5,7 @@ world, clear refusals.
 import errno
 import json
 import math
-import os
-import random
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ import pytest
 import torch
 
 from tests.processes import run_processes
-from trifold.modeling.config import ModelConfig
+from tests.recipes import OBJECTIVES, recipe, write_corpus
+from tests.training import losses, quiet, train_run, train_until, train_until_killed
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain import session
@@ -35,87 +33,6 @@ from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StorageOptions
 from trifold.pretrain.train import micro_seed
 
-OBJECTIVES = {
-    "decoder": dials.CausalConfig(),
-    "encoder": dials.MaskedConfig(),
-    "encoder-decoder": dials.SpansConfig(density=0.3),
-}
-
-
-def write_corpus(path: Path, documents: int = 300) -> None:
-    draw = random.Random(0)
-    names = ["Anna", "Ben", "Cora", "Dan", "Rome", "Paris", "Oslo", "Lima"]
-    verbs = ["lives in", "walks to", "dreams of", "writes about", "left", "remembers"]
-    texts = (
-        " ".join(
-            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}."
-            for _ in range(draw.randint(1, 12))
-        )
-        for _ in range(documents)
-    )
-    path.write_text("\n\n".join(texts))
-
-
-def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> PretrainConfig:
-    corpus = folder / "corpus.txt"
-    if not corpus.exists():
-        write_corpus(corpus)
-    shape: dict[str, Any] = {
-        "dim": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "head_dim": 16,
-        "mlp_dim": 48,
-    }
-    model = ModelConfig(family=family, vocab_size=400, max_positions=64, dropout=0.1, **shape)
-    values: dict[str, Any] = {
-        "model": model,
-        "data": dials.DataConfig(
-            sources=(dials.SourceConfig(path=str(corpus)),),
-            heldout_fraction=0.1,
-            row_length=48,
-            cache=str(folder / f"shards-{family}"),
-        ),
-        "objective": OBJECTIVES[family],
-        "optimizer": training.OptimizerConfig(lr=3e-3),
-        "checkpoints": training.CheckpointConfig(every=4, keep_last=3),
-        "steps": 12,
-        "step_rows": 6,
-        "micro_rows": 2,
-        "evaluate_every": 6,
-        "evaluate_rows": 8,
-    }
-    return PretrainConfig(run=str(folder / run), **(values | changes))
-
-
-def quiet(what: str, done: int) -> None:
-    """No progress to show."""
-
-
-def losses(run: str) -> dict[int, tuple[float, str]]:
-    """The loss and the row hash of each step; the last line of a step counts."""
-    return {
-        r["step"]: (r["loss"], r["rows_hash"]) for r in read_lines(Path(run) / "metrics.jsonl") if "loss" in r
-    }
-
-
-def killed_at(place: RankInfo, config: PretrainConfig, step: int) -> None:
-    """Train, and let this process's last rank be gone (SIGKILL, no word to anyone) when the step begins."""
-    train_step = Engine.train_step
-
-    def step_or_die(self: Engine, micros: Any, *rest: Any) -> Any:
-        if len(losses(config.run)) >= step and place.rank == place.world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(self, micros, *rest)
-
-    Engine.train_step = step_or_die  # type: ignore[method-assign]
-    train(config, place)
-
-
-def trained(place: RankInfo, config: PretrainConfig) -> None:
-    train(config, place)
-
 
 @pytest.mark.parametrize("family", OBJECTIVES)
 def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: str, tmp_path: Path) -> None:
@@ -126,11 +43,11 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     )
     for config in (straight, broken):
         prepare(config, 1, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
-        run_processes(2, killed_at, broken, 6)
+        run_processes(2, train_until_killed, broken, 6)
     assert len(losses(broken.run)) < 12
-    run_processes(2, trained, broken)
+    run_processes(2, train_run, broken)
     assert losses(straight.run) == losses(broken.run)
     told = read_lines(Path(broken.run) / "events.jsonl")
     assert [event["recompute"] for event in told if event["event"] == "started"] == [
@@ -164,7 +81,8 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     prepare(config, 1, quiet)
     said = run_processes(1, full_from, config, 8)[0]
     assert re.search(
-        r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes", said
+        r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes",
+        said,
     )
     assert said.endswith("the checkpoint before stays. Mend that and run the same command again.")
     assert len(losses(config.run)) < 400
@@ -202,7 +120,7 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     for config in (straight, broken, moved):
         prepare(config, 1, quiet)
     run_processes(2, _straight_and_in_legs, straight, broken, timeout=280)
-    run_processes(1, trained, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}))
+    run_processes(1, train_run, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}))
     assert losses(straight.run) == losses(broken.run) and parts_of(straight.run) == parts_of(broken.run)
     for step, told in parts_of(straight.run).items():
         assert told == pytest.approx(parts_of(moved.run)[step], rel=1e-5)
@@ -225,35 +143,17 @@ def _straight_and_in_legs(place: RankInfo, straight: PretrainConfig, broken: Pre
 def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses(tmp_path: Path) -> None:
     straight = recipe(tmp_path, "straight")
     prepare(straight, 1, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
     moved = recipe(tmp_path, "moved")
     prepare(moved, 1, quiet)
     for stop, world, stage in ((4, 2, 1), (8, 1, 3), (12, 3, 2)):
         leg = moved.model_copy(update={"engine": training.EngineConfig(zero_stage=stage)})
-        run_processes(world, _trained_until, leg, stop)
+        run_processes(world, train_until, leg, stop)
     assert [rows for _, rows in losses(straight.run).values()] == [
         rows for _, rows in losses(moved.run).values()
     ]
     for step, (loss, _) in losses(straight.run).items():
         assert math.isclose(loss, losses(moved.run)[step][0], rel_tol=1e-5), step
-
-
-def _trained_until(place: RankInfo, config: PretrainConfig, stop: int) -> None:
-    """Train, and ask the run to stop once the step was recorded."""
-    record = Engine.train_step
-
-    def ask(self: Engine, *given: Any) -> Any:
-        result = record(self, *given)
-        if self.optimizer_step >= stop and place.rank == 0:
-            (Path(config.run) / "stop").touch()
-        return result
-
-    Engine.train_step = ask  # type: ignore[method-assign]
-    try:
-        train(config, place)
-    finally:
-        Engine.train_step = record  # type: ignore[method-assign]
-    (Path(config.run) / "stop").unlink(missing_ok=True)
 
 
 def state_of(config: PretrainConfig) -> dict[str, torch.Tensor]:
@@ -279,7 +179,7 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
         len(list((tmp_path / "shards-decoder").glob("rows-*"))) == 4
     )  # three to train on, one held out: nothing is left to the ranks
 
-    run_processes(2, trained, straight, timeout=280)
+    run_processes(2, train_run, straight, timeout=280)
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
         run_processes(
             2, _in_legs, broken, (2, 3), 6, timeout=280
@@ -289,10 +189,8 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
     expected, found = state_of(straight), state_of(broken)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
-    run_processes(
-        3, _trained_until, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}), 2
-    )
-    run_processes(1, trained, moved)
+    run_processes(3, train_until, moved.model_copy(update={"engine": training.EngineConfig(zero_stage=3)}), 2)
+    run_processes(1, train_run, moved)
     assert [rows for _, rows in losses(moved.run).values()] == [
         rows for _, rows in losses(straight.run).values()
     ]
@@ -321,15 +219,15 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
     )
 
     with pytest.raises(AssertionError, match=r"UserError: .*rows of fingerprint"):
-        run_processes(1, trained, straight.model_copy(update={"stages": stages[:1]}))
+        run_processes(1, train_run, straight.model_copy(update={"stages": stages[:1]}))
 
 
 def _in_legs(place: RankInfo, config: PretrainConfig, stops: tuple[int, ...], killed: int = 0) -> None:
     """Train anew up to each of `stops`, then until `killed`."""
     for stop in stops:
-        _trained_until(place, config, stop)
+        train_until(place, config, stop)
     if killed:
-        killed_at(place, config, killed)
+        train_until_killed(place, config, killed)
 
 
 def _all_in_legs(place: RankInfo, configs: list[PretrainConfig]) -> None:
@@ -362,7 +260,7 @@ def test_every_schedule_ends_at_its_final_rate_in_a_resumed_run(tmp_path: Path) 
 def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
     config = recipe(tmp_path, "stopped")
     prepare(config, 1, quiet)
-    run_processes(1, _trained_until, config, 3)
+    run_processes(1, train_until, config, 3)
     checkpoint = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
     assert checkpoint is not None and checkpoint.state.step == 3
     assert read_lines(Path(config.run) / "events.jsonl")[-1]["event"] == "stopped"
@@ -405,18 +303,18 @@ def test_too_many_nonfinite_steps_stop_the_run_naming_step_and_rows(tmp_path: Pa
 def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run", steps=4)
     prepare(config, 1, quiet)
-    run_processes(1, trained, config)
+    run_processes(1, train_run, config)
     with pytest.raises(
         AssertionError,
         match=r"UserError: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many",
     ):
-        run_processes(1, trained, config.model_copy(update={"step_rows": 8}))
+        run_processes(1, train_run, config.model_copy(update={"step_rows": 8}))
     write_corpus(tmp_path / "corpus.txt", documents=200)
     prepare(config, 1, quiet)
     with pytest.raises(
         AssertionError, match=r"UserError: .*fingerprint .* have changed\. Give another `run` folder"
     ):
-        run_processes(1, trained, config)
+        run_processes(1, train_run, config)
 
 
 def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_tokenizer_and_later_ones_do_not(
@@ -454,7 +352,7 @@ def test_heldout_loss_does_not_depend_on_the_world(tmp_path: Path) -> None:
     for world in (1, 3):
         config = recipe(tmp_path, f"world-{world}", steps=1, checkpoints=training.CheckpointConfig(every=1))
         prepare(config, 1, quiet)
-        run_processes(world, trained, config)
+        run_processes(world, train_run, config)
         scores.append(
             [r["heldout_loss"] for r in read_lines(Path(config.run) / "metrics.jsonl") if "heldout_loss" in r]
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.finetune.tasks.test_qa import squad, vocabulary
+from tests.finetune.tasks.small_questions import squad, vocabulary
 from trifold.finetune import config
 from trifold.finetune.examples.cloze import cloze
 from trifold.finetune.examples.squad import Question

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.finetune.tasks.test_qa import Knowing
+from tests.finetune.tasks.small_questions import Knowing
 from tests.published import tokenizer
 from trifold.finetune import config
 from trifold.finetune.examples.sentences import split_sentences

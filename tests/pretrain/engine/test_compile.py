@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.modeling.families import RECURRENT
-from tests.pretrain.engine.test_engine import gathered, reader
-from tests.pretrain.engine.test_sequence_parallel import CASES, of_family
+from tests.pretrain.engine.sequence_recipes import CASES, of_family
+from tests.pretrain.engine.small_engine import gathered, reader
 from tests.processes import run_processes
 from trifold.launch.bench.rows import Micro, micros
 from trifold.modeling.block import Block

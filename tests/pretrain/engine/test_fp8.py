@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.modeling.families import RECURRENT
-from tests.pretrain.engine.test_engine import changed, engine_of, reader, recipe, rows
+from tests.pretrain.engine.small_engine import changed, engine_of, reader, recipe, rows
 from tests.processes import run_processes
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Lora, ModelConfig

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.modeling.families import RECURRENT
-from tests.pretrain.checkpoint.test_checkpoint import nothing, state_of
-from tests.pretrain.engine.test_engine import engine_of, recipe
+from tests.pretrain.checkpoint.builders import nothing, state_of
+from tests.pretrain.engine.small_engine import engine_of, recipe
 from tests.processes import run_processes
 from trifold.launch.bench.contenders import bytes_held
 from trifold.launch.bench.rows import micros

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.pretrain.engine.test_engine import engine_of, recipe, rows
+from tests.pretrain.engine.small_engine import engine_of, recipe, rows
 from tests.processes import run_processes
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.precision import resolve_precision

@@ -11,15 +11,16 @@ import torch
 from tests.modeling.families import CONFIGS
 from tests.pretrain.data.small_corpus import SmallCorpus, SmallVocabulary
 from tests.pretrain.data.small_corpus import recipe as small_recipe
-from tests.pretrain.engine.test_engine import gathered, reader
-from tests.pretrain.test_run import _trained_until, losses, quiet, recipe, trained
+from tests.pretrain.engine.sequence_recipes import CASES, of_family
+from tests.pretrain.engine.small_engine import gathered, reader
 from tests.processes import run_processes
+from tests.recipes import recipe
+from tests.training import losses, quiet, train_run, train_until
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import build
-from trifold.pretrain.config import pretraining as dials
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.data.loader import Loader, StepRows
@@ -30,26 +31,8 @@ from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.jsonl import read_lines
 
-CASES = {"llama": dials.CausalConfig(), "modernbert": dials.MaskedConfig(), "t5gemma": dials.SpansConfig()}
 LSTM = ["model={family: decoder, cell: lstm, vocab_size: 400, dim: 32, num_layers: 1, max_positions: 256}"]
 TWO = training.EngineConfig(sequence_parallel=2)
-
-
-def of_family(name: str, stage: Any, sharing: int) -> PretrainConfig:
-    model = CONFIGS[name].model_copy(update={"vocab_size": 301, "max_positions": 64})
-    return PretrainConfig(
-        run="unused",
-        model=model,
-        data=dials.DataConfig(
-            sources=(dials.SourceConfig(path="unused"),), heldout_fraction=0.1, row_length=64
-        ),
-        objective=CASES[name],
-        optimizer=training.OptimizerConfig(lr=1e-2, clip=0.0),
-        engine=training.EngineConfig(zero_stage=stage, sequence_parallel=sharing),
-        steps=10,
-        step_rows=8,
-        micro_rows=4,
-    )
 
 
 def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
@@ -92,7 +75,7 @@ def _in_turns(place: RankInfo, straight: PretrainConfig, moved: PretrainConfig) 
         (8, training.EngineConfig(zero_stage=2)),
         (12, TWO.model_copy(update={"zero_stage": 3})),
     ):
-        _trained_until(place, moved.model_copy(update={"engine": engine}), stop)
+        train_until(place, moved.model_copy(update={"engine": engine}), stop)
 
 
 def two_runs(folder: Path) -> tuple[PretrainConfig, PretrainConfig]:
@@ -165,10 +148,10 @@ def test_a_run_goes_on_whether_ranks_share_its_rows_or_not(two: Two) -> None:
 @pytest.mark.proof
 def test_a_run_of_two_groups_goes_on_alone_and_as_one_group(tmp_path: Path) -> None:
     straight, moved = two_runs(tmp_path)
-    run_processes(4, _trained_until, moved.model_copy(update={"engine": TWO}), 4)
-    run_processes(1, _trained_until, moved, 8)
-    run_processes(2, _trained_until, moved.model_copy(update={"engine": TWO}), 12)
-    run_processes(1, trained, straight)
+    run_processes(4, train_until, moved.model_copy(update={"engine": TWO}), 4)
+    run_processes(1, train_until, moved, 8)
+    run_processes(2, train_until, moved.model_copy(update={"engine": TWO}), 12)
+    run_processes(1, train_run, straight)
     assert_same_run(straight, moved)
 
 

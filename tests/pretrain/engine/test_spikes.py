@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import trifold.finetune.run
 from tests.finetune import small_tasks
 from tests.finetune.small_tasks import folder_of, write_tags
-from tests.pretrain.test_run import losses, quiet, recipe
 from tests.processes import run_processes
+from tests.recipes import recipe
+from tests.training import losses, quiet
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.modeling.test_guards import Calls
+from tests.modeling.operation_counts import Calls
 from tests.processes import run_processes
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve

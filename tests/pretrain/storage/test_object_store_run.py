@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.pretrain.test_run import losses, prepare, quiet, recipe, trained
 from tests.processes import run_processes
+from tests.recipes import recipe
 from tests.s3 import Server, served
+from tests.training import losses, quiet, train_run
 from trifold.pretrain import session
 from trifold.pretrain.checkpoint.checkpoint import verify
 from trifold.pretrain.checkpoint.lease import valid_folders
@@ -25,7 +26,7 @@ from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
 from trifold.pretrain.data.corpus import corpus_files, corpus_fingerprint, documents
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.run import train
+from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.jsonl import read_lines
 from trifold.pretrain.storage.storage import checkpoint_root, location
 from trifold.pretrain.storage.storage_path import StorageOptions
@@ -75,7 +76,7 @@ def test_a_run_killed_in_an_upload_of_parts_resumes_from_the_checkpoint_before_b
     )
     for config in (straight, broken):
         prepare(config, 1, quiet)
-    run_processes(2, trained, straight)
+    run_processes(2, train_run, straight)
 
     def uploading() -> bool:
         return any(
@@ -138,13 +139,13 @@ def test_a_bucket_that_refuses_writes_ends_the_run_at_that_save_and_the_last_che
         AssertionError,
         match=r"UserError: step \d+ was trained but not saved: .*AccessDenied.*; the checkpoint before stays",
     ):
-        run_processes(1, trained, config)
+        run_processes(1, train_run, config)
     server.faults()
     assert max(losses(config.run)) < 100
     for folder in (saved := valid_folders(checkpoint_root(Path(config.run), config.checkpoints.storage))):
         verify(folder)
     shorter = config.model_copy(update={"steps": max(losses(config.run)) + 4})
-    run_processes(1, trained, shorter)
+    run_processes(1, train_run, shorter)
     assert events(config, "resumed")[-1]["checkpoint"] == saved[-1].name and events(config, "finished")
 
 
@@ -174,7 +175,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_with_one_sentence(
 
         when(lambda: events(config, "save_committed"), spoil)
         with pytest.raises(AssertionError, match=r"UserError: .*(is full|refuses writes)"):
-            run_processes(1, trained, config)
+            run_processes(1, train_run, config)
         assert max(losses(config.run)) < 300
         for folder in (saved := valid_folders(checkpoint_root(Path(config.run), config.checkpoints.storage))):
             verify(folder)

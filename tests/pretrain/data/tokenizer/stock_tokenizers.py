@@ -137,3 +137,21 @@ def stock_model(kind: str, folder: Path) -> Any:
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
+
+
+HARD = [
+    "",
+    " ",
+    "\n",
+    "abc def.",
+    "  two  before,   three between, two after  ",
+    "line\nline\n\n  \n tab\there\r\nthere\r",
+    "🙂 👩‍👩‍👧 🇩🇪 emoji🙂inside",
+    "日本語のテキスト、空白なし。",
+    "e\u0301 combining ñ n\u0303 \u0300 alone",
+    "\x00 \x01\x1f\x7f\x85 control \u200b\u2028\u2029\ufeff\u00a0\u3000 spaces",
+    "literal <s> </s> <pad> <unk><mask> <extra_id_0>word<extra_id_99> <0x41> <extra_id_100>",
+    "Ünïcödé Ωmega ﬁ ligature ½ ＦＵＬＬ",
+    "bytes <0x41> <0x0A><0xE6><0x97><0xA5> a<0x42>b <0x4> <0x4g>",
+    "abc" * 2000,
+]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.pretrain.data.tokenizer.stock_tokenizers import KINDS, LINES, stock_folder
-from tests.pretrain.data.tokenizer.test_tokenizer import HARD
+from tests.pretrain.data.tokenizer.stock_tokenizers import HARD, KINDS, LINES, stock_folder
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.objectives import (
     CausalConfig,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tests.pretrain.data.tokenizer.stock_tokenizers import HARD
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.pretraining import RESERVED_TOKENS
 from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
@@ -40,24 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.open(folder)
-
-
-HARD = [
-    "",
-    " ",
-    "\n",
-    "abc def.",
-    "  two  before,   three between, two after  ",
-    "line\nline\n\n  \n tab\there\r\nthere\r",
-    "🙂 👩‍👩‍👧 🇩🇪 emoji🙂inside",
-    "日本語のテキスト、空白なし。",
-    "e\u0301 combining ñ n\u0303 \u0300 alone",
-    "\x00 \x01\x1f\x7f\x85 control \u200b\u2028\u2029\ufeff\u00a0\u3000 spaces",
-    "literal <s> </s> <pad> <unk><mask> <extra_id_0>word<extra_id_99> <0x41> <extra_id_100>",
-    "Ünïcödé Ωmega ﬁ ligature ½ ＦＵＬＬ",
-    "bytes <0x41> <0x0A><0xE6><0x97><0xA5> a<0x42>b <0x4> <0x4g>",
-    "abc" * 2000,
-]
 
 
 def test_ids_of_special_tokens_are_in_their_places(tokenizer: Tokenizer) -> None:

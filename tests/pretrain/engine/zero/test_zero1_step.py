@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretrain.engine.test_engine import engine_of, recipe, share, train
+from tests.pretrain.engine.small_engine import engine_of, recipe, share, train
 from tests.processes import run_processes
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.distributed import RankInfo

@@ -1,0 +1,62 @@
+"""Fine-tuning runs of tests: run them, kill them at a step, and read what they recorded.
+
+The functions that take a RankInfo are for `run_processes`.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.finetune.small_tasks import write_tags
+from trifold.finetune.config import FinetuneConfig
+from trifold.finetune.run import train
+from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.storage.jsonl import read_lines
+
+
+def fail_on_event(kind: str, **facts: object) -> None:
+    raise AssertionError(f"{kind}: {facts}")
+
+
+def train_run(place: RankInfo, config: FinetuneConfig) -> None:
+    train(config, place)
+
+
+def train_until_killed(place: RankInfo, config: FinetuneConfig, step: int) -> None:
+    """Train, and let the last rank be gone (SIGKILL) when the step begins."""
+    train_step = Engine.train_step
+
+    def step_or_die(self: Engine, *given: Any) -> Any:
+        done = [
+            record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record
+        ]
+        if max(done, default=0) >= step and place.rank == place.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, *given)
+
+    Engine.train_step = step_or_die  # type: ignore[method-assign]
+    train(config, place)
+
+
+def scores_of(config: FinetuneConfig) -> dict[str, Any]:
+    return dict(json.loads((Path(config.run) / "scores.json").read_text()))
+
+
+def metrics(config: FinetuneConfig) -> dict[str, Any]:
+    """The last value of each step's loss, rows and scores."""
+    names = ("loss", "rows", "rows_hash", "heldout_loss", "f1")
+    return {
+        f"{name} {line['step']}": line[name]
+        for line in read_lines(Path(config.run) / "metrics.jsonl")
+        for name in names
+        if name in line
+    }
+
+
+def tags(folder: Path) -> dict[str, Any]:
+    write_tags(folder / "train.conll", 300, seed=1)
+    write_tags(folder / "dev.conll", 60, seed=2)
+    return {"kind": "ner", "train": [str(folder / "train.conll")], "dev": [str(folder / "dev.conll")]}
