@@ -161,6 +161,19 @@ def test_every_package_is_installed_typed_and_described() -> None:
     assert [package for package in packages if not ast.get_docstring(_tree(f"{package}/__init__.py"))] == []
 
 
+def test_no_test_file_imports_another() -> None:
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            tests = [name for name in modules if name.split(".")[-1].startswith("test_")]
+            if modules[0].startswith("tests") and tests:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {tests[0]}")
+    assert not wrong, "builders belong in a module of helpers:\n" + "\n".join(wrong)
+
+
 def _files() -> list[str]:
     return sorted(
         file.relative_to(ROOT).as_posix() for package in PACKAGES for file in (ROOT / package).rglob("*.py")
