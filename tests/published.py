@@ -22,7 +22,7 @@ from trifold.pretrain.publish.verify import Report
 from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
-SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
+SPECIAL: dict[str, Any] = {"pad": 0, "bos": 1, "eos": 2}
 _DECODER = ModelConfig(
     family="decoder",
     vocab_size=97,

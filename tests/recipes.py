@@ -30,7 +30,7 @@ def write_corpus(path: Path, documents: int = 300) -> None:
     path.write_text("\n\n".join(texts))
 
 
-def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> PretrainConfig:
+def recipe(folder: Path, run: str, family: Any = "decoder", **changes: Any) -> PretrainConfig:
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         write_corpus(corpus)
@@ -61,3 +61,9 @@ def recipe(folder: Path, run: str, family: str = "decoder", **changes: Any) -> P
         "evaluate_rows": 8,
     }
     return PretrainConfig(run=str(folder / run), **(values | changes))
+
+
+def model_config(config: PretrainConfig) -> ModelConfig:
+    """The model of a recipe that describes one, and does not name a published folder."""
+    assert isinstance(config.model, ModelConfig)
+    return config.model

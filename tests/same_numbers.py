@@ -23,7 +23,7 @@ import yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 20
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "decoder": {"kind": "causal"},
     "encoder": {"kind": "masked", "rate": 0.3},
     "encoder-decoder": {"kind": "spans"},

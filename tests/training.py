@@ -35,7 +35,7 @@ def train_until_killed(place: RankInfo, config: PretrainConfig, step: int) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, micros, *rest)
 
-    Engine.train_step = step_or_die  # type: ignore[method-assign]
+    Engine.train_step = step_or_die
     train(config, place)
 
 
@@ -53,9 +53,9 @@ def train_until(place: RankInfo, config: PretrainConfig, stop: int) -> None:
             (Path(config.run) / "stop").touch()
         return result
 
-    Engine.train_step = ask  # type: ignore[method-assign]
+    Engine.train_step = ask
     try:
         train(config, place)
     finally:
-        Engine.train_step = record  # type: ignore[method-assign]
+        Engine.train_step = record
     (Path(config.run) / "stop").unlink(missing_ok=True)

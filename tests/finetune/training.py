@@ -17,8 +17,8 @@ from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.storage.jsonl import read_lines
 
 
-def fail_on_event(kind: str, **facts: object) -> None:
-    raise AssertionError(f"{kind}: {facts}")
+def fail_on_event(event: str, **facts: object) -> None:
+    raise AssertionError(f"{event}: {facts}")
 
 
 def train_run(place: RankInfo, config: FinetuneConfig) -> None:
@@ -37,7 +37,7 @@ def train_until_killed(place: RankInfo, config: FinetuneConfig, step: int) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, *given)
 
-    Engine.train_step = step_or_die  # type: ignore[method-assign]
+    Engine.train_step = step_or_die
     train(config, place)
 
 

@@ -1,7 +1,6 @@
 """Counting the operations that a model runs, and a batch to run it on."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.of: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.of[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 

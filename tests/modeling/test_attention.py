@@ -128,7 +128,8 @@ def test_bf16_training_on_the_cpu_agrees_with_exact_arithmetic(
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     visibility = Visibility(causal, SEGMENTS, SEGMENTS, window)
     expected = _plain_softmax(*exact, _seen(SEGMENTS, SEGMENTS, causal, window), 0.3)
-    y = attend(*rounded, visibility, 0.3)
+    q, k, v = rounded
+    y = attend(q, k, v, visibility, 0.3)
     assert "Cat" in type(y.grad_fn.next_functions[0][0]).__name__  # the path under test was taken
     torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.03)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def _preset(path: Path) -> ModelConfig:
 
 
 def _variants(config: ModelConfig) -> list[ModelConfig]:
-    updates = [
+    updates: list[dict[str, Any]] = [
         {},
         {"tie_embeddings": False},
         {"bias": not config.bias},

@@ -4,6 +4,7 @@ initialisation.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -70,9 +71,8 @@ def test_padding_tokens_have_no_influence_and_a_row_of_padding_no_nan(name: str)
         other = replace(other, source=torch.where(row.source_segments == 0, 50, row.source))
     torch.testing.assert_close(_gradients(model, [row]), _gradients(model, [other]))
 
-    empty = Batch(
-        *(torch.full_like(row.tokens, fill) for fill in (0, 0, IGNORE)), row.source, row.source_segments
-    )
+    tokens, segments, targets = (torch.full_like(row.tokens, fill) for fill in (0, 0, IGNORE))
+    empty = Batch(tokens, segments, targets, row.source, row.source_segments)
     assert model(empty) == 0
     for key, gradient in _gradients(model, [empty]).items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), key
@@ -274,7 +274,7 @@ def test_initial_values_are_keyed_by_seed_and_name_alone() -> None:
     with torch.no_grad():
         for _, parameter in listed:
             parameter.fill_(float("nan"))
-    backwards.named_parameters = lambda *args, **kwargs: iter(listed)  # type: ignore[method-assign]
+    backwards.named_parameters = lambda *args, **kwargs: iter(listed)
     initialise(backwards, 1)
     assert all(torch.equal(first[key], value) for key, value in backwards.state_dict().items())
 
@@ -311,7 +311,8 @@ def test_mimetic_global_layers_begin_by_looking_at_equal_tokens() -> None:
     assert model.encoder is not None
     tokens = torch.arange(1, 21).repeat(2)[None]
     x = model.encoder.embed_norm(model.embedded(tokens))
-    for layer, block in enumerate(model.encoder.blocks):
+    blocks: Any = model.encoder.blocks
+    for layer, block in enumerate(blocks):
         q, k = block.attn.f.q.weight, block.attn.f.k.weight
         assert torch.equal(q.unflatten(0, (2, 2, 16))[:, 1], k.unflatten(0, (2, 16))) == (layer % 2 == 0)
     looks = model.encoder.blocks[0].attn.f.weights(
@@ -363,7 +364,7 @@ def _gradients(model: Transformer, batches: list[Batch], called: object = None) 
     model.zero_grad()
     torch.manual_seed(0)
     for batch in batches:
-        (model if called is None else called)(batch).backward()  # type: ignore[operator]
+        (model if called is None else called)(batch).backward()
     return {
         key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in model.named_parameters()
     }

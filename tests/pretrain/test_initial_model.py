@@ -46,7 +46,12 @@ def started(tmp_path: Path, run: str, family: str, folder: Path, **changes: Any)
         tmp_path,
         run,
         family,
-        **{"model": InitialModelConfig(folder=str(folder)), "data": cache, "steps": 4, "evaluate_rows": 1000}
+        **{
+            "model": InitialModelConfig.model_validate({"from": str(folder)}),
+            "data": cache,
+            "steps": 4,
+            "evaluate_rows": 1000,
+        }
         | changes,
     )
 
@@ -111,12 +116,16 @@ def test_all_weights_are_the_folder_s_and_a_random_start_has_its_shape_alone(
     family: str, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path / "folder", family)
-    shape, state = load_initial_model(InitialModelConfig(folder=str(folder), dropout=0.2), tmp_path)
+    shape, state = load_initial_model(
+        InitialModelConfig.model_validate({"from": str(folder), "dropout": 0.2}), tmp_path
+    )
     assert shape.dropout == 0.2 and shape.family == family
     made = build_initialised(shape, state, seed=0).state_dict()
     stock = random_model(shape.model_copy(update={"dropout": 0.0})).state_dict()
     assert made.keys() == stock.keys() and all(torch.equal(made[name], stock[name]) for name in stock)
-    random, none = load_initial_model(InitialModelConfig(folder=str(folder), random=True), tmp_path)
+    random, none = load_initial_model(
+        InitialModelConfig.model_validate({"from": str(folder), "random": True}), tmp_path
+    )
     assert none is None and random == shape.model_copy(update={"dropout": 0.0})
 
 
@@ -157,7 +166,7 @@ def test_rows_have_the_marks_of_a_published_tokenizer_and_the_run_keeps_it(
     assert whole > 20
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Any] = {
     "bert": dials.MaskedConfig(rate=0.15, whole_words=True),
     "roberta": dials.MaskedConfig(),
     "gpt2": dials.CausalConfig(),
@@ -215,11 +224,11 @@ def test_a_start_that_does_not_suit_the_recipe_is_refused_before_anything_is_mad
             r"row_length \(65\) exceeds .* \(64\)",
         ),
         (
-            {"model": InitialModelConfig(folder=str(tmp_path / "none"))},
+            {"model": InitialModelConfig.model_validate({"from": str(tmp_path / "none")})},
             "there is no folder .*none: a published folder holds config.json",
         ),
         (
-            {"model": InitialModelConfig(folder=str(tmp_path / "run-of-another"))},
+            {"model": InitialModelConfig.model_validate({"from": str(tmp_path / "run-of-another")})},
             "is the folder of a run: publish it first, trifold publish",
         ),
     ):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.processes import run_processes
-from tests.recipes import OBJECTIVES, recipe, write_corpus
+from tests.recipes import OBJECTIVES, model_config, recipe, write_corpus
 from tests.training import losses, quiet, train_run, train_until, train_until_killed
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
@@ -146,7 +146,8 @@ def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses
     run_processes(2, train_run, straight)
     moved = recipe(tmp_path, "moved")
     prepare(moved, 1, quiet)
-    for stop, world, stage in ((4, 2, 1), (8, 1, 3), (12, 3, 2)):
+    legs: list[tuple[int, int, Any]] = [(4, 2, 1), (8, 1, 3), (12, 3, 2)]
+    for stop, world, stage in legs:
         leg = moved.model_copy(update={"engine": training.EngineConfig(zero_stage=stage)})
         run_processes(world, train_until, leg, stop)
     assert [rows for _, rows in losses(straight.run).values()] == [
@@ -205,7 +206,8 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
     ] * 4
     work = [record["mfu"] * record["seconds"] for record in steps]
     expected_work = [
-        rows * train_flops_per_row(straight.model, length) for rows, length in ((4, 16), (6, 32), (6, 48))
+        rows * train_flops_per_row(model_config(straight), length)
+        for rows, length in ((4, 16), (6, 32), (6, 48))
     ]
     assert [work[0] / work[-1], work[3] / work[-1]] == pytest.approx(
         [flops / expected_work[-1] for flops in expected_work[:2]]
@@ -275,7 +277,7 @@ def _trained_on_nan(place: RankInfo, config: PretrainConfig, bad: tuple[int, ...
             self._engine.module.embed.weight.data[5] *= math.nan if place.rank == 1 else 1
         return forward(self, micros, *rest)
 
-    Engine.train_step = spoiled  # type: ignore[method-assign]
+    Engine.train_step = spoiled
     try:
         train(config, place)
     except UserError as refusal:

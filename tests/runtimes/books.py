@@ -90,7 +90,9 @@ _T5 = dict(
     dropout_rate=0.0,
     decoder_start_token_id=0,
 )
-KINDS = {  # its tokenizer, its class and settings: 1.3M, 1.3M and 1.5M parameters
+KINDS: dict[
+    str, tuple[Any, str, dict[str, Any]]
+] = {  # its tokenizer, its class and settings: 1.3M, 1.3M and 1.5M parameters
     "BERT": (_wordpiece, "BertForMaskedLM", _BERT),
     "GPT-2": (_bytes, "GPT2LMHeadModel", _GPT2),
     "T5": (_unigram, "T5ForConditionalGeneration", _T5),

@@ -6,6 +6,7 @@ Writes docs/images/curves.svg. About 2 minutes of one core for each of the three
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not books.BOOKS.exists(), reason=f"no {books.BOOKS} (set TRIFOLD_DATA)"),
 ]
 FIGURE = ROOT / "docs" / "images" / "curves.svg"
-OBJECTIVES = {"BERT": MaskedConfig(rate=0.15), "GPT-2": CausalConfig(), "T5": SpansConfig()}
+OBJECTIVES: dict[str, Any] = {"BERT": MaskedConfig(rate=0.15), "GPT-2": CausalConfig(), "T5": SpansConfig()}
 # In fp32 rounding grows with the steps, most where scores are not scaled (T5).
 # tests/modeling/huggingface/test_architectures.py bounds it in fp64.
 GAPS = {"BERT": 0.01, "GPT-2": 0.01, "T5": 0.1}

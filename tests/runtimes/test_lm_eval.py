@@ -66,7 +66,7 @@ def test_choices_and_whole_texts_have_our_log_likelihoods(tmp_path: Path) -> Non
         "doc_to_choice": "{{ends}}",
         "doc_to_target": 0,
     }
-    rows = [{"text": line, "ends": ENDS} for line in LINES]
+    rows: list[dict[str, Any]] = [{"text": line, "ends": ENDS} for line in LINES]
     for sample, row in zip(_evaluated(folder, {"task": "choices", **choices}, rows), rows, strict=True):
         theirs = [float(answer[0][0]) for answer in sample["resps"]]
         assert theirs == pytest.approx(

@@ -69,7 +69,7 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
         timeout=5,
     )
 
-    out = publish_adapter(run, tmp_path / "adapter", on_event=lambda kind, **facts: None)
+    out = publish_adapter(run, tmp_path / "adapter", on_event=lambda event, **facts: None)
     adapted = peft.PeftModel.from_pretrained(
         getattr(transformers, auto_class).from_pretrained(base, attn_implementation="eager"), out
     )

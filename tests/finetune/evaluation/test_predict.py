@@ -22,11 +22,11 @@ def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
     text = "yes, Ada sees (Bob)."
     _, places = align_to_tokens(opened.tokenizer, "encoder", text, [5, 15])
 
-    def logits(batch):  # type: ignore[no-untyped-def]
+    def logits(batch):
         hit = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor(places))[None]
         return torch.stack([~hit, hit, torch.zeros_like(hit)], dim=-1).float()
 
-    opened.logits = logits  # type: ignore[method-assign]
+    opened.logits = logits
     [said] = predict(opened, [text], Generation())
     assert said == {
         "entities": [
@@ -34,7 +34,7 @@ def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
         ]
     }
     assert as_text(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
-    opened.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)  # type: ignore[method-assign]
+    opened.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)
     [said] = predict(opened, [text], Generation())
     assert said == {"entities": []} and as_text(said) == "(no entities)"
 
@@ -128,11 +128,11 @@ def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(t
     text = "Ada sees Bob. In Cleo we see Dan. Mr Eve likes Finn. Yes."
     _, places = align_to_tokens(opened.tokenizer, "encoder", text, [0, 14, 34, 53])
 
-    def logits(batch):  # type: ignore[no-untyped-def]
+    def logits(batch):
         wanted = torch.isin(
             torch.arange(batch.tokens.shape[1]), torch.tensor([places[3], places[1]])
         ).float()[None]
         return torch.stack([1 - wanted, wanted], dim=-1)
 
-    opened.logits = logits  # type: ignore[method-assign]
+    opened.logits = logits
     assert list(predict(opened, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]

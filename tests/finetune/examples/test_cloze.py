@@ -128,7 +128,8 @@ def test_matching_asks_of_each_token_of_a_context_whether_it_is_in_the_question(
         question, context = segment.tokens[1 : first - 1].tolist(), segment.tokens[first:-1].tolist()
         assert segment.targets[first:-1].tolist() == [int(token in question) for token in context]
         assert (segment.targets[:first] == IGNORE).all() and segment.targets[-1] == IGNORE
-    said = task.predict(Reading(words.eos), task.dev, Generation(), 160)
+    reading: Any = Reading(words.eos)
+    said = task.predict(reading, task.dev, Generation(), 160)
     assert task.scores(task.statistics(said, task.dev).sum(0)) == {"f1": 100, "precision": 100, "recall": 100}
     name, everything = task.baseline()
     scores = task.scores(task.statistics(everything, task.dev).sum(0))

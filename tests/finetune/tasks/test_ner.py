@@ -12,7 +12,7 @@ from trifold.finetune import config
 from trifold.finetune.examples.conll import iob2, read_conll, read_tagged_sentences
 from trifold.finetune.tasks.ner import Ner, WrittenNer, read_back
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Family
+from trifold.modeling.config import Family, Generation
 from trifold.modeling.errors import UserError
 from trifold.pretrain.data.objectives import Segment
 
@@ -115,7 +115,7 @@ def test_a_words_first_piece_carries_its_label_and_nothing_else_does(tmp_path: P
         "".join(f"{w}\t{t}\n" for w, t in zip(words, tags, strict=True)) + "\nUlm\tB-LOC\nmet\tO\n",
     )
     for family in ("encoder", "decoder"):
-        ner = Ner(config.NerConfig(train=(place,), dev=(place,)), tokenizer(), family, 128)  # type: ignore[arg-type]
+        ner = Ner(config.NerConfig(train=(place,), dev=(place,)), tokenizer(), family, 128)
         segment, other = ner.segments(ner.train)
         labelled = {
             int(i): ner.labels[int(segment.targets[i])] for i in np.flatnonzero(segment.targets != IGNORE)
@@ -127,10 +127,11 @@ def test_a_words_first_piece_carries_its_label_and_nothing_else_does(tmp_path: P
         assert "Zebediah".startswith(found[0].strip()) and len(segment.tokens) > len(words)
         assert tokenizer().decode(segment.tokens[1 : None if family == "decoder" else -1]) == " ".join(words)
 
-        assert ner.predict(Knowing(ner, [segment, other]), ner.train, None, 128) == [
+        knowing: Any = Knowing(ner, [segment, other])
+        assert ner.predict(knowing, ner.train, Generation(), 128) == [
             tuple(tags),
             ("B-LOC", "O"),
-        ]  # type: ignore[arg-type]
+        ]
 
 
 def test_the_usual_tag_is_the_trivial_system(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.processes import run_processes
+from tests.recipes import model_config
 from trifold.launch.bench import contenders, data, gpu, rows
 from trifold.launch.bench.report import show
 from trifold.launch.recipe.reader import resolve
@@ -34,11 +35,11 @@ def small(family: str) -> PretrainRecipe:
 def test_the_peer_computes_our_loss_on_the_same_documents(family: str, documents: int) -> None:
     recipe = small(family)
     micro = rows.micros(recipe, recipe.model.vocab_size, documents, 1, "cpu")[0]
-    ours = build(recipe.model, 0)
-    hf, state = export(recipe.model, ours.state_dict(), contenders.SPECIAL)
+    ours = build(model_config(recipe), 0)
+    hf, state = export(model_config(recipe), ours.state_dict(), contenders.SPECIAL)
     theirs = contenders.stock_class(hf["architectures"][0], hf)
     theirs.load_state_dict(state, strict=False)
-    theirs.tie_weights()  # type: ignore[operator]
+    theirs.tie_weights()
     batch = rows.one_by_one(micro.batch) if documents else micro.batch
     seen = (
         slice(None, -1) if family == "decoder" else slice(None)
@@ -101,7 +102,7 @@ def test_a_table_is_also_a_json_file_and_a_chart(tmp_path: Path) -> None:
 
 
 def _contender(place: RankInfo, name: str, i: int, out: str) -> list[dict[str, Any]]:
-    gpu.measure(name, i, Path(out), steps=1, tiny=True, place=place)
+    gpu.measure(name, i, Path(out), steps=1, tiny=True, rank_info=place)
     return read_lines(Path(out))
 
 

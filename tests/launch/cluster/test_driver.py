@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,7 +132,8 @@ def test_a_run_begins_beside_another_with_what_is_free_and_takes_the_rest_in_whe
     class Other:
         """Another run's worker."""
 
-    other = Other.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
+    remote: Any = Other
+    other = remote.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
     ray.get(other.__ray_ready__.remote())
     with pytest.raises(UserError, match=r"2 workers need 2 CPUs \(\d there, 1 of them free\): 1 fit"):
         driver.run(recipe(tmp_path), stand_in())
@@ -167,7 +169,7 @@ def test_sigterm_asks_every_rank_to_save_and_return(ray_cluster, tmp_path):
 
     threading.Thread(target=terminate, daemon=True).start()
     with stopping(tmp_path) as stop:
-        driver.run(recipe(tmp_path), stand_in(), asked=stop.asked)
+        driver.run(recipe(tmp_path), stand_in(), asked=stop.requested)
     assert stop.number == signal.SIGTERM
     last = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
     assert last < 40 and (tmp_path / "checkpoints" / f"step-{last:08d}-g0001" / "commit.json").exists()

@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_ray_tasks_make_the_bytes_of_one_process_though_a_worker_is_killed(
 
     driver.join()
     monkeypatch.setattr(module, "_BATCH", 4000)
-    keys = {"heldout_fraction": 0.1, "shard_bytes": 10_000}
+    keys: dict[str, Any] = {"heldout_fraction": 0.1, "shard_bytes": 10_000}
     for name, spread in (
         ("one", map),
         ("two", over_processes(2)),

@@ -211,7 +211,7 @@ def test_the_shipped_recipes_are_comparable(
         if (
             isinstance(recipe, FinetuneRecipe) and recipe.model.folder is not None
         ):  # of the tweets' recipe of that name, published
-            shape = resolve_any(file.with_name(file.name.replace("wnut17", "broad-twitter"))).model.config  # type: ignore[union-attr]
+            shape = resolve_any(file.with_name(file.name.replace("wnut17", "broad-twitter"))).model.config
             folder, words = Path(recipe.model.folder), vocabulary(tmp_path)
             folder.mkdir(parents=True)
             published_folder.write_folder(folder, shape, build(shape, 1).state_dict(), words)
@@ -262,7 +262,8 @@ class OneDocument:
 def test_reach_is_the_gradient_of_the_last_loss_by_distance() -> None:
     """Against finite differences of the embedding of one token."""
     model = build(RECURRENT["lstm decoder"], 1).double().eval()
-    found = reach(model, OneDocument())
+    rows: Any = OneDocument()
+    found = reach(model, rows)
     tokens = torch.arange(12)[None]
     x = model.embedded(tokens).detach()
     assert model.decoder is not None

@@ -18,7 +18,7 @@ from trifold.pretrain.storage.jsonl import append_line
 def test_every_finetune_starts_from_a_folder_and_files_that_the_demo_makes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_tasks(Path("runs/demo/tasks"))
-    published = {f"{recipe.run}/published": recipe for recipe in map(resolve, FAMILIES)}
+    published = {f"{recipe.run}/published": recipe for recipe in (resolve(path) for path in FAMILIES)}
     recipes = [resolve(path, (), FinetuneRecipe) for path in TASKS]
     for recipe in recipes:
         assert recipe.row_length <= published[str(recipe.model.folder)].model.max_positions

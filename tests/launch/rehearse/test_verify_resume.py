@@ -105,7 +105,7 @@ def other_cursor(recipe: Any, place: RankInfo) -> None:
     def late(self: Loader, *parts: Any, start: int, skips: Any, **facts: Any) -> None:
         make(self, *parts, start=start, skips=[(0, 0)] if start else skips, **facts)
 
-    Loader.__init__ = late  # type: ignore[method-assign]
+    Loader.__init__ = late
     trifold.pretrain.run.train(recipe, place)
 
 

@@ -16,7 +16,7 @@ from trifold.modeling.huggingface import Found, recognise
 from trifold.modeling.transformer import Transformer
 
 PAD, BOS, EOS = 1, 0, 2  # as in RoBERTa, BART and M2M-100
-MARKS = {"pad": PAD, "bos": BOS, "eos": EOS}
+MARKS: dict[str, Any] = {"pad": PAD, "bos": BOS, "eos": EOS}
 _IDS = dict(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
 _BERT = dict(
     vocab_size=61,

@@ -32,7 +32,7 @@ def _score(crf: CRF, scores: Tensor, labels: tuple[int, ...]) -> Tensor:
     neighbours = zip((C, *labels), (*labels, C), strict=True)
     return sum(crf.between[a, b] for a, b in neighbours) + sum(
         s[label] for s, label in zip(scores, labels, strict=True)
-    )  # type: ignore[return-value]
+    )
 
 
 def test_losses_of_a_chain_sum_to_minus_its_log_probability_among_all_sequences(crf: CRF) -> None:

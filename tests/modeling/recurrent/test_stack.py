@@ -147,7 +147,7 @@ def _hard(batch_size: int) -> tuple[Transformer, Batch]:
     part = replace(part, source=torch.tensor([[1, 3]]))
     assert part.source is not None and part.segments is not None
     tensors = (part.tokens, part.segments, part.targets, part.source, part.source_segments)
-    return model, Batch(*(t.repeat(batch_size, 1) for t in tensors))  # type: ignore[union-attr]
+    return model, Batch(*(t.repeat(batch_size, 1) for t in tensors))
 
 
 def test_hard_attention_has_the_gradient_of_its_expected_loss(monkeypatch: pytest.MonkeyPatch) -> None:

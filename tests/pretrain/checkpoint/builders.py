@@ -19,15 +19,15 @@ KEEP_ONE = CheckpointConfig(keep_last=1, keep_best=False)
 KEEP_TWO = CheckpointConfig(keep_last=2, keep_best=False)
 
 
-def nothing(kind: str, **facts: Any) -> None:
+def nothing(event: str, **facts: Any) -> None:
     """An on_event that nobody reads."""
 
 
 class Events(list[dict[str, Any]]):
     """An on_event that keeps what it receives."""
 
-    def __call__(self, kind: str, **facts: Any) -> None:
-        self.append({"kind": kind} | facts)
+    def __call__(self, event: str, **facts: Any) -> None:
+        self.append({"kind": event} | facts)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self if event["kind"] == kind]
@@ -82,8 +82,8 @@ def save(
 def attempt(run: StoragePath, step: int, notes: Path) -> None:
     """A full attempt, for a process of its own: claim, read the newest, save, delete the one before."""
 
-    def on_event(kind: str, **facts: Any) -> None:
-        append_note(notes, kind, facts)
+    def on_event(event: str, **facts: Any) -> None:
+        append_note(notes, event, facts)
 
     lease = take_generation(run)
     newest_verified(run, on_event)
@@ -93,8 +93,8 @@ def attempt(run: StoragePath, step: int, notes: Path) -> None:
 def save_in(lease: Lease, step: int, notes: Path) -> None:
     """`save`, for a process of its own."""
 
-    def on_event(kind: str, **facts: Any) -> None:
-        append_note(notes, kind, facts)
+    def on_event(event: str, **facts: Any) -> None:
+        append_note(notes, event, facts)
 
     try:
         save(lease, step, KEEP_ONE, on_event)

@@ -366,8 +366,8 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: DiskPath) -> None:
 def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others_commit(
     run: DiskPath,
 ) -> None:
-    def full(kind: str, **facts: Any) -> None:
-        if kind == "save_written":
+    def full(event: str, **facts: Any) -> None:
+        if event == "save_written":
             raise OSError(errno.ENOSPC, "No space left on device", "events.jsonl")
 
     ranks = [

@@ -18,10 +18,16 @@ FIRST = 105  # the first ordinary token
 
 
 class SmallVocabulary:
+    pad: int
+    bos: int
+    eos: int
+    unk: int
+    mask: int | None
     pad, bos, eos, unk, mask = range(5)
 
     def __init__(self, vocab_size: int = 100_000, fingerprint: str = "vocabulary") -> None:
-        self.sentinels, self.special = list(range(5, FIRST)), list(range(FIRST))
+        self.sentinels: Sequence[int] = list(range(5, FIRST))
+        self.special: Sequence[int] = list(range(FIRST))
         self.before, self.after, self.start = [self.bos], [self.eos], self.bos
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
         self.word_starts = np.random.default_rng(7).random(vocab_size) < 0.5

@@ -1,6 +1,7 @@
 import threading
 import time
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_an_error_while_loading_reaches_the_consumer(monkeypatch):
 
 
 def test_the_thread_ends_when_the_consumer_stops_early():
-    with closing(iter(loader_of(rows_of(CausalConfig()), stop=1000))) as steps:
+    steps: Any = iter(loader_of(rows_of(CausalConfig()), stop=1000))
+    with closing(steps):
         next(steps)
         assert len(loading()) == 1
     assert loading() == []
@@ -121,7 +123,8 @@ def test_the_thread_works_ahead_but_not_further_than_told(monkeypatch):
     rows, made = rows_of(CausalConfig()), []
     whole = Loader.share
     monkeypatch.setattr(Loader, "share", lambda self, step: made.append(step) or whole(self, step))
-    with closing(iter(loader_of(rows, stop=1000, prefetch=3))) as steps:
+    steps: Any = iter(loader_of(rows, stop=1000, prefetch=3))
+    with closing(steps):
         next(steps)
         deadline = time.monotonic() + 20
         while len(made) < 5 and time.monotonic() < deadline:

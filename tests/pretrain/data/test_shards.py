@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,7 +137,8 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if place != "progress":
                 patch.setattr(f"trifold.pretrain.data.prepare.{place}", die)
-            prepare(source, tokenizer, tmp_path / "s", **({"progress": die} if place == "progress" else {}))
+            changes: dict[str, Any] = {"progress": die} if place == "progress" else {}
+            prepare(source, tokenizer, tmp_path / "s", **changes)
         with pytest.raises(UserError, match="no complete token shards"):
             Shards(tmp_path / "s" / "train")
     prepare(source, tokenizer, tmp_path / "s")[0].verify()

@@ -7,7 +7,11 @@ from trifold.pretrain.config import pretraining as dials
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig
 
-CASES = {"llama": dials.CausalConfig(), "modernbert": dials.MaskedConfig(), "t5gemma": dials.SpansConfig()}
+CASES: dict[str, Any] = {
+    "llama": dials.CausalConfig(),
+    "modernbert": dials.MaskedConfig(),
+    "t5gemma": dials.SpansConfig(),
+}
 
 
 def of_family(name: str, stage: Any, sharing: int) -> PretrainConfig:

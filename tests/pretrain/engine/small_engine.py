@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.recipes import model_config
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import Transformer, build
@@ -19,7 +20,7 @@ TOKENS, VOCAB, STAGES = 7, 101, (1, 2, 3)
 
 
 def recipe(
-    kind: str = "adamw", stage: int = 1, precision: str = "fp32", offload: bool = False, **engine: Any
+    kind: Any = "adamw", stage: Any = 1, precision: Any = "fp32", offload: bool = False, **engine: Any
 ) -> PretrainConfig:
     model = ModelConfig(
         family="decoder",
@@ -48,9 +49,9 @@ def recipe(
 
 
 def engine_of(
-    config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], None] = lambda model: None
+    config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], object] = lambda model: None
 ) -> Engine:
-    model = build(config.model, seed=0)
+    model = build(model_config(config), seed=0)
     change(model)
     return Engine(model, config, place)
 

@@ -16,6 +16,7 @@ from tests.modeling.families import RECURRENT
 from tests.pretrain.engine.sequence_recipes import CASES, of_family
 from tests.pretrain.engine.small_engine import gathered, reader
 from tests.processes import run_processes
+from tests.recipes import model_config
 from trifold.launch.bench.rows import Micro, micros
 from trifold.modeling.block import Block
 from trifold.modeling.config import Generation
@@ -73,7 +74,7 @@ def _sharded(*args: Any) -> dict[str, Any]:
 def engine_of(
     config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], Any] = lambda model: None
 ) -> Engine:
-    model = build(config.model, 0)
+    model = build(model_config(config), 0)
     change(model)
     return Engine(model, config, place)
 
@@ -99,7 +100,7 @@ def kept(engine: Engine, config: PretrainConfig) -> int:
     storages: list[Any] = []
 
     def watch(block: nn.Module, _: Any) -> None:
-        assert all(p.numel() == p.ds_numel for p in block.parameters())
+        assert all(p.numel() == getattr(p, "ds_numel", None) for p in block.parameters())
         storages.extend(weakref.ref(p.untyped_storage()) for p in block.parameters())
 
     hooks = [

@@ -23,6 +23,7 @@ from tests.pretrain.engine.small_engine import (
     train,
 )
 from tests.processes import run_processes
+from tests.recipes import model_config
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer, build
@@ -48,11 +49,11 @@ class Poison(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * torch.nan
 
 
-SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
+SPOIL: dict[str, Callable[[Any], Any]] = {
     "loss": lambda loss: loss.detach() * torch.inf + loss,
     "gradient": Poison.apply,
 }
@@ -83,7 +84,8 @@ def _cell(place: RankInfo, kind: str, stage: int, precision: str, offload: bool)
     engine.load(reader(gathered(state)), 2)
     loaded = changed(state, engine.slices())
     resumed = train(engine, 2)
-    before, bad = engine.slices(), {}
+    before = engine.slices()
+    bad: dict[Any, Any] = {}
     for what in SPOIL:
         if place.rank == place.world - 1:
             spoilt.append(what)
@@ -131,7 +133,7 @@ def test_a_step_that_is_not_finite_or_beyond_a_limit_changes_nothing_on_any_rank
 
 def _elsewhere(place: RankInfo, states: dict[str, Any]) -> dict[Any, list[StepResult]]:
     """From scratch, and from each state of two ranks to each stage here."""
-    found = {}
+    found: dict[Any, Any] = {}
     for kind in ("adamw", "muon"):
         for stage in STAGES:
             engine = engine_of(recipe(kind, stage), place)
@@ -161,7 +163,7 @@ def _plain_torch(place: RankInfo) -> tuple[list[tuple[float, float]], list[StepR
     """The same steps by torch alone: whole batch, one mean, its own clipping and AdamW, without dropout."""
     config = recipe()
     config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
-    model = build(config.model, seed=0)
+    model = build(model_config(config), seed=0)
     settings = config.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
@@ -333,7 +335,7 @@ def test_frozen_parameters_stay_and_are_held_once_and_recompute_and_scores_agree
             assert resumed == straight
             reader(state)
             kinds = {name: set(piece.tensors) for rank in state for name, piece in rank.items()}
-            assert len(kinds) == len(list(build(recipe().model, 0).parameters()))
+            assert len(kinds) == len(list(build(model_config(recipe()), 0).parameters()))
             moments = [{"fp32", "exp_avg", "exp_avg_sq"}, {"fp32", "momentum"}]
             assert all(
                 (keys == {"fp32"}) if name.startswith(FROZEN) else (keys in moments)

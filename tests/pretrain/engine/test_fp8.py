@@ -107,7 +107,7 @@ def _train(engine: Any, steps: range) -> list[StepResult]:
 def _curves_and_changes(place: RankInfo) -> dict[str, Any]:
     with pytest.raises(UserError, match="on the CPU"):
         _engine(place, 1, "bf16", True)
-    engine_room.to_fp8 = partial(to_fp8, emulate=True)  # type: ignore[assignment]
+    engine_room.to_fp8 = partial(to_fp8, emulate=True)
     found: dict[str, Any] = {
         name: _train(_engine(place, 1, name, False), range(STEPS)) for name in ("fp32", "bf16")
     }

@@ -10,6 +10,7 @@ from tests.modeling.families import RECURRENT
 from tests.pretrain.checkpoint.builders import nothing, state_of
 from tests.pretrain.engine.small_engine import engine_of, recipe
 from tests.processes import run_processes
+from tests.recipes import model_config
 from trifold.launch.bench.contenders import bytes_held
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
@@ -51,7 +52,7 @@ def _checkpointed(place: RankInfo, folder: str) -> dict[str, int]:
 def test_checkpoint_bytes_are_exact(tmp_path: Path) -> None:
     for kind, found in run_processes(1, _checkpointed, str(tmp_path))[0].items():
         config = averaging_muon(kind)
-        assert memory_estimate.checkpoint_bytes(config, config.model) == found
+        assert memory_estimate.checkpoint_bytes(config, model_config(config)) == found
 
 
 def small(stage: int, precision: str, family: str, per_step: int) -> PretrainRecipe:
@@ -69,7 +70,7 @@ def _peak(place: RankInfo, *cell: Any) -> int:
     config = small(*cell)
     made = micros(config, config.model.vocab_size, 2, cell[3], "cpu")
     with bytes_held(place) as held:
-        engine = Engine(build(config.model, 0), config, place)
+        engine = Engine(build(model_config(config), 0), config, place)
         engine.train_step([micro.batch for micro in made], list(range(len(made))), 100, 1.0)
     return held[1]
 
@@ -90,7 +91,7 @@ def test_the_peak_of_a_real_step_is_within_a_tenth_of_what_was_planned(
 ) -> None:
     config = small(*cell)
     planned = memory_estimate.estimate_memory(
-        config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
+        config, model_config(config), micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
     )
     assert planned.total == pytest.approx(run_processes(1, _peak, *cell)[0], rel=0.1)
 
@@ -101,9 +102,9 @@ def test_state_is_shared_out_as_zero_says() -> None:
     """
     for stage, weights in ((1, 1), (3, 8)):
         config = small(stage, "bf16", "decoder", 16)
-        size = num_parameters(config.model)
+        size = num_parameters(model_config(config))
         batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
-        found = memory_estimate.estimate_memory(config, config.model, batch, 8, "cpu")
+        found = memory_estimate.estimate_memory(config, model_config(config), batch, 8, "cpu")
         assert found.weights == 2 * size // weights and found.optimizer == 12 * size // 8
 
 
@@ -113,9 +114,9 @@ def _offloaded(config: PretrainRecipe) -> PretrainRecipe:
 
 def test_with_offload_bf16_at_stage_1_has_a_bucket_and_the_sum_of_gradients_and_no_state() -> None:
     config = _offloaded(small(1, "bf16", "decoder", 16))
-    size = num_parameters(config.model)
+    size = num_parameters(model_config(config))
     found = memory_estimate.estimate_memory(
-        config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 8, "cpu"
+        config, model_config(config), micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 8, "cpu"
     )
     assert (found.weights, found.optimizer, found.gradients, found.buckets) == (
         2 * size,
@@ -129,7 +130,7 @@ def _offloaded_peak(place: RankInfo, per_step: int) -> int:
     config = _offloaded(small(1, "bf16", "encoder", per_step))
     made = micros(config, config.model.vocab_size, 2, per_step, "cpu")
     with bytes_held(place) as held:
-        engine = Engine(build(config.model, 0), config, place)
+        engine = Engine(build(model_config(config), 0), config, place)
         engine.train_step([micro.batch for micro in made], list(range(len(made))), 100, 1.0)
     return held[1]
 
@@ -141,10 +142,10 @@ def test_a_real_step_with_offload_holds_what_was_planned_and_on_the_cpu_what_is_
 ) -> None:
     config = _offloaded(small(1, "bf16", "encoder", per_step))
     planned = memory_estimate.estimate_memory(
-        config, config.model, micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
+        config, model_config(config), micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch, 1, "cpu"
     ).total
     host = 12 + 4 + 2 * per_step  # fp32 state and gradients, weights on their way back, gradients added up
-    assert planned + host * num_parameters(config.model) == pytest.approx(
+    assert planned + host * num_parameters(model_config(config)) == pytest.approx(
         run_processes(1, _offloaded_peak, per_step)[0], rel=0.1
     )
 
@@ -157,8 +158,8 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
             0
         ].batch
 
-    free = memory_estimate.estimate_memory(config, config.model, rows(11), 1, "cpu").total
-    assert memory_estimate.largest_micro(config, config.model, rows, 1, "cpu", free) in (10, 11, 12)
+    free = memory_estimate.estimate_memory(config, model_config(config), rows(11), 1, "cpu").total
+    assert memory_estimate.largest_micro(config, model_config(config), rows, 1, "cpu", free) in (10, 11, 12)
 
 
 def test_auto_recomputes_where_memory_would_not_suffice_without() -> None:
@@ -166,22 +167,22 @@ def test_auto_recomputes_where_memory_would_not_suffice_without() -> None:
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": "auto"})})
     batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
     needed = (
-        memory_estimate.estimate_memory(config, config.model, batch, 1, "cpu").total
+        memory_estimate.estimate_memory(config, model_config(config), batch, 1, "cpu").total
         / memory_estimate.MEMORY_HEADROOM
     )
 
     def chosen(model: ModelConfig, free: float) -> bool:
         return memory_estimate.needs_recompute(config, model, [batch], 1, "cpu", free)
 
-    assert not chosen(config.model, needed) and chosen(config.model, needed - 1)
+    assert not chosen(model_config(config), needed) and chosen(model_config(config), needed - 1)
     assert not chosen(RECURRENT["gru decoder"], 1.0)  # has no blocks to recompute
     for place in (
         RankInfo(0, 1, 0, "cpu", None, 1),
         RankInfo(3, 10**9, 0, "cpu", None, 1),
     ):  # a rank of so many has a few bytes
-        assert memory_estimate.resolve_auto(config, config.model, [batch], place).engine.recompute == (
-            place.world > 1
-        )
+        assert memory_estimate.resolve_auto(
+            config, model_config(config), [batch], place
+        ).engine.recompute == (place.world > 1)
 
 
 @pytest.mark.parametrize(("stall", "between"), [(0.5, 3600.0), (20.0, 3600.0), (60.0, 600.0)])
@@ -202,9 +203,10 @@ def test_traffic_is_twice_the_weights_a_step_and_three_times_a_micro_at_stage_3_
     None
 ):
     config = small(1, "fp32", "decoder", 16)
-    whole = num_parameters(config.model) * 7 / 8
+    whole = num_parameters(model_config(config)) * 7 / 8
     cells = [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
     found = [
-        memory_estimate.gradient_bytes(small(*cell, "decoder", 16), config.model, 8, 2) for cell in cells
+        memory_estimate.gradient_bytes(small(*cell, "decoder", 16), model_config(config), 8, 2)
+        for cell in cells
     ]
     assert found == pytest.approx([whole * 2 * 4, whole * (4 + 2), whole * 3 * 2, whole * 6 * 2])

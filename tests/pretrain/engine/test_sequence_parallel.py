@@ -14,7 +14,7 @@ from tests.pretrain.data.small_corpus import recipe as small_recipe
 from tests.pretrain.engine.sequence_recipes import CASES, of_family
 from tests.pretrain.engine.small_engine import gathered, reader
 from tests.processes import run_processes
-from tests.recipes import recipe
+from tests.recipes import model_config, recipe
 from tests.training import losses, quiet, train_run, train_until
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
@@ -46,14 +46,14 @@ def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
             made = micros(config, 301, 3, 2, "cpu")
             count = sum(micro.targets for micro in made)
             batches = [micro.batch for micro in made]
-            engine = Engine(build(config.model, 0), config, place)
+            engine = Engine(build(model_config(config), 0), config, place)
             assert (engine.rank, engine.world, engine.counts) == (0, 1, place.rank == 0)
             scores = (*engine.evaluate(batches[0]), engine.logits(batches[0]))
             prompts = [[7, 8, 9], [10, 11]] if name != "modernbert" else []
             texts = engine.generate(prompts, Generation(max_new=4), bos=1, eos=2, pad=0) if prompts else []
             step = engine.train_step(batches, [1, 2], count, 1.0)
             moments = reader(gathered(engine.slices()))
-            model = build(config.model, 0)
+            model = build(model_config(config), 0)
             (sum(model(batch) for batch in batches) / count).backward()
             expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             grads = {
@@ -61,7 +61,7 @@ def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
                 for n, grad in expected.items()
             }
             with torch.no_grad():
-                fresh = build(config.model, 0)
+                fresh = build(model_config(config), 0)
                 wanted = (*fresh(batches[0], per_token=True), fresh.logits(batches[0]))
                 loss = float(sum(fresh(batch) for batch in batches) / count)
             found[name, stage] = (step, loss, grads, expected, scores, wanted, texts)

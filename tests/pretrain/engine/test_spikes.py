@@ -59,7 +59,7 @@ def spoil(rows: set[int]) -> None:
         answer = forward(self, batch, **how)
         return answer if how or not (batch.tokens == POISON).all() else 1000 * answer
 
-    Loader.share, Transformer.forward = spoilt, huge  # type: ignore[method-assign]
+    Loader.share, Transformer.forward = spoilt, huge
 
 
 def poisoned(
@@ -72,7 +72,7 @@ def poisoned(
     said = []
     for config in configs:
         if config == fatal and place.rank == place.world - 1:
-            Progress.rewind = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+            Progress.rewind = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
         try:
             (train if isinstance(config, PretrainConfig) else trifold.finetune.run.train)(config, place)
             said.append("")

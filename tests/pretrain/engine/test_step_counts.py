@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.modeling.operation_counts import Calls
 from tests.processes import run_processes
+from tests.recipes import model_config
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
 from trifold.modeling.transformer import build
@@ -32,7 +33,7 @@ def _counts(place: RankInfo) -> dict[str, list[tuple[int, int, int]]]:
         recipe = resolve(
             "configs/demo/decoder.yaml", ["micro_rows=1", "step_rows=4", f"engine.precision={precision}"]
         )
-        engine = Engine(build(recipe.model, 0), recipe, place)
+        engine = Engine(build(model_config(recipe), 0), recipe, place)
         batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 4, "cpu")]
         synchronized = _synchronizations()
         for number in (1, 1, 4, 1):  # the first makes what later ones keep
@@ -73,7 +74,7 @@ def _graphs(place: RankInfo) -> list[tuple[int, float]]:
         "configs/demo/decoder.yaml",
         ["micro_rows=1", "step_rows=1", "engine.compile=true", "engine.precision=fp32"],
     )
-    engine = Engine(build(recipe.model, 0), recipe, place)
+    engine = Engine(build(model_config(recipe), 0), recipe, place)
     batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 3, "cpu")]
     found = []
     for batch in batches:

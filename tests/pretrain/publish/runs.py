@@ -15,8 +15,8 @@ from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.jsonl import append_line
 
 
-def no_event(kind: str, **facts: Any) -> None:
-    raise AssertionError(f"{kind}: {facts}")
+def no_event(event: str, **facts: Any) -> None:
+    raise AssertionError(f"{event}: {facts}")
 
 
 def save(

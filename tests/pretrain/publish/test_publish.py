@@ -95,7 +95,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_reported(tmp_path: Path) -> 
     content[-1] ^= 1
     weights.write_bytes(content)
     events: list[str] = []
-    out = publish(tmp_path / "run", tmp_path / "out", on_event=lambda kind, **facts: events.append(kind))
+    out = publish(tmp_path / "run", tmp_path / "out", on_event=lambda event, **facts: events.append(event))
     assert events == ["checkpoint_rejected"]
     assert "step-00000010" in json.loads((out / published_folder.RECORD).read_text())["checkpoint"]["name"]
     with pytest.raises(UserError, match=r"is damaged and cannot be used: .*rank-00000\.safetensors"):
@@ -139,7 +139,7 @@ def test_the_card_has_recipe_data_scores_and_provenance_and_its_example_runs(tmp
     out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     card = (out / published_folder.CARD).read_text()
     record = json.loads((out / published_folder.RECORD).read_text())
-    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])  # type: ignore[index]
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     assert recipe["model"] == config.model_dump(mode="json") == record["model"]
     for text in (
         "books.txt",
@@ -152,7 +152,7 @@ def test_the_card_has_recipe_data_scores_and_provenance_and_its_example_runs(tmp
         assert text in card
     assert record["checkpoint"]["sha256"] in card and tokenizer().fingerprint in card
     assert "LlamaForCausalLM" in card and "\n---\n# " in card
-    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert len(example.splitlines()) == 5
     exec(example, {"folder": str(out)})
 

@@ -74,7 +74,7 @@ def begun(server: Server) -> ObjectPath:
 
 def save_large(lease: Lease, step: int) -> None:
     """Twenty million bytes by one rank: more than one part."""
-    checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, lambda kind, **facts: None)
+    checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, lambda event, **facts: None)
     checkpointer.save(state_of(step), {"large": Slice(0, (5_000_000,), {"fp32": torch.arange(5e6) + step})})
     checkpointer.wait()
 

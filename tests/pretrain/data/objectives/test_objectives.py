@@ -87,7 +87,8 @@ def made_of(
         for i, begin, *its, picked in zip(
             pieces.tolist(), joined.sizes.cumsum() - joined.sizes, *sides, strict=True
         ):
-            made[i] = Made(*its, None if picked is None else picked - begin, part)
+            tokens, targets, source = its
+            made[i] = Made(tokens, targets, source, None if picked is None else picked - begin, part)
     return [made[i] for i in range(len(given))]
 
 
@@ -483,7 +484,8 @@ def test_a_continuation_is_the_last_quarter_behind_one_sentinel_and_modes_are_to
         ]
         assert segment.targets.tolist() == [first, *range(FIRST + 75, FIRST + 100), VOCABULARY.eos]
         assert segment.tokens.tolist() == [VOCABULARY.bos, *segment.targets[:-1].tolist()]
-    for mode, place in (("R", -1), ("X", -3)):
+    modes: list[tuple[Any, int]] = [("R", -1), ("X", -3)]
+    for mode, place in modes:
         made = segments_of(SpansConfig(density=0.5, mode=mode), 1024, [1000])
         assert {int(s.source[0]) for _, s in made} == {VOCABULARY.sentinels[place]}
         assert (
@@ -588,7 +590,9 @@ def test_pieces_made_together_are_those_made_one_after_another(config, lengths, 
         made_of(goal, member_of[i : i + 1], [piece], keys[i : i + 1])[0] for i, piece in enumerate(given)
     ]
     for one, other in zip(made_of(goal, member_of, given, keys), alone, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(tuple[Any, ...](one), tuple[Any, ...](other), strict=True)
+        )
 
 
 def test_an_objective_is_a_pure_function_of_piece_and_key():
@@ -644,6 +648,5 @@ def test_a_mixture_of_families_is_refused():
 
 
 def test_ordinary_tokens_are_all_but_the_marks():
-    assert ObjectiveMixture(MaskedConfig(), VOCABULARY, 64).members[0].ordinary.tolist() == list(
-        range(FIRST, VOCABULARY.vocab_size)
-    )
+    masked: Any = ObjectiveMixture(MaskedConfig(), VOCABULARY, 64).members[0]
+    assert masked.ordinary.tolist() == list(range(FIRST, VOCABULARY.vocab_size))
