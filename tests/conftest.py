@@ -1,8 +1,8 @@
 """What tests share: one Ray cluster for the session (about 5 s to start), several hosts for a file (20 s).
 
 It also says which tests run. `slow` is set here, not by hand: on tests that start a process or load a stock
-class. Of the proofs, only those run that have not passed at this commit, or a slice that starts at another one
-for each commit.
+class. Of the proofs, --unproven runs those that have not passed at this commit, and --seconds runs a slice
+that starts at another test for each commit.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """Run a function in several real processes that form one gloo group, and return what each returned.
 
-The function must be importable (defined at the top of a test file). A child's exception fails the test with
-the child's own traceback. Children are forked from a server that has imported torch and DeepSpeed, so that one
+The function must be importable: defined at the top of a module. An exception in a rank fails the test with
+the rank's own traceback. Ranks are forked from a server that has imported torch and DeepSpeed, so that one
 starts in a fraction of a second instead of 4.4 s of CPU.
 """
 
@@ -21,60 +21,70 @@ PRELOAD = ["torch._inductor.compile_fx", "trifold.pretrain.run", "trifold.finetu
 
 
 def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
-    """`function(place, *args)` in `world` processes at once; the results in rank order. The first failure
-    ends the others.
+    """`function(rank_info, *args)` in `world` processes at once; the results in rank order.
+
+    The first failure ends the other ranks. Raises AssertionError with a rank's traceback, or TimeoutError
+    with the ranks that returned nothing within `timeout` seconds.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed then touches no device when it is imported
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    pickled = pickle.dumps(args)
+
     with tempfile.TemporaryDirectory() as folder:
-        pipes, children = [], []
+        pipes, processes = [], []
         for rank in range(world):
             receive, send = context.Pipe(duplex=False)
-            place = RankInfo(rank, world, rank, "cpu", f"file://{Path(folder) / 'meet'}", threads=1)
-            child = context.Process(
-                target=_child, args=(send, function, place, dict(os.environ), pickle.dumps(args)), daemon=True
+            rank_info = RankInfo(rank, world, rank, "cpu", f"file://{Path(folder) / 'meet'}", threads=1)
+            process = context.Process(
+                target=_rank, args=(send, function, rank_info, dict(os.environ), pickled), daemon=True
             )
-            child.start()
+            process.start()
             send.close()
             pipes.append(receive)
-            children.append(child)
+            processes.append(process)
         try:
             return _collect(pipes, timeout)
         finally:
-            for child in children:
-                child.kill()
-                child.join()
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-def _child(
-    send: Connection, function: Callable[..., Any], place: RankInfo, environment: dict[str, str], args: bytes
+def _rank(
+    send: Connection,
+    function: Callable[..., Any],
+    rank_info: RankInfo,
+    environment: dict[str, str],
+    args: bytes,
 ) -> None:
-    os.environ.clear()  # the server has the environment in which it was started
+    os.environ.clear()  # the server has the environment of the time when it was started
     os.environ.update(environment, GLOO_SOCKET_IFNAME="lo")
     try:
-        answer = pickle.dumps((True, function(place, *pickle.loads(args))))
+        result = pickle.dumps((True, function(rank_info, *pickle.loads(args))))
     except BaseException:
-        answer = pickle.dumps((False, traceback.format_exc()))
-    send.send_bytes(answer)  # bytes, because tensors sent as such live in the sender's memory
-    os._exit(0)  # no interpreter shutdown: with process groups alive it now and then aborts
+        result = pickle.dumps((False, traceback.format_exc()))
+    send.send_bytes(result)  # pickled here, because tensors sent as such live in the sender's memory
+    os._exit(0)  # no interpreter shutdown: while process groups are alive it aborts in some runs
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    """The results of all ranks, in rank order."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
-        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout)
+        waiting = {rank: pipe for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(waiting.values()), timeout)
         if not ready:
-            raise TimeoutError(
-                f"ranks {sorted(set(range(len(pipes))) - results.keys())} gave no result within {timeout:g} s"
-            )
-        for rank, pipe in enumerate(pipes):
-            if pipe in ready:
-                try:
-                    fine, value = pickle.loads(pipe.recv_bytes())
-                except EOFError:
-                    fine, value = False, "the process ended without a result"
-                if not fine:
-                    raise AssertionError(f"rank {rank} failed:\n{value}")
-                results[rank] = value
+            raise TimeoutError(f"ranks {sorted(waiting)} returned no result within {timeout:g} s")
+
+        for rank, pipe in waiting.items():
+            if pipe not in ready:
+                continue
+            try:
+                succeeded, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                succeeded, value = False, "the process ended without a result"
+            if not succeeded:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
     return [results[rank] for rank in range(len(pipes))]

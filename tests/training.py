@@ -26,36 +26,36 @@ def losses(run: str) -> dict[int, tuple[float, str]]:
     }
 
 
-def train_until_killed(place: RankInfo, config: PretrainConfig, step: int) -> None:
-    """Train, and let this process's last rank be gone (SIGKILL, no word to anyone) when the step begins."""
+def train_until_killed(rank_info: RankInfo, config: PretrainConfig, step: int) -> None:
+    """Train; the last rank is killed (SIGKILL, without a message to the others) when `step` begins."""
     train_step = Engine.train_step
 
     def step_or_die(self: Engine, micros: Any, *rest: Any) -> Any:
-        if len(losses(config.run)) >= step and place.rank == place.world - 1:
+        if len(losses(config.run)) >= step and rank_info.rank == rank_info.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, micros, *rest)
 
     Engine.train_step = step_or_die
-    train(config, place)
+    train(config, rank_info)
 
 
-def train_run(place: RankInfo, config: PretrainConfig) -> None:
-    train(config, place)
+def train_run(rank_info: RankInfo, config: PretrainConfig) -> None:
+    train(config, rank_info)
 
 
-def train_until(place: RankInfo, config: PretrainConfig, stop: int) -> None:
-    """Train, and ask the run to stop once the step was recorded."""
-    record = Engine.train_step
+def train_until(rank_info: RankInfo, config: PretrainConfig, stop: int) -> None:
+    """Train, and request a stop once step `stop` has been taken."""
+    train_step = Engine.train_step
 
-    def ask(self: Engine, *given: Any) -> Any:
-        result = record(self, *given)
-        if self.optimizer_step >= stop and place.rank == 0:
+    def train_step_and_stop(self: Engine, *args: Any) -> Any:
+        result = train_step(self, *args)
+        if self.optimizer_step >= stop and rank_info.rank == 0:
             (Path(config.run) / "stop").touch()
         return result
 
-    Engine.train_step = ask
+    Engine.train_step = train_step_and_stop
     try:
-        train(config, place)
+        train(config, rank_info)
     finally:
-        Engine.train_step = record
+        Engine.train_step = train_step
     (Path(config.run) / "stop").unlink(missing_ok=True)

@@ -36,7 +36,8 @@ def main() -> None:
     for row, (package, files) in enumerate(ROWS):
         y = TOP + row * HEIGHT
         parts.append(
-            f'<text x="12" y="{y + 12}" {FONT} font-size="14" font-weight="bold" fill="#1a1a1a">{package}</text>'
+            f'<text x="12" y="{y + 12}" {FONT} font-size="14" font-weight="bold" fill="#1a1a1a">'
+            f"{package}</text>"
         )
         parts.append(
             f'<text x="180" y="{y + 12}" {FONT} font-size="13" fill="#555555">{LABELS[package]}</text>'
@@ -45,8 +46,10 @@ def main() -> None:
         for column, file in enumerate(files):
             x = 12 + column * (width + 16)
             parts.append(
-                f'<rect x="{x:.0f}" y="{y + 20}" width="{width:.0f}" height="28" rx="5" fill="#e8eef7" stroke="#4a6fa5"/>'
-                f'<text x="{x + width / 2:.0f}" y="{y + 39}" {FONT} font-size="12" text-anchor="middle" fill="#1a1a1a">{file}</text>'
+                f'<rect x="{x:.0f}" y="{y + 20}" width="{width:.0f}" height="28" rx="5" fill="#e8eef7"'
+                ' stroke="#4a6fa5"/>'
+                f'<text x="{x + width / 2:.0f}" y="{y + 39}" {FONT} font-size="12" text-anchor="middle"'
+                f' fill="#1a1a1a">{file}</text>'
             )
             if column and row < 2:  # one file hands to the next; below, files stand side by side
                 parts.append(

@@ -21,24 +21,24 @@ def fail_on_event(event: str, **facts: object) -> None:
     raise AssertionError(f"{event}: {facts}")
 
 
-def train_run(place: RankInfo, config: FinetuneConfig) -> None:
-    train(config, place)
+def train_run(rank_info: RankInfo, config: FinetuneConfig) -> None:
+    train(config, rank_info)
 
 
-def train_until_killed(place: RankInfo, config: FinetuneConfig, step: int) -> None:
-    """Train, and let the last rank be gone (SIGKILL) when the step begins."""
+def train_until_killed(rank_info: RankInfo, config: FinetuneConfig, step: int) -> None:
+    """Train; the last rank is killed (SIGKILL) when `step` begins."""
     train_step = Engine.train_step
 
-    def step_or_die(self: Engine, *given: Any) -> Any:
+    def step_or_die(self: Engine, *args: Any) -> Any:
         done = [
             record["step"] for record in read_lines(Path(config.run) / "metrics.jsonl") if "loss" in record
         ]
-        if max(done, default=0) >= step and place.rank == place.world - 1:
+        if max(done, default=0) >= step and rank_info.rank == rank_info.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(self, *given)
+        return train_step(self, *args)
 
     Engine.train_step = step_or_die
-    train(config, place)
+    train(config, rank_info)
 
 
 def scores_of(config: FinetuneConfig) -> dict[str, Any]:

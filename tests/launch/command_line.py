@@ -1,5 +1,5 @@
-"""The command line for tests: inside the test's process, without the seconds that a new process takes to import
-torch, or as a process of its own, to which signals can be sent.
+"""The command line for tests: inside the test's process, which saves the seconds of importing torch, or as a
+process of its own, to which signals can be sent.
 """
 
 import io

@@ -319,7 +319,7 @@ def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
         run_processes(1, train_run, config)
 
 
-def test_text_and_settings_that_change_before_the_first_checkpoint_make_another_tokenizer_and_later_ones_do_not(
+def test_a_change_before_the_first_checkpoint_remakes_the_tokenizer_and_a_later_one_does_not(
     tmp_path: Path,
 ) -> None:
     config, told = recipe(tmp_path, "run"), []

@@ -22,7 +22,10 @@ ENGLISH = (
     "Its nine arches carried the first trains to the northern mines until the great flood. Bob Lester wrote"
     " songs about it."
 )
-JAPANESE = "手塚治虫は1928年に豊中町で生まれた。その後ストーリー漫画の開拓者として東京で活躍した。1989年に亡くなった。"
+JAPANESE = (
+    "手塚治虫は1928年に豊中町で生まれた。"
+    "その後ストーリー漫画の開拓者として東京で活躍した。1989年に亡くなった。"
+)
 
 
 def asked(context: str, *questions: tuple[str, str]) -> list[Question]:

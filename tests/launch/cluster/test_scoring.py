@@ -217,9 +217,7 @@ def test_scores_of_checkpoints_join_metrics_while_training_goes_on_and_those_of_
 
 
 @pytest.mark.proof
-def test_training_is_the_same_bit_for_bit_without_a_scorer_and_without_ray_the_last_checkpoint_gets_the_same_scores(
-    tagged,
-):
+def test_training_is_bit_for_bit_the_same_without_a_scorer_and_scores_the_same_without_ray(tagged):
     write(recipe(tagged, "alone", scoring=with_tags(tagged)), tagged / "recipe.yaml")
     command = [
         sys.executable,

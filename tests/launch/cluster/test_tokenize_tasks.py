@@ -76,8 +76,11 @@ def test_ray_tasks_make_the_bytes_of_one_process_though_a_worker_is_killed(
 
 
 def test_a_process_that_tokenizes_imports_neither_torch_nor_what_trains():
-    asked = "import sys, trifold.launch.cluster.tokenize_tasks; print(sorted({'torch', 'deepspeed', 'ray', 'transformers'} & sys.modules.keys()))"
-    assert subprocess.check_output([sys.executable, "-c", asked], text=True, cwd=CLONE) == "[]\n"
+    code = (
+        "import sys, trifold.launch.cluster.tokenize_tasks;"
+        " print(sorted({'torch', 'deepspeed', 'ray', 'transformers'} & sys.modules.keys()))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=CLONE) == "[]\n"
 
 
 @pytest.mark.proof

@@ -221,7 +221,8 @@ def test_a_host_with_storage_or_network_of_its_own_is_named_from_outside_the_clu
 def test_a_run_folder_that_the_head_does_not_see_is_refused_before_anything_is_submitted(hosts, tmp_path):
     recipe, runs = write_recipe(tmp_path / "mine", 10), tmp_path / "runs"
     runs.mkdir()
-    submit = f"mount -t tmpfs none {runs} && exec {sys.executable} -m trifold.launch.cli submit {recipe} run={runs}/mine"
+    trifold = f"{sys.executable} -m trifold.launch.cli"
+    submit = f"mount -t tmpfs none {runs} && exec {trifold} submit {recipe} run={runs}/mine"
     said = subprocess.run(
         ["unshare", "-m", "sh", "-c", submit],
         env=hosts.environment,

@@ -406,12 +406,13 @@ def test_a_head_that_is_no_copy_makes_the_model_untied_as_in_the_stock_class(tmp
 _FIGURE = re.compile(r"\d\.\de[-+]\d\d")
 _PAGE = """# Published architectures that Trifold reads and writes
 
-Written by `tests/modeling/huggingface/test_architectures.py`: random models made by the stock classes of transformers (odd head counts, grouped
-heads, heads of their own, biases), saved by them, read by Trifold, and written again. The largest differences over all shapes, in fp32: of
-the logits, and of the gradients of one batch's loss relative to the largest entry of each tensor. Then in bf16, of the logits from those in
-fp32, as a multiple of bf16's rounding of the largest one: ours, and the stock class's own. *tensors*: what Trifold writes compared with
-what it read, byte for byte (T5Gemma's norms multiply by 1 + w, and ours hold 1 + w: equal for weights that were ever bf16, to 2^-24 for
-others).
+Written by `tests/modeling/huggingface/test_architectures.py`: random models made by the stock classes of
+transformers (odd head counts, grouped heads, heads of their own, biases), saved by them, read by Trifold, and
+written again. The largest differences over all shapes, in fp32: of the logits, and of the gradients of one
+batch's loss relative to the largest entry of each tensor. Then in bf16, of the logits from those in fp32, as
+a multiple of bf16's rounding of the largest one: ours, and the stock class's own. *tensors*: what Trifold
+writes compared with what it read, byte for byte (T5Gemma's norms multiply by 1 + w, and ours hold 1 + w:
+equal for weights that were ever bf16, to 2^-24 for others).
 
 | architecture | stock class | shapes | logits | gradients | bf16 | bf16, stock | tensors |
 | --- | --- | --- | --- | --- | --- | --- | --- |

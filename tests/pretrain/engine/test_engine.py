@@ -374,15 +374,16 @@ def _table(found: dict[Any, str]) -> str:
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""# What the engine can do, cell by cell
 
-Written by `tests/pretrain/engine/test_engine.py`, from two real ranks on the CPU. *exact*: it trains; state saved as slices and loaded again
-gives the same losses and gradient norms to the last bit, dropout on; and a step whose loss or gradient is not finite on one rank
-changes no number on any rank.
+Written by `tests/pretrain/engine/test_engine.py`, from two real ranks on the CPU. *exact*: it trains; state
+saved as slices and loaded again gives the same losses and gradient norms to the last bit, dropout on; and a
+step whose loss or gradient is not finite on one rank changes no number on any rank.
 
 {rows}
 
-In fp32, every stage's state continues on every other stage and on 1 and 3 ranks with losses within 1e-5 relative. Frozen parameters
-are exact at stages 1, 2 and 3 (AdamW in fp32, Muon in bf16 with offload), and each is held once. Recomputation changes a loss by less
-than 1e-5. What `engine.compile` does at stage 3, block by block, is held against uncompiled steps in `tests/pretrain/engine/test_compile.py`.
+In fp32, every stage's state continues on every other stage and on 1 and 3 ranks with losses within 1e-5
+relative. Frozen parameters are exact at stages 1, 2 and 3 (AdamW in fp32, Muon in bf16 with offload), and
+each is held once. Recomputation changes a loss by less than 1e-5. What `engine.compile` does at stage 3,
+block by block, is held against uncompiled steps in `tests/pretrain/engine/test_compile.py`.
 """
 
 

@@ -199,9 +199,7 @@ def test_the_best_interval_loses_the_least_of_all(stall: float, between: float) 
     assert memory_estimate.best_interval(stall, between) < math.sqrt(2 * stall * between) + stall
 
 
-def test_traffic_is_twice_the_weights_a_step_and_three_times_a_micro_at_stage_3_and_in_bf16_more_at_stage_1() -> (
-    None
-):
+def test_traffic_is_twice_the_weights_a_step_and_at_stage_3_three_times_a_micro_batch() -> None:
     config = small(1, "fp32", "decoder", 16)
     whole = num_parameters(model_config(config)) * 7 / 8
     cells = [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
