@@ -112,6 +112,9 @@ class FinetuneConfig(TrainingConfig):
     """A run that learns a task."""
 
     model: InitialModelConfig
+    seeds: int = Field(
+        default=1, gt=0
+    )  # runs that differ by their seed, in RUN/seed-N; the best is published
     tokenizer: TokenizerConfig = (
         TokenizerConfig()
     )  # of a model.config: trained on the task's own text, or a trained one's folder

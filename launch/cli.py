@@ -169,6 +169,7 @@ def publish(
 ) -> None:
     """Export a run as a folder that Hugging Face classes load, verified before it appears."""
     from trifold.finetune.evaluation.model_selection import best_step
+    from trifold.finetune.evaluation.seeds import run_to_publish
     from trifold.launch.recipe.reader import checkpoint_root_of_run
     from trifold.pretrain.monitor.events import describe
     from trifold.pretrain.publish.lora_adapter import publish_adapter
@@ -178,6 +179,7 @@ def publish(
         if (text := describe(event, fields)) is not None:
             _echo(text)
 
+    run = run_to_publish(run)
     root = checkpoint_root_of_run(run)
     best = best_step(root)
     if adapter:

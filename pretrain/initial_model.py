@@ -1,27 +1,28 @@
-"""Where a run begins: in, the `model` of a recipe; out, the model's shape and its weights, from a published
-folder or new; its tokenizer.
+"""The initial model of a run: its config, its weights (new, or from a published folder) and its tokenizer.
 
-Pretraining and fine-tuning both begin here. The folder must stay as it is while the run lives: its
-fingerprint stands in every checkpoint.
+Both kinds of run start here. A published folder must not change while the run lives: every checkpoint
+records its fingerprint.
 """
 
 import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trifold.modeling.config import ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer, build
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint
 from trifold.pretrain.checkpoint.lease import valid_folders
-from trifold.pretrain.config.pretraining import InitialModelConfig
+from trifold.pretrain.config.pretraining import InitialModelConfig, TokenizerConfig
 from trifold.pretrain.config.training import TrainingConfig
+from trifold.pretrain.data.tokenizer import tokenizer
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.storage.storage import checkpoint_root
@@ -30,11 +31,10 @@ from trifold.pretrain.storage.storage import checkpoint_root
 def load_initial_model(
     model: ModelConfig | InitialModelConfig, run: Path
 ) -> tuple[ModelConfig, dict[str, Tensor] | None]:
-    """The model that a run starts from, with the head that it has, and its weights (fp32, by name); None for
-    new ones.
+    """The model that a run starts from, with its head, and its weights (fp32, by name); None for new weights.
 
-    Raises UserError for a folder that is not whole, and one whose tokenizer is not the one it was trained with,
-    or not the run's.
+    Raises UserError for a folder that is incomplete, or whose tokenizer is not the one that it was trained
+    with, or not the run's.
     """
     if isinstance(model, ModelConfig):
         return model, None
@@ -44,89 +44,111 @@ def load_initial_model(
         return model.config.model_copy(update=dropout), None
     folder = Path(model.folder)
     shape, state = published_folder.load_model(folder)
-    found = published_folder.open_tokenizer(folder).fingerprint
-    own = run / "tokenizer"
-    if own.exists() and (mine := Tokenizer.open(own).fingerprint) != found:
+    published = published_folder.open_tokenizer(folder).fingerprint
+    run_tokenizer = run / "tokenizer"
+    if run_tokenizer.exists() and (own := Tokenizer.open(run_tokenizer).fingerprint) != published:
         raise UserError(
-            f"{own} has the fingerprint {mine}, and {folder} has {found}: give another `run` folder."
+            f"{run_tokenizer} has the fingerprint {own}, and the tokenizer of {folder} has {published}: give"
+            " another `run` folder."
         )
     return shape.model_copy(update=dropout), None if model.random else state
 
 
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where a run's tokenizer comes from: a copy of the one at `path`, else trained on `texts`.
+
+    `made_of` returns plain values that identify what it is trained on.
+    """
+
+    path: str | None
+    family: Family  # of the model, for the settings that are saved beside a tokenizer
+    texts: Callable[[], Iterable[str]]
+    made_of: Callable[[], list[Any]]
+    vocab_size: int
+
+
 def ensure_tokenizer(
     config: TrainingConfig,
-    origin: Callable[[], Any],
-    make: Callable[[Path], Any],
+    settings: TokenizerConfig,
+    source: TokenizerSource,
     progress: Callable[[str, int], None],
 ) -> Tokenizer:
-    """The run's tokenizer: what stands in its folder. `make` writes it where there is none, and anew where
-    `origin`, plain values that say what it is made of, has changed before a checkpoint was saved: later the
-    rows' fingerprint refuses other text.
+    """The run's tokenizer, in its folder. It is made where there is none, and made again where its source has
+    changed before a checkpoint was saved (later, the rows' fingerprint rejects other text).
     """
     run = Path(config.run)
-    folder, fresh = run / "tokenizer", run / "tokenizer.incomplete"
+    folder, temporary = run / "tokenizer", run / "tokenizer.incomplete"
     run.mkdir(parents=True, exist_ok=True)
     with (run / "tokenizer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and uses what the first made
-        if not folder.exists() or not valid_folders(checkpoint_root(run, config.checkpoints.storage)):
-            made_of = sha256(json.dumps(origin()).encode()).hexdigest()
-            if not (folder / "made-of").exists() or (folder / "made-of").read_text() != made_of:
-                progress(
-                    "making the tokenizer" + " anew: what it is made of has changed" * folder.exists(), 0
-                )
-                shutil.rmtree(fresh, ignore_errors=True)
-                make(fresh)
-                (fresh / "made-of").write_text(made_of)
+        has_checkpoints = bool(valid_folders(checkpoint_root(run, config.checkpoints.storage)))
+        if not folder.exists() or not has_checkpoints:
+            made_of = _source_fingerprint(source, settings)
+            record = folder / "made-of"
+            if not record.exists() or record.read_text() != made_of:
+                reason = " again: what it is made of has changed" if folder.exists() else ""
+                progress(f"making the tokenizer{reason}", 0)
+                shutil.rmtree(temporary, ignore_errors=True)
+                if source.path is not None:
+                    Tokenizer.open(source.path).save(temporary, source.family)
+                else:
+                    tokenizer.train(source.texts(), settings, source.vocab_size, temporary)
+                (temporary / "made-of").write_text(made_of)
                 shutil.rmtree(folder, ignore_errors=True)
-                fresh.rename(folder)
+                temporary.rename(folder)
     return Tokenizer.open(folder)
 
 
+def _source_fingerprint(source: TokenizerSource, settings: TokenizerConfig) -> str:
+    if source.path is not None:
+        values: list[Any] = [Tokenizer.open(source.path).fingerprint, source.family]
+    else:
+        values = [settings.model_dump(), source.family, source.vocab_size, *source.made_of()]
+    return sha256(json.dumps(values).encode()).hexdigest()
+
+
 def build_initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> Transformer:
-    """New weights, keyed by (seed, name), and over them all that `state` has for this model: another head is
-    new.
+    """A model whose weights are `state`, and new where that lacks them or has another shape (a new head). New
+    weights are a function of (seed, name).
     """
-    made = build(config, seed)
+    model = build(config, seed)
     if state is not None:
-        new = made.state_dict()
-        assert all(name.startswith("head.") for name in new.keys() - state.keys()), sorted(
-            new.keys() - state.keys()
-        )
-        made.load_state_dict(
-            {
-                n: state[n] if n in state and state[n].shape == value.shape else value
-                for n, value in new.items()
-            }
-        )
-    return made
+        new = model.state_dict()
+        missing = new.keys() - state.keys()
+        assert all(name.startswith("head.") for name in missing), sorted(missing)
+        fitting = {
+            name: state[name] for name in new if name in state and state[name].shape == new[name].shape
+        }
+        model.load_state_dict({**new, **fitting})
+    return model
 
 
 def fingerprint(model: ModelConfig | InitialModelConfig) -> str | None:
-    """Of the config and the weights of the folder that a run starts from; None where it starts from no
-    folder. Costs a read of them.
+    """The fingerprint of the config and the weights in the folder that a run starts from; None where it
+    starts from none. Reads all of them.
     """
     if isinstance(model, ModelConfig) or model.folder is None:
         return None
     files = published_folder.measure(Path(model.folder))
-    weights = {
-        name: file["sha256"]
-        for name, file in files.items()
+    digests = [
+        (name, file["sha256"])
+        for name, file in sorted(files.items())
         if name == "config.json" or name.endswith(".safetensors")
-    }
-    return sha256(repr(sorted(weights.items())).encode()).hexdigest()[:32]
+    ]
+    return sha256(repr(digests).encode()).hexdigest()[:32]
 
 
 def check_same_start(
-    checkpoint: Checkpoint, model: ModelConfig | InitialModelConfig, found: str | None
+    checkpoint: Checkpoint, model: ModelConfig | InitialModelConfig, start: str | None
 ) -> None:
-    """Raises UserError where a run that is to be continued started from another folder than `found` is the
-    fingerprint of.
+    """Raises UserError where the checkpoint's run started from other weights than those of fingerprint
+    `start`.
     """
-    began = checkpoint.state.extra.get("start", found)  # runs of before it was written down go on
-    if began != found:
+    recorded = checkpoint.state.extra["start"]
+    if recorded != start:
         folder = None if isinstance(model, ModelConfig) else model.folder
         raise UserError(
-            f"{checkpoint.folder} comes from a run that started from weights of fingerprint {began}, and"
-            f" {folder} has {found}: restore that"
-            " folder, or give another `run` folder."
+            f"{checkpoint.folder} comes from a run that started from weights of fingerprint {recorded}, and"
+            f" {folder} has {start}: restore that folder, or give another `run` folder."
         )

@@ -32,7 +32,7 @@ LEVELS = {
         "data monitor",
         "checkpoint evaluate",
         "engine publish",
-        "initial_model session train",
+        "config_changes initial_model progress session train",
         "run",
     ),
     "finetune": ("config", "examples rows", "tasks", "evaluation", "run"),

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from trifold.modeling.errors import UserError
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
@@ -41,6 +42,18 @@ def train_until_killed(rank_info: RankInfo, config: PretrainConfig, step: int) -
 
 def train_run(rank_info: RankInfo, config: PretrainConfig) -> None:
     train(config, rank_info)
+
+
+def rejections(rank_info: RankInfo, configs: list[PretrainConfig]) -> list[str]:
+    """Train one after another: the UserError of each, "" where it trained."""
+    messages = []
+    for config in configs:
+        try:
+            train(config, rank_info)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
 
 
 def train_until(rank_info: RankInfo, config: PretrainConfig, stop: int) -> None:

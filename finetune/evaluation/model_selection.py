@@ -19,11 +19,11 @@ from trifold.finetune.tasks.task import Task
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import open_checkpoint, read_marker
 from trifold.pretrain.checkpoint.lease import valid_folders
+from trifold.pretrain.distributed import broadcast_from_rank0
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.evaluate import evaluate
 from trifold.pretrain.monitor.metrics import Recorder
 from trifold.pretrain.publish.publish import verified_folder_of_step
-from trifold.pretrain.session import broadcast_from_rank0
 from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StoragePath
@@ -63,15 +63,13 @@ class DevEvaluator:
     def finish(self, recorder: Recorder) -> None:
         """Score the best checkpoint on all of dev."""
         home = checkpoint_root(self.run, self.config.checkpoints.storage)
-        step = broadcast_from_rank0(self.engine, partial(best_step, home))
+        step = broadcast_from_rank0(partial(best_step, home))
         assert step is not None, "the last step is scored before this"
-        checkpoint = open_checkpoint(
-            broadcast_from_rank0(self.engine, lambda: verified_folder_of_step(home, step))
-        )
+        checkpoint = open_checkpoint(broadcast_from_rank0(lambda: verified_folder_of_step(home, step)))
         self.engine.load(checkpoint.read, checkpoint.state.optimizer_step)
         losses, predictions = self._asked(self.task.dev, self.heldout.num_rows)
         self._write(self.task.dev, predictions)
-        if self.engine.place.rank == 0:
+        if self.engine.rank_info.rank == 0:
             found = {
                 "task": self.config.task.kind,
                 "best": self.best,
@@ -95,7 +93,7 @@ class DevEvaluator:
             )
 
     def _write(self, examples: Sequence[Any], predictions: Sequence[Any]) -> None:
-        if self.engine.place.rank == 0:
+        if self.engine.rank_info.rank == 0:
             lines = (
                 json.dumps(self.task.record(*pair), ensure_ascii=False) + "\n"
                 for pair in zip(examples, predictions, strict=True)

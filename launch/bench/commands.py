@@ -168,4 +168,4 @@ def _rank_info(device: Literal["cpu", "cuda"] | None, threads: int) -> "RankInfo
 
     from trifold.pretrain.distributed import RankInfo
 
-    return RankInfo(0, 1, 0, device or ("cuda" if torch.cuda.is_available() else "cpu"), None, threads)
+    return RankInfo.single(device or ("cuda" if torch.cuda.is_available() else "cpu"), threads)

@@ -28,8 +28,7 @@ from trifold.modeling.transformer import build
 from trifold.pretrain.config.objectives import family_of, member_labels
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.engine import memory_estimate
-from trifold.pretrain.engine.engine import Engine
+from trifold.pretrain.engine.engine import Engine, start_engine
 
 SPECIAL = {"pad": Words.pad, "bos": Words.bos, "eos": Words.eos, "start": Words.bos}
 
@@ -72,10 +71,15 @@ def ours(
 
     def make() -> tuple[nn.Module, Callable[[int], None]]:
         named, model = member_labels(config.objective), build(model_config, config.seed)
-        answers = memory_estimate.resolve_auto(
-            config, model_config, [m.batch for m in steps[0]][:1], rank_info
+        engine = start_engine(
+            lambda: model,
+            model_config,
+            config,
+            [steps[0][0].batch],
+            rank_info,
+            len(named) if len(named) > 1 else 0,
         )
-        racer.engine = engine = Engine(model, answers, rank_info, len(named) if len(named) > 1 else 0)
+        racer.engine = engine
 
         def step(i: int) -> None:
             chosen = steps[i % len(steps)]

@@ -23,7 +23,7 @@ from trifold.modeling.config import ModelConfig
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain.data.objectives import ObjectiveMixture
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.engine.precision import resolve_precision
+from trifold.pretrain.engine.auto import resolve_precision
 from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.monitor.metrics import peak_flops
 

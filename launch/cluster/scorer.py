@@ -90,7 +90,7 @@ class Scorer:
     def __init__(self, config: PretrainRecipe, tasks: Tasks, threads: int) -> None:
         torch.set_num_threads(threads)
         self.config, self.tasks, self.run = config, tasks, Path(config.run)
-        self.rank_info = RankInfo(0, 1, 0, "cuda" if config.scoring.gpus else "cpu", None, threads)
+        self.rank_info = RankInfo.single("cuda" if config.scoring.gpus else "cpu", threads)
 
     def score(self, name: str) -> dict[str, Any]:
         """A line for the metrics: step, checkpoint, and every score as NAME/SCORE. UserError where the
@@ -171,7 +171,7 @@ def flush_scores(config: AnyRecipe) -> None:
     run = Path(config.run)
     if queued_scores(run):
         generation = newest_generation(checkpoint_root(run, config.checkpoints.storage))
-        with closing(Recorder(run, RankInfo(0, 1, 0, "cpu", None, 1), generation)) as recorder:
+        with closing(Recorder(run, RankInfo.single(), generation)) as recorder:
             recorder.take_queued_scores()
 
 

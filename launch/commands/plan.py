@@ -25,9 +25,8 @@ from trifold.modeling.flops import num_parameters
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.stages import resolve_stages
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.engine import memory_estimate
+from trifold.pretrain.engine import auto, memory_estimate
 from trifold.pretrain.engine.fp8 import check_device
-from trifold.pretrain.engine.precision import resolve_precision
 from trifold.pretrain.initial_model import load_initial_model
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -55,7 +54,7 @@ class Machine:
 
 def plan(config: PretrainRecipe, where: Machine, console: Terminal) -> dict[str, Any]:
     """Work it out, write RUN/plan.json, show it."""
-    found = predict(resolve_precision(config, where.device), where)
+    found = predict(auto.resolve_precision(config, where.device), where)
     file = Path(config.run) / "plan.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -92,9 +91,7 @@ def predict(config: PretrainRecipe, where: Machine) -> dict[str, Any]:
     model = load_initial_model(config.model, Path(config.run))[0]
     part = resolve_stages(config)[-1]
     micros = (_batch(config, model, part.micro_rows, part.row_length) for part in resolve_stages(config))
-    recompute = memory_estimate.needs_recompute(
-        config, model, micros, where.ranks, where.device, where.memory
-    )
+    recompute = auto.needs_recompute(config, model, micros, where.ranks, where.device, where.memory)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": recompute})})
     micro = _batch(config, model, part.micro_rows)
     memory = memory_estimate.estimate_memory(config, model, micro, where.ranks, where.device)
@@ -229,12 +226,8 @@ def _measured(config: PretrainRecipe, model: ModelConfig, where: Machine) -> Rat
             "there is no CUDA device here to measure: give --tokens-per-second (of one device), or --like a"
             " run's folder"
         )
-    rank_info = RankInfo(
-        0,
-        1,
-        0,
+    rank_info = RankInfo.single(
         "cuda" if where.device == "cuda" else "cpu",
-        None,
         config.cluster.threads(max(1, config.cluster.workers)),
     )
     alone = config.engine.model_copy(update={"sequence_parallel": 1})

@@ -69,7 +69,7 @@ def watch_run_folder(config: AnyRecipe, console: Terminal) -> ProgressWatcher:
 def single_rank(config: AnyRecipe) -> RankInfo:
     """This process as the only rank."""
     device: Literal["cpu", "cuda"] = "cuda" if config.cluster.gpus_per_worker else "cpu"
-    return RankInfo(0, 1, 0, device, None, config.cluster.threads(1))
+    return RankInfo.single(device, config.cluster.threads(1))
 
 
 class StopSignal:

@@ -21,13 +21,14 @@ from trifold.launch.commands.pretrain import pretrain
 from trifold.launch.compare import report
 from trifold.launch.compare.measured import Bin, Point, Run, curve
 from trifold.launch.compare.probes import ends, maps, opened, reach, speed
-from trifold.launch.recipe.changes import differences
-from trifold.launch.recipe.reader import flatten, resolve
+from trifold.launch.recipe.reader import resolve
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe
 from trifold.launch.terminal import Terminal
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
+from trifold.pretrain.config.flatten import flatten
+from trifold.pretrain.config_changes import differences
 from trifold.pretrain.data.rows import RowSource
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.initial_model import load_initial_model

@@ -17,6 +17,7 @@ from trifold.launch.recipe.errors import show_value, validate
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe, R, S
 from trifold.modeling.config import Settings
 from trifold.modeling.errors import UserError
+from trifold.pretrain.config.flatten import flatten
 from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StoragePath
 
@@ -78,15 +79,6 @@ def write(recipe: Settings, path: Path) -> None:
         yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
     fresh.replace(path)
-
-
-def flatten(values: Any, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    """{"a.b.0": value} for every leaf of nested mappings and lists; empty ones are leaves."""
-    items = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    )
-    flat = {key: leaf for name, value in items for key, leaf in flatten(value, (*prefix, str(name))).items()}
-    return flat or {".".join(prefix): values}
 
 
 # ---- reading

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from trifold.launch.recipe.reader import flatten
 from trifold.launch.recipe.schema import AnyRecipe
 from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
+from trifold.pretrain.config.flatten import flatten
 from trifold.pretrain.monitor.run_folder import last_outcome
 from trifold.pretrain.storage.jsonl import read_from
 

@@ -178,7 +178,11 @@ def _scores(run: Path, step: int) -> str:
     measured = {label: last[name] for name, label in labels.items() if name in last}
     held_out = f"On held-out data:\n\n{_list({'step': last['step'], **measured})}"
     task_scores = run / "scores.json"
-    return held_out + (_task_scores(read_json_object(task_scores)) if task_scores.exists() else "")
+    if not task_scores.exists():
+        return held_out
+    seeds = run.parent / "seeds.json"
+    of_seeds = _seed_scores(read_json_object(seeds), run.name) if seeds.exists() else ""
+    return held_out + _task_scores(read_json_object(task_scores)) + of_seeds
 
 
 def _metric_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -206,6 +210,22 @@ def _task_scores(result: Mapping[str, Any]) -> str:
         rows.append(f"| {name} | {score:.2f} | {low:.2f} to {high:.2f} | {baseline['scores'][name]:.2f} |")
     signatures = [f"- {name}: {signature}" for name, signature in result["signatures"].items()]
     return "\n".join(["\n", *rows, "", *signatures])
+
+
+def _seed_scores(summary: Mapping[str, Any], folder: str) -> str:
+    """Mean and standard deviation over the seeds of a fine-tuning run, of which this folder is one."""
+    if folder not in summary["seeds"]:
+        return ""
+    rows = [
+        f"| {len(summary['seeds'])} seeds | mean | standard deviation | this model |",
+        "|---|---|---|---|",
+    ]
+    for name, average in summary["mean"].items():
+        this = summary["seeds"][folder]["scores"][name]
+        rows.append(f"| {name} | {average:.2f} | {summary['spread'][name]:.2f} | {this:.2f} |")
+    chosen = f"This model is the best of them on dev, by {summary['best']}: the mean says what to expect of one run."
+    note = chosen if folder == summary["published"] else ""
+    return "\n".join(["\n", *rows, "", note])
 
 
 def _data(run: Path, recipe: Mapping[str, Any]) -> str:

@@ -74,9 +74,9 @@ def test_translation_is_learned_and_published(family: str, stage: int, tmp_path:
     )
 
 
-def _each(place: RankInfo, configs: list[FinetuneConfig]) -> None:
+def _each(rank_info: RankInfo, configs: list[FinetuneConfig]) -> None:
     for config in configs:
-        train(config, place)
+        train(config, rank_info)
 
 
 @pytest.mark.proof
@@ -125,6 +125,10 @@ def test_a_killed_run_continues_bit_for_bit_with_dropout_and_chooses_the_same_be
     assert metrics(straight) == metrics(broken) and len(metrics(straight)) == 20 * 3 + 5 * 2
     assert best_step(DiskPath(Path(straight.run))) == best_step(DiskPath(Path(broken.run)))
     assert scores_of(straight) == scores_of(broken)
+    with pytest.raises(AssertionError, match=r"UserError: .*another recipe.*\n  seed: 0 there, 7 here\n"):
+        run_processes(1, train_run, straight.model_copy(update={"seed": 7}))
+    with pytest.raises(AssertionError, match=r"UserError: .*has done 20 steps, and `steps` is 10"):
+        run_processes(1, train_run, straight.model_copy(update={"steps": 10}))
 
 
 def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored(tmp_path: Path) -> None:
@@ -254,7 +258,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             config = recipe(tmp_path / "f", both, pairs, **changes)
             prepare(config, quiet)
-            train(config, RankInfo(0, 1, 0, "cpu", None, 1))
+            train(config, RankInfo.single())
     words = {"path": str(tmp_path / "vocabulary")}
     for changes, said in (
         ({"vocab_size": 300}, "has 395 pieces, and model.config.vocab_size is 300"),
@@ -263,10 +267,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         new = {"config": published_folder.load_model(both)[0].model_dump(mode="json") | changes}
         with pytest.raises(UserError, match=said):
             prepare(recipe(tmp_path / "n", both, pairs, model=new, tokenizer=words), quiet)
-    with pytest.raises(UserError, match="freeze: no parameter is named like 'embedding"):
+    with pytest.raises(UserError, match="freeze: no parameter has a name like 'embedding"):
         config = recipe(tmp_path / "d", both, pairs, freeze=["embedding*"])
         prepare(config, quiet)
-        train(config, RankInfo(0, 1, 0, "cpu", None, 1))
+        train(config, RankInfo.single())
     record = read_json_object(both / published_folder.RECORD)
     write_json(both / published_folder.RECORD, record | {"fingerprints": {"tokenizer": "another"}})
     with pytest.raises(

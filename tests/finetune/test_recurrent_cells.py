@@ -75,7 +75,7 @@ def test_every_cell_trains_and_publishes_verified(cell: str, family: str, tmp_pa
     folder = folder_of(tmp_path, family, max_positions=128)
     config = recipe(tmp_path / "run", folder, task, **changes)
     prepare(config, lambda what, done: None)
-    train(config, RankInfo(0, 1, 0, "cpu", None, 1))
+    train(config, RankInfo.single())
     out = publish(
         tmp_path / "run",
         tmp_path / "out",

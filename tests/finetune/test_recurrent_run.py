@@ -24,7 +24,7 @@ from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.storage.disk import DiskPath
 
-ALONE = RankInfo(0, 1, 0, "cpu", None, 1)
+ALONE = RankInfo.single()
 
 
 def recurrent_folder(where: Path, family: str, **changes: Any) -> Path:

@@ -29,13 +29,13 @@ from trifold.pretrain.storage.jsonl import read_lines
 FAMILIES = {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5gemma"}
 
 
-def folder_of(place: Path, family: str, marks: Tokenizer | None = None) -> Path:
+def folder_of(folder: Path, family: str, marks: Tokenizer | None = None) -> Path:
     """A published folder of this family, with large random weights."""
     marks = marks or tokenizer()
-    place.mkdir(parents=True)
+    folder.mkdir(parents=True)
     config = MODELS[FAMILIES[family]].model_copy(update={"vocab_size": marks.vocab_size + 7})
-    published_folder.write_folder(place, config, random_model(config).state_dict(), marks)
-    return place
+    published_folder.write_folder(folder, config, random_model(config).state_dict(), marks)
+    return folder
 
 
 def started(tmp_path: Path, run: str, family: str, folder: Path, **changes: Any) -> dials.PretrainConfig:
@@ -101,14 +101,14 @@ def test_a_run_continues_only_from_the_folder_it_started_from(tmp_path: Path) ->
     assert len(losses(config.run)) == 4
 
 
-def _refused_and_continued(place: RankInfo, config: dials.PretrainConfig, weights: bytes) -> None:
+def _refused_and_continued(folder: RankInfo, config: dials.PretrainConfig, weights: bytes) -> None:
     assert isinstance(config.model, InitialModelConfig) and config.model.folder is not None
     file = Path(config.model.folder) / "model.safetensors"
     file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # one bit of one weight
     with pytest.raises(UserError, match=r"started from weights of fingerprint .* restore that folder"):
-        train(config, place)
+        train(config, folder)
     file.write_bytes(weights)
-    train(config, place)
+    train(config, folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ import torch
 
 from tests.processes import run_processes
 from tests.recipes import OBJECTIVES, model_config, recipe, write_corpus
-from tests.training import losses, quiet, train_run, train_until, train_until_killed
+from tests.training import losses, quiet, rejections, train_run, train_until, train_until_killed
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain import session
@@ -58,7 +58,7 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
 
 
-def full_from(place: RankInfo, config: PretrainConfig, step: int) -> str:
+def full_from(rank_info: RankInfo, config: PretrainConfig, step: int) -> str:
     """What the run says whose disk has no room for the checkpoint of `step` and later ones."""
 
     def operation(name: str, path: Path) -> None:
@@ -70,7 +70,7 @@ def full_from(place: RankInfo, config: PretrainConfig, step: int) -> str:
     options = StorageOptions(before_write=operation)
     session.checkpoint_root = lambda run, storage: checkpoint_root(run, storage).with_options(options)
     try:
-        train(config, place)
+        train(config, rank_info)
     except UserError as refusal:
         return str(refusal)
     return "trained to its end"
@@ -81,10 +81,10 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     prepare(config, 1, quiet)
     said = run_processes(1, full_from, config, 8)[0]
     assert re.search(
-        r"step \d+ was trained but not saved: the disk of .* is full: this rank's part needs \d+ bytes",
+        r"step \d+ was trained but could not be saved: the disk of .* is full: this rank's part needs \d+ bytes",
         said,
     )
-    assert said.endswith("the checkpoint before stays. Mend that and run the same command again.")
+    assert said.endswith("the checkpoint before stays. Fix this and rerun the same command.")
     assert len(losses(config.run)) < 400
     found = newest_verified(DiskPath(Path(config.run)), lambda *_, **__: None)
     assert found is not None and found.state.step == 4
@@ -135,9 +135,9 @@ def test_a_mixture_continues_bit_for_bit_and_its_parts_add_up_at_any_world(tmp_p
     assert min(counts) > 0
 
 
-def _straight_and_in_legs(place: RankInfo, straight: PretrainConfig, broken: PretrainConfig) -> None:
-    train(straight, place)
-    _in_legs(place, broken, (3, 4))
+def _straight_and_in_legs(rank_info: RankInfo, straight: PretrainConfig, broken: PretrainConfig) -> None:
+    train(straight, rank_info)
+    _in_legs(rank_info, broken, (3, 4))
 
 
 def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses(tmp_path: Path) -> None:
@@ -220,21 +220,21 @@ def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_wi
         and scores[-1]["heldout_loss_ema"] != scores[-1]["heldout_loss"]
     )
 
-    with pytest.raises(AssertionError, match=r"UserError: .*rows of fingerprint"):
+    with pytest.raises(AssertionError, match=r"UserError: .*stages"):
         run_processes(1, train_run, straight.model_copy(update={"stages": stages[:1]}))
 
 
-def _in_legs(place: RankInfo, config: PretrainConfig, stops: tuple[int, ...], killed: int = 0) -> None:
+def _in_legs(rank_info: RankInfo, config: PretrainConfig, stops: tuple[int, ...], killed: int = 0) -> None:
     """Train anew up to each of `stops`, then until `killed`."""
     for stop in stops:
-        train_until(place, config, stop)
+        train_until(rank_info, config, stop)
     if killed:
-        train_until_killed(place, config, killed)
+        train_until_killed(rank_info, config, killed)
 
 
-def _all_in_legs(place: RankInfo, configs: list[PretrainConfig]) -> None:
+def _all_in_legs(rank_info: RankInfo, configs: list[PretrainConfig]) -> None:
     for config in configs:
-        _in_legs(place, config, (3, 7))
+        _in_legs(rank_info, config, (3, 7))
 
 
 def test_every_schedule_ends_at_its_final_rate_in_a_resumed_run(tmp_path: Path) -> None:
@@ -268,18 +268,18 @@ def test_a_stop_request_saves_what_was_trained(tmp_path: Path) -> None:
     assert read_lines(Path(config.run) / "events.jsonl")[-1]["event"] == "stopped"
 
 
-def _trained_on_nan(place: RankInfo, config: PretrainConfig, bad: tuple[int, ...]) -> str:
+def _trained_on_nan(rank_info: RankInfo, config: PretrainConfig, bad: tuple[int, ...]) -> str:
     forward = Engine.train_step
 
     def spoiled(self: Engine, micros: Any, *rest: Any) -> Any:
         step = len(losses(config.run))
         if step in bad:
-            self._engine.module.embed.weight.data[5] *= math.nan if place.rank == 1 else 1
+            self._engine.module.embed.weight.data[5] *= math.nan if rank_info.rank == 1 else 1
         return forward(self, micros, *rest)
 
     Engine.train_step = spoiled
     try:
-        train(config, place)
+        train(config, rank_info)
     except UserError as refusal:
         return str(refusal)
     return ""
@@ -302,15 +302,34 @@ def test_too_many_nonfinite_steps_stop_the_run_naming_step_and_rows(tmp_path: Pa
     assert all(torch.isfinite(checkpoint.full(name)).all() for name in checkpoint.names)
 
 
-def test_a_run_refuses_to_continue_on_other_rows(tmp_path: Path) -> None:
+def test_a_run_is_continued_only_by_the_config_and_the_rows_of_its_checkpoint(tmp_path: Path) -> None:
     config = recipe(tmp_path, "run", steps=4)
     prepare(config, 1, quiet)
     run_processes(1, train_run, config)
-    with pytest.raises(
-        AssertionError,
-        match=r"UserError: .* had read 24 rows in its 4 steps, and this recipe reads 32 in as many",
-    ):
-        run_processes(1, train_run, config.model_copy(update={"step_rows": 8}))
+    optimizer, model = config.optimizer, config.model
+    others: dict[str, dict[str, Any]] = {
+        "seed: 0 there, 7 here": {"seed": 7},
+        "optimizer.lr: 0.003 there, 0.001 here": {"optimizer": optimizer.model_copy(update={"lr": 1e-3})},
+        "optimizer.clip: 1.0 there, 0.5 here": {"optimizer": optimizer.model_copy(update={"clip": 0.5})},
+        "optimizer.weight_decay: 0.1 there, 0.0 here": {
+            "optimizer": optimizer.model_copy(update={"weight_decay": 0.0})
+        },
+        "model.dropout: 0.1 there, 0.0 here": {"model": model.model_copy(update={"dropout": 0.0})},
+        "schedule.warmup_steps: 0 there, 2 here": {"schedule": training.ScheduleConfig(warmup_steps=2)},
+        "step_rows: 6 there, 8 here": {"step_rows": 8},
+    }
+    wsd = config.model_copy(
+        update={"run": f"{config.run}-wsd", "schedule": training.ScheduleConfig(kind="wsd")}
+    )
+    prepare(wsd, 1, quiet)
+    fewer = wsd.model_copy(update={"steps": 2})
+    changed = [config.model_copy(update=update) for update in others.values()]
+    first, message, *messages = run_processes(1, rejections, [wsd, fewer, *changed])[0]
+    assert first == "" and "run-wsd has done 4 steps, and `steps` is 2" in message
+    for expected, message in zip(others, messages, strict=True):
+        assert expected in message
+    assert len(losses(config.run)) == 4
+
     write_corpus(tmp_path / "corpus.txt", documents=200)
     prepare(config, 1, quiet)
     with pytest.raises(

@@ -1,10 +1,34 @@
-"""ZeRO-1's step in few passes over memory: DeepSpeed's optimizers, whose step is done on flat tensors.
+"""The fused ZeRO-1 step: DeepSpeed's optimizers, with gradients and weights stepped as flat tensors.
 
-In: DeepSpeed's engine and optimizer. Out: the same optimizer, whose gradients are gathered, reduced, measured
-and clipped group by group instead of parameter by parameter: by count about half the bytes that DeepSpeed
-0.19 moves after the backward, and no launch of a kernel for each parameter but the one that gathers it.
-Whether the step may be applied is decided on the device, which so never waits for the host. All of this leans
-on private parts of DeepSpeed; tests/pretrain/engine/zero/test_zero1_step.py sets a step beside theirs.
+Gradients are gathered, reduced, measured and clipped group by group instead of parameter by parameter: by
+count about half the bytes that DeepSpeed 0.19 moves after the backward, and no kernel launch for each
+parameter but the one that gathers it. Whether the step is applied is decided on the device, which never
+waits for the host.
+
+Why we replace methods of DeepSpeed: its optimizers do all the rest that this needs (groups, padding,
+partitions, the mapping that zero/slices.py reads, the update of low-precision weights), and have no hook
+for the step alone. `install_fused_zero1_step` therefore gives DeepSpeed's own optimizer object a subclass
+of its class. These are the private names, all of DeepSpeed 0.19;
+tests/pretrain/engine/zero/test_zero1_step.py compares a step with DeepSpeed's, and fails where one of them
+changes:
+
+    BF16_Optimizer                        of bf16 weights
+        bf16_groups                           the parameters of each group
+        fp32_groups_flat_partition            this rank's shard of the fp32 masters
+        fp32_groups_gradients_flat            all fp32 gradients of a group, flat
+        fp32_groups_gradient_flat_partition   this rank's shard of them, a view
+        fp32_groups_gradients                 the gradient of each parameter, views
+        backward_prologue, update_hp_grads, clear_hp_grads, clear_lp_grads   called around each backward
+    DeepSpeedZeroOptimizer                of fp32 weights, stage 1
+        single_partition_of_fp32_groups       this rank's shard of the masters
+        bit16_groups_flat                     all weights of a group, flat
+        round_robin_bit16_groups, round_robin_bit16_offsets   its parameters, and where each begins
+        _grad_acc_hooks                       the hooks that would copy gradients into buckets
+        reduce_gradients                      called after the last backward of a step
+    both
+        optimizer, clip_grad, overflow, step, update_lp_params
+    DeepSpeedEngine
+        buffered_allreduce_fallback           would reduce the gradients of BF16_Optimizer
 """
 
 import math
@@ -20,26 +44,34 @@ from torch import Tensor, nn
 from trifold.pretrain.engine.spikes import StepLimits
 
 
+def install_fused_zero1_step(engine: Any, zero: BF16_Optimizer | DeepSpeedZeroOptimizer) -> None:
+    """Make DeepSpeed's engine and ZeRO optimizer take fused steps."""
+    zero.__class__ = FlatZero1StepBF16 if isinstance(zero, BF16_Optimizer) else FlatZero1StepFP32
+    zero.attach(engine)
+
+
 class FlatZero1Step:
-    """`outcome` (2,) float64: the last step's gradient norm, infinite where that is not finite or its loss
-    was bad already, and 1 where it was not applied.
+    """`outcome` (2,) float64 is (gradient norm, rejected) of the last step: the norm is infinite where it
+    is not finite or the loss was bad, and rejected is 1 where the step was not applied.
     """
 
     outcome: Tensor
-    masters: Sequence[Tensor]  # this rank's share of each group's fp32 weights, flat
-    gradients: Sequence[Tensor]  # of the masters
-    whole: Sequence[Tensor]  # the gradients of each group, of which `gradients` are this rank's parts
+    masters: Sequence[Tensor]  # of each group: this rank's shard of the fp32 weights, flat
+    flat_grads: Sequence[Tensor]  # of each group: all gradients
+    grad_shards: Sequence[Tensor]  # of each group: this rank's shard of `flat_grads`, as views
 
     def reduce(self, *_: Any, **__: Any) -> None:
-        """This rank's share of the mean of the gradients over all ranks; the others' are left as they are."""
+        """Average the gradients over ranks into this rank's shards. The other ranks' shards stay as they
+        are.
+        """
         if (world := dist.get_world_size()) > 1:
-            for flat, mine in zip(self.whole, self.gradients, strict=True):
-                share = torch.empty_like(mine)
-                dist.reduce_scatter_tensor(share, flat)
-                mine.copy_(share.div_(world))
+            for flat, shard in zip(self.flat_grads, self.grad_shards, strict=True):
+                total = torch.empty_like(shard)
+                dist.reduce_scatter_tensor(total, flat)
+                shard.copy_(total.div_(world))
 
     def set_loss_and_limits(self, loss: Tensor, limits: StepLimits) -> None:
-        """Before the step: its loss, on the device."""
+        """Called before the step. `loss` is on the device."""
         self.loss, self.limits = loss, limits
 
     @torch.no_grad()
@@ -47,24 +79,25 @@ class FlatZero1Step:
         """torch's fused AdamW and Muon divide gradients by `grad_scale` while they read them, and do nothing
         where `found_inf` is 1.
         """
-        norm = self._norm()
-        known = self.loss.isfinite() & (self.loss <= self.limits.loss) & norm.isfinite()
-        refused = ~(known & (norm <= self.limits.grad_norm))
-        self.outcome = torch.stack([norm.double().where(known, math.inf), refused.double()])
+        norm = self._global_norm()
+        valid = self.loss.isfinite() & (self.loss <= self.limits.loss) & norm.isfinite()
+        rejected = ~(valid & (norm <= self.limits.grad_norm))
+        self.outcome = torch.stack([norm.double().where(valid, math.inf), rejected.double()])
+
         self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1) if self.clip_grad else None
-        self.optimizer.found_inf = refused.float()
-        for master, gradient in zip(self.masters, self.gradients, strict=True):
+        self.optimizer.found_inf = rejected.float()
+        for master, gradient in zip(self.masters, self.grad_shards, strict=True):
             master.grad = gradient
         self.optimizer.step()
         self.update_lp_params()
         self.clear_hp_grads()
 
     def clear_hp_grads(self) -> None:
-        """They are overwritten."""
+        """Nothing to do: the next step overwrites them."""
 
-    def _norm(self) -> Tensor:
-        """Of the whole gradient, on every rank."""
-        norm = torch.nn.utils.get_total_norm(self.gradients)
+    def _global_norm(self) -> Tensor:
+        """The norm of all gradients of all ranks."""
+        norm = torch.nn.utils.get_total_norm(self.grad_shards)
         if dist.get_world_size() > 1:
             dist.all_reduce(norm.square_())
             norm.sqrt_()
@@ -72,29 +105,27 @@ class FlatZero1Step:
 
 
 class FlatZero1StepBF16(FlatZero1Step, BF16_Optimizer):
-    """bf16 weights, whose gradients add up in fp32."""
+    """bf16 weights, whose gradients accumulate in fp32."""
 
-    accumulates = False  # the fp32 gradients hold those of earlier micro batches of the step
+    accumulates = False  # the fp32 gradients hold those of earlier micro batches of this step
 
-    def adopt(self, engine: Any) -> None:
-        self.overflow, self.masters, self.whole = (
-            False,
-            self.fp32_groups_flat_partition,
-            self.fp32_groups_gradients_flat,
-        )
-        self.gradients = self.fp32_groups_gradient_flat_partition
+    def attach(self, engine: Any) -> None:
+        self.overflow = False
+        self.masters = self.fp32_groups_flat_partition
+        self.flat_grads = self.fp32_groups_gradients_flat
+        self.grad_shards = self.fp32_groups_gradient_flat_partition
         engine.buffered_allreduce_fallback = self.reduce
 
     def backward_prologue(self) -> None:
-        self.clear_lp_grads(set_to_none=True)  # a gradient that is not there is taken over, not added to
+        self.clear_lp_grads(set_to_none=True)  # autograd then sets a gradient instead of adding to one
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
-        """A step's first micro batch overwrites the fp32 gradients, so nobody has to clear them."""
-        pairs = zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
-        _collect_gradients(
-            (pair for lps, hps in pairs for pair in zip(lps, hps, strict=True)), self.accumulates
-        )
+        """A step's first micro batch overwrites the fp32 gradients, so they need not be cleared."""
+        pairs: list[tuple[nn.Parameter, Tensor]] = []
+        for parameters, gradients in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
+            pairs += zip(parameters, gradients, strict=True)
+        _collect_gradients(pairs, self.accumulates)
         self.accumulates = True
 
     def clear_hp_grads(self) -> None:
@@ -102,42 +133,40 @@ class FlatZero1StepBF16(FlatZero1Step, BF16_Optimizer):
 
 
 class FlatZero1StepFP32(FlatZero1Step, DeepSpeedZeroOptimizer):
-    """fp32 weights, whose gradients add up where autograd puts them and are gathered once a step."""
+    """fp32 weights, whose gradients accumulate where autograd puts them and are gathered once a step."""
 
-    def adopt(self, engine: Any) -> None:
-        for hook in self._grad_acc_hooks:  # would copy each gradient into a bucket
+    def attach(self, engine: Any) -> None:
+        for hook in self._grad_acc_hooks:
             hook.remove()
-        self.overflow, self.masters = False, self.single_partition_of_fp32_groups
-        self.whole = [torch.zeros_like(flat) for flat in self.bit16_groups_flat]
-        self.gradients = [flat.chunk(dist.get_world_size())[dist.get_rank()] for flat in self.whole]
-        groups = zip(self.whole, self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True)
-        self.pairs = [
-            (p, flat[at : at + p.numel()])
-            for flat, ps, offsets in groups
-            for p, at in zip(ps, offsets, strict=True)
-        ]
+        self.overflow = False
+        self.masters = self.single_partition_of_fp32_groups
+        self.flat_grads = [torch.zeros_like(flat) for flat in self.bit16_groups_flat]
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.grad_shards = [flat.chunk(world)[rank] for flat in self.flat_grads]
+
+        self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # each parameter, and its range of `flat_grads`
+        groups = zip(
+            self.flat_grads, self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True
+        )
+        for flat, parameters, offsets in groups:
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                self.pairs.append((parameter, flat[offset : offset + parameter.numel()]))
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """After the backward of a step's last micro batch."""
+        """Called after the backward of a step's last micro batch."""
         _collect_gradients(self.pairs)
         self.zero_grad()
         self.reduce()
 
 
 def _collect_gradients(pairs: Iterable[tuple[nn.Parameter, Tensor]], add: bool = False) -> None:
-    """Each parameter's gradient into, or onto, its flat place beside it."""
-    pairs = list(pairs)
-    given = [(flat, p.grad.flatten()) for p, flat in pairs if p.grad is not None]
-    (torch._foreach_add_ if add else torch._foreach_copy_)(
-        [flat for flat, _ in given], [grad for _, grad in given]
-    )
-    if not add:
-        for flat in (flat for p, flat in pairs if p.grad is None):
+    """Copy, or add, each parameter's gradient to the flat tensor beside it; a missing gradient is zero."""
+    targets, gradients = [], []
+    for parameter, flat in pairs:
+        if parameter.grad is not None:
+            targets.append(flat)
+            gradients.append(parameter.grad.flatten())
+        elif not add:
             flat.zero_()
-
-
-def install_fused_zero1_step(engine: Any, zero: BF16_Optimizer | DeepSpeedZeroOptimizer) -> None:
-    """Make DeepSpeed's engine and optimizer take their steps so."""
-    zero.__class__ = FlatZero1StepBF16 if isinstance(zero, BF16_Optimizer) else FlatZero1StepFP32
-    zero.adopt(engine)
+    (torch._foreach_add_ if add else torch._foreach_copy_)(targets, gradients)

@@ -23,7 +23,7 @@ from trifold.pretrain.config.objectives import CausalConfig
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.storage.jsonl import read_lines
 
-HERE = RankInfo(0, 1, 0, "cpu", None, 1)
+HERE = RankInfo.single()
 
 
 def small(family: str) -> PretrainRecipe:

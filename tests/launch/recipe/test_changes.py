@@ -1,15 +1,18 @@
 """A run folder keeps its recipe: what may change on it is a table, everything else is refused key by key."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from trifold.launch.recipe.changes import SAFE, differences, reconcile_run_folder
-from trifold.launch.recipe.reader import flatten, resolve
+from trifold.launch.recipe.changes import reconcile_run_folder
+from trifold.launch.recipe.reader import resolve, write
 from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import render_marker
 from trifold.pretrain.checkpoint.lease import COMMIT
+from trifold.pretrain.config.flatten import flatten
+from trifold.pretrain.config_changes import SAFE, differences
 from trifold.pretrain.storage.jsonl import append_line
 
 BASE = {
@@ -162,3 +165,47 @@ def test_a_folder_that_was_only_prepared_here_is_compared_with_the_checkpoint_th
     (checkpoint / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
     with pytest.raises(UserError, match="seed: 0 there, 7 here"):
         reconcile_run_folder(recipe(**there, seed=7))
+
+
+def save_checkpoint(config: PretrainRecipe, step: int) -> None:
+    """A marker as a checkpoint of this recipe has it."""
+    folder = Path(config.run) / "checkpoints" / f"step-{step:08d}-g0001"
+    folder.mkdir(parents=True)
+    state = {"step": step, "config": config.model_dump(mode="json")}
+    (folder / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", 7, "seed: 0 there, 7 here"),
+        ("optimizer__lr", 0.01, "optimizer.lr: 0.001 there, 0.01 here"),
+        ("optimizer__weight_decay", 0.0, "optimizer.weight_decay: 0.1 there, 0.0 here"),
+        ("optimizer__clip", 0.5, "optimizer.clip: 1.0 there, 0.5 here"),
+        ("model__dropout", 0.1, "model.dropout: 0.0 there, 0.1 here"),
+        ("schedule__warmup_steps", 4, "schedule.warmup_steps: 2 there, 4 here"),
+        ("schedule__kind", "inverse_sqrt", "schedule.kind: 'wsd' there, 'inverse_sqrt' here"),
+        ("steps", 9, "has done 10 steps, and `steps` is 9: raise it to 10 or more"),
+    ],
+)
+def test_a_config_yaml_that_was_edited_is_compared_with_the_checkpoint(key, value, message, tmp_path):
+    trained = recipe(run=str(tmp_path), schedule__decay_steps=0)
+    reconcile_run_folder(trained)
+    save_checkpoint(trained, 10)
+    edited = recipe(run=str(tmp_path), schedule__decay_steps=0, **{key: value})
+    write(edited, tmp_path / "config.yaml")
+    with pytest.raises(UserError) as error:
+        reconcile_run_folder(resolve(tmp_path / "config.yaml"))
+    assert message in str(error.value)
+
+
+def test_safe_edits_of_config_yaml_are_reported_key_by_key(tmp_path):
+    trained = recipe(run=str(tmp_path))
+    reconcile_run_folder(trained)
+    save_checkpoint(trained, 10)
+    write(recipe(run=str(tmp_path), cluster__workers=4, ema=0.9), tmp_path / "config.yaml")
+    changes = reconcile_run_folder(resolve(tmp_path / "config.yaml"))
+    assert {change.key: (change.old, change.new) for change in changes} == {
+        "cluster.workers": (1, 4),
+        "ema": (0.0, 0.9),
+    }

@@ -3,7 +3,7 @@ weight kept for the backward.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.modeling.families import RECURRENT
 from tests.pretrain.engine.sequence_recipes import CASES, of_family
-from tests.pretrain.engine.small_engine import gathered, reader
+from tests.pretrain.engine.small_engine import engine_of, reader
 from tests.processes import run_processes
-from tests.recipes import model_config
 from trifold.launch.bench.rows import Micro, micros
 from trifold.modeling.block import Block
 from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
-from trifold.modeling.transformer import Transformer, build
+from trifold.modeling.transformer import Transformer
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig
-from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.distributed import RankInfo, all_gather
 from trifold.pretrain.engine import engine as engines
 from trifold.pretrain.engine.engine import Engine, StepResult
 from trifold.pretrain.engine.zero import settings
@@ -71,14 +70,6 @@ def _sharded(*args: Any) -> dict[str, Any]:
     return settings
 
 
-def engine_of(
-    config: PretrainConfig, place: RankInfo, change: Callable[[Transformer], Any] = lambda model: None
-) -> Engine:
-    model = build(model_config(config), 0)
-    change(model)
-    return Engine(model, config, place)
-
-
 def stepped(engine: Engine, config: PretrainConfig, *numbers: int) -> list[StepResult]:
     """Steps of two micros on each rank."""
     made = micros(config, 301, 3, 2 * engine.world * (1 + max(numbers)), "cpu")
@@ -117,35 +108,35 @@ def kept(engine: Engine, config: PretrainConfig) -> int:
     return found
 
 
-def _family(place: RankInfo, name: str, graphs: CompileCounterWithBackend) -> dict[str, Any]:
+def _family(rank_info: RankInfo, name: str, graphs: CompileCounterWithBackend) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage, compiled in ((1, False), (3, False), (3, True)):
         torch._dynamo.reset()
         graphs.frame_count = 0
         config = at(name, zero_stage=stage, compile=compiled)
-        engine = engine_of(config, place)
+        engine = engine_of(config, rank_info)
         steps, counted = stepped(engine, config, 0, 1), graphs.frame_count
         nll = engine.evaluate(micros(config, 301, 3, 1, "cpu")[0].batch)[0]
         if name != "modernbert":
             engine.generate([[7, 8, 9]], Generation(max_new=2), bos=1, eos=2, pad=0)
-        state = gathered(engine.slices())
+        state = all_gather(engine.slices())
         steps += stepped(engine, config, 2)
         found[f"ZeRO-{stage}{', compiled' * compiled}"] = (steps, (counted, graphs.frame_count), state, nll)
     config = at(name)
-    back = engine_of(config, place)
+    back = engine_of(config, rank_info)
     back.load(reader(state), 2)
     found["continued"] = stepped(back, config, 2)
     found["kept"] = kept(engine, config)
     return found
 
 
-def _families(place: RankInfo, backend: str, names: Sequence[str]) -> dict[str, Any]:
+def _families(rank_info: RankInfo, backend: str, names: Sequence[str]) -> dict[str, Any]:
     graphs = by(backend)
-    return {name: _family(place, name, graphs) for name in names}
+    return {name: _family(rank_info, name, graphs) for name in names}
 
 
-def _cheap(place: RankInfo) -> tuple[dict[str, Any], dict[str, list[list[StepResult]]]]:
-    return _families(place, "aot_eager", ["t5gemma"]), _cells(place, ["frozen embeddings, recompute"])
+def _cheap(rank_info: RankInfo) -> tuple[dict[str, Any], dict[str, list[list[StepResult]]]]:
+    return _families(rank_info, "aot_eager", ["t5gemma"]), _cells(rank_info, ["frozen embeddings, recompute"])
 
 
 def assert_same_training(found: dict[str, Any]) -> None:
@@ -179,7 +170,7 @@ def test_blocks_compiled_at_stage_3_take_the_steps_of_uncompiled_ones_and_keep_n
     assert_same_steps(cells)
 
 
-def _cells(place: RankInfo, names: Sequence[str]) -> dict[str, list[list[StepResult]]]:
+def _cells(rank_info: RankInfo, names: Sequence[str]) -> dict[str, list[list[StepResult]]]:
     """The same steps of each cell, uncompiled and compiled."""
     by("aot_eager")
     cells, found = CELLS | {"shared rows": {"sequence_parallel": 2}}, {}
@@ -191,7 +182,7 @@ def _cells(place: RankInfo, names: Sequence[str]) -> dict[str, list[list[StepRes
 
         torch._dynamo.reset()
         configs = [at("llama", zero_stage=3, compile=compiled, **cells[name]) for compiled in (False, True)]
-        found[name] = [stepped(engine_of(config, place, freeze), config, 0, 1, 2) for config in configs]
+        found[name] = [stepped(engine_of(config, rank_info, freeze), config, 0, 1, 2) for config in configs]
     return found
 
 

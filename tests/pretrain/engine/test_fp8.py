@@ -90,9 +90,9 @@ def test_a_product_is_off_by_what_eight_bits_round_and_no_more():
     assert (found - exact).norm() > 4 * ROUNDING * exact.norm()  # and it is no bf16 product
 
 
-def _engine(place: RankInfo, stage: int, precision: str, fp8: bool) -> Any:
+def _engine(rank_info: RankInfo, stage: int, precision: str, fp8: bool) -> Any:
     config = recipe(stage=stage, precision=precision, fp8=fp8)
-    return engine_of(config.model_copy(update={"model": shape(dropout=0.1)}), place)
+    return engine_of(config.model_copy(update={"model": shape(dropout=0.1)}), rank_info)
 
 
 def _train(engine: Any, steps: range) -> list[StepResult]:
@@ -104,15 +104,15 @@ def _train(engine: Any, steps: range) -> list[StepResult]:
     ]
 
 
-def _curves_and_changes(place: RankInfo) -> dict[str, Any]:
+def _curves_and_changes(rank_info: RankInfo) -> dict[str, Any]:
     with pytest.raises(UserError, match="on the CPU"):
-        _engine(place, 1, "bf16", True)
+        _engine(rank_info, 1, "bf16", True)
     engine_room.to_fp8 = partial(to_fp8, emulate=True)
     found: dict[str, Any] = {
-        name: _train(_engine(place, 1, name, False), range(STEPS)) for name in ("fp32", "bf16")
+        name: _train(_engine(rank_info, 1, name, False), range(STEPS)) for name in ("fp32", "bf16")
     }
     for stage in (1, 2):
-        fp8, plain = _engine(place, stage, "bf16", True), _engine(place, stage, "bf16", False)
+        fp8, plain = _engine(rank_info, stage, "bf16", True), _engine(rank_info, stage, "bf16", False)
         found[f"fp8 at {stage}"] = _train(fp8, range(STEPS))
         state = fp8.slices()
         straight = _train(fp8, range(3))
@@ -161,7 +161,7 @@ def _adapted(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("settings", "dials", "change", "said"),
     [
-        ({"precision": "fp32"}, {}, None, "precision bf16, and it is fp32"),
+        ({"precision": "fp32"}, {}, None, "precision bf16, got fp32"),
         ({}, {"mlp_dim": 40}, None, r"multiples of 16, and decoder.blocks.0.mlp.f.gate.weight is 40 x 32"),
         ({}, {"dim": 40}, None, r"multiples of 16, and decoder.blocks.0.attn.f.q.weight is 32 x 40"),
         ({}, {}, _adapted, "lora"),

@@ -23,7 +23,7 @@ from trifold.pretrain.checkpoint.lease import take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.engine import memory_estimate
+from trifold.pretrain.engine import auto, memory_estimate
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.storage.disk import DiskPath
 
@@ -32,12 +32,12 @@ def averaging_muon(kind: str) -> PretrainConfig:
     return recipe(kind).model_copy(update={"ema": 0.9 if kind == "muon" else 0.0})
 
 
-def _checkpointed(place: RankInfo, folder: str) -> dict[str, int]:
+def _checkpointed(rank_info: RankInfo, folder: str) -> dict[str, int]:
     """Tensor bytes of a real checkpoint of each optimizer, read back."""
     found = {}
     for kind in ("adamw", "muon"):
         run, config = DiskPath(Path(folder) / kind), averaging_muon(kind)
-        engine = engine_of(config, place)
+        engine = engine_of(config, rank_info)
         saver = Checkpointer(take_generation(run), 0, 1, config.checkpoints, nothing)
         saver.save(state_of(1), engine.slices())
         saver.wait()
@@ -65,12 +65,12 @@ def small(stage: int, precision: str, family: str, per_step: int) -> PretrainRec
     return resolve(f"configs/demo/{family}.yaml", dials)
 
 
-def _peak(place: RankInfo, *cell: Any) -> int:
+def _peak(rank_info: RankInfo, *cell: Any) -> int:
     """Bytes that torch's allocator holds at most, from before the model until after a step."""
     config = small(*cell)
     made = micros(config, config.model.vocab_size, 2, cell[3], "cpu")
-    with bytes_held(place) as held:
-        engine = Engine(build(model_config(config), 0), config, place)
+    with bytes_held(rank_info) as held:
+        engine = Engine(build(model_config(config), 0), config.engine, config.optimizer, rank_info)
         engine.train_step([micro.batch for micro in made], list(range(len(made))), 100, 1.0)
     return held[1]
 
@@ -126,11 +126,11 @@ def test_with_offload_bf16_at_stage_1_has_a_bucket_and_the_sum_of_gradients_and_
     )
 
 
-def _offloaded_peak(place: RankInfo, per_step: int) -> int:
+def _offloaded_peak(rank_info: RankInfo, per_step: int) -> int:
     config = _offloaded(small(1, "bf16", "encoder", per_step))
     made = micros(config, config.model.vocab_size, 2, per_step, "cpu")
-    with bytes_held(place) as held:
-        engine = Engine(build(model_config(config), 0), config, place)
+    with bytes_held(rank_info) as held:
+        engine = Engine(build(model_config(config), 0), config.engine, config.optimizer, rank_info)
         engine.train_step([micro.batch for micro in made], list(range(len(made))), 100, 1.0)
     return held[1]
 
@@ -162,27 +162,28 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
     assert memory_estimate.largest_micro(config, model_config(config), rows, 1, "cpu", free) in (10, 11, 12)
 
 
-def test_auto_recomputes_where_memory_would_not_suffice_without() -> None:
+def test_auto_recomputes_where_memory_would_not_suffice_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "all_gather", lambda answer: [answer])  # without a process group
     config = small(1, "fp32", "decoder", 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"recompute": "auto"})})
     batch = micros(config, config.model.vocab_size, 2, 1, "cpu")[0].batch
     needed = (
         memory_estimate.estimate_memory(config, model_config(config), batch, 1, "cpu").total
-        / memory_estimate.MEMORY_HEADROOM
+        / auto.MEMORY_HEADROOM
     )
 
     def chosen(model: ModelConfig, free: float) -> bool:
-        return memory_estimate.needs_recompute(config, model, [batch], 1, "cpu", free)
+        return auto.needs_recompute(config, model, [batch], 1, "cpu", free)
 
     assert not chosen(model_config(config), needed) and chosen(model_config(config), needed - 1)
     assert not chosen(RECURRENT["gru decoder"], 1.0)  # has no blocks to recompute
-    for place in (
-        RankInfo(0, 1, 0, "cpu", None, 1),
+    for rank_info in (
+        RankInfo.single(),
         RankInfo(3, 10**9, 0, "cpu", None, 1),
     ):  # a rank of so many has a few bytes
-        assert memory_estimate.resolve_auto(
-            config, model_config(config), [batch], place
-        ).engine.recompute == (place.world > 1)
+        assert auto.resolve_auto(config, model_config(config), [batch], rank_info).engine.recompute == (
+            rank_info.world > 1
+        )
 
 
 @pytest.mark.parametrize(("stall", "between"), [(0.5, 3600.0), (20.0, 3600.0), (60.0, 600.0)])

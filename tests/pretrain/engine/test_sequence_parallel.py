@@ -12,7 +12,7 @@ from tests.modeling.families import CONFIGS
 from tests.pretrain.data.small_corpus import SmallCorpus, SmallVocabulary
 from tests.pretrain.data.small_corpus import recipe as small_recipe
 from tests.pretrain.engine.sequence_recipes import CASES, of_family
-from tests.pretrain.engine.small_engine import gathered, reader
+from tests.pretrain.engine.small_engine import reader
 from tests.processes import run_processes
 from tests.recipes import model_config, recipe
 from tests.training import losses, quiet, train_run, train_until
@@ -26,7 +26,7 @@ from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.data.loader import Loader, StepRows
 from trifold.pretrain.data.rows import Rows
 from trifold.pretrain.data.stages import ResolvedStage
-from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.distributed import RankInfo, all_gather
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.jsonl import read_lines
@@ -35,7 +35,7 @@ LSTM = ["model={family: decoder, cell: lstm, vocab_size: 400, dim: 32, num_layer
 TWO = training.EngineConfig(sequence_parallel=2)
 
 
-def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
+def _beside_plain_torch(rank_info: RankInfo) -> dict[Any, Any]:
     """Of each family and stage: loss and gradient of a step of two micros, and of a batch each loss, its
     logits and a text, by two ranks that share the rows; then by torch alone on whole rows.
     """
@@ -46,13 +46,13 @@ def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
             made = micros(config, 301, 3, 2, "cpu")
             count = sum(micro.targets for micro in made)
             batches = [micro.batch for micro in made]
-            engine = Engine(build(model_config(config), 0), config, place)
-            assert (engine.rank, engine.world, engine.counts) == (0, 1, place.rank == 0)
+            engine = Engine(build(model_config(config), 0), config.engine, config.optimizer, rank_info)
+            assert (engine.rank, engine.world, engine.counts) == (0, 1, rank_info.rank == 0)
             scores = (*engine.evaluate(batches[0]), engine.logits(batches[0]))
             prompts = [[7, 8, 9], [10, 11]] if name != "modernbert" else []
             texts = engine.generate(prompts, Generation(max_new=4), bos=1, eos=2, pad=0) if prompts else []
             step = engine.train_step(batches, [1, 2], count, 1.0)
-            moments = reader(gathered(engine.slices()))
+            moments = reader(all_gather(engine.slices()))
             model = build(model_config(config), 0)
             (sum(model(batch) for batch in batches) / count).backward()
             expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -68,14 +68,14 @@ def _beside_plain_torch(place: RankInfo) -> dict[Any, Any]:
     return found
 
 
-def _in_turns(place: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> None:
-    train(straight, place)
+def _in_turns(rank_info: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> None:
+    train(straight, rank_info)
     for stop, engine in (
         (4, TWO),
         (8, training.EngineConfig(zero_stage=2)),
         (12, TWO.model_copy(update={"zero_stage": 3})),
     ):
-        train_until(place, moved.model_copy(update={"engine": engine}), stop)
+        train_until(rank_info, moved.model_copy(update={"engine": engine}), stop)
 
 
 def two_runs(folder: Path) -> tuple[PretrainConfig, PretrainConfig]:
@@ -108,9 +108,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     return Two(run_processes(2, _all, *runs, timeout=280), *runs)
 
 
-def _all(place: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> dict[Any, Any]:
-    _in_turns(place, straight, moved)
-    return _beside_plain_torch(place)
+def _all(rank_info: RankInfo, straight: PretrainConfig, moved: PretrainConfig) -> dict[Any, Any]:
+    _in_turns(rank_info, straight, moved)
+    return _beside_plain_torch(rank_info)
 
 
 def test_two_ranks_that_share_rows_take_the_step_of_plain_torch_on_whole_rows(two: Two) -> None:

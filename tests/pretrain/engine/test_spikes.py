@@ -35,10 +35,10 @@ from trifold.pretrain.engine.spikes import (
     limit_exceeded,
     step_limits,
 )
+from trifold.pretrain.progress import Progress
 from trifold.pretrain.run import prepare, train
 from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.jsonl import read_lines
-from trifold.pretrain.train import Progress
 
 POISON = 3  # a token that fills the rows of a poisoned step; the model's loss on them is made huge
 RULE: dict[str, Any] = {"loss": 3.0, "window": 3}
@@ -63,7 +63,7 @@ def spoil(rows: set[int]) -> None:
 
 
 def poisoned(
-    place: RankInfo, configs: list[Any], rows: set[int], fatal: PretrainConfig | None = None
+    rank_info: RankInfo, configs: list[Any], rows: set[int], fatal: PretrainConfig | None = None
 ) -> list[str]:
     """Train one after another; what each refused. `fatal`: in this one the last rank is killed the moment
     that it goes back.
@@ -71,10 +71,10 @@ def poisoned(
     spoil(rows)
     said = []
     for config in configs:
-        if config == fatal and place.rank == place.world - 1:
-            Progress.rewind = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+        if config == fatal and rank_info.rank == rank_info.world - 1:
+            Progress.rewind = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         try:
-            (train if isinstance(config, PretrainConfig) else trifold.finetune.run.train)(config, place)
+            (train if isinstance(config, PretrainConfig) else trifold.finetune.run.train)(config, rank_info)
             said.append("")
         except UserError as refusal:
             said.append(str(refusal))
@@ -218,7 +218,7 @@ def test_steps_and_rows_stay_a_closed_form_however_often_a_step_is_bad(
 
     def rows_of(step: int) -> list[int]:
         part, cursor, _ = locate_step(plan, step)
-        return [row_at_cursor(cursor + place, skips) for place in range(part.step_rows)]
+        return [row_at_cursor(cursor + offset, skips) for offset in range(part.step_rows)]
 
     read = []
     for step in range(20):

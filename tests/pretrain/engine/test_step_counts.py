@@ -27,13 +27,13 @@ OPERATIONS = {
 ALLOCATIONS = {"fp32": 532, "bf16": 756}  # of memory, in the same
 
 
-def _counts(place: RankInfo) -> dict[str, list[tuple[int, int, int]]]:
+def _counts(rank_info: RankInfo) -> dict[str, list[tuple[int, int, int]]]:
     found: dict[str, list[tuple[int, int, int]]] = {}
     for precision in WAITS:
         recipe = resolve(
             "configs/demo/decoder.yaml", ["micro_rows=1", "step_rows=4", f"engine.precision={precision}"]
         )
-        engine = Engine(build(model_config(recipe), 0), recipe, place)
+        engine = Engine(build(model_config(recipe), 0), recipe.engine, recipe.optimizer, rank_info)
         batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 4, "cpu")]
         synchronized = _synchronizations()
         for number in (1, 1, 4, 1):  # the first makes what later ones keep
@@ -64,7 +64,7 @@ def _synchronizations() -> list[None]:
     return found
 
 
-def _graphs(place: RankInfo) -> list[tuple[int, float]]:
+def _graphs(rank_info: RankInfo) -> list[tuple[int, float]]:
     """Graphs compiled so far and the loss after steps on rows of different content, and after an evaluation
     between them.
     """
@@ -74,7 +74,7 @@ def _graphs(place: RankInfo) -> list[tuple[int, float]]:
         "configs/demo/decoder.yaml",
         ["micro_rows=1", "step_rows=1", "engine.compile=true", "engine.precision=fp32"],
     )
-    engine = Engine(build(model_config(recipe), 0), recipe, place)
+    engine = Engine(build(model_config(recipe), 0), recipe.engine, recipe.optimizer, rank_info)
     batches = [micro.batch for micro in micros(recipe, recipe.model.vocab_size, 3, 3, "cpu")]
     found = []
     for batch in batches:

@@ -46,7 +46,7 @@ def _theirs(engine: Any, zero: Any) -> None:
 
 
 def _both(
-    place: RankInfo, precision: str
+    rank_info: RankInfo, precision: str
 ) -> list[tuple[list[StepResult], dict[str, Any], float, StepResult | None]]:
     """Two steps, what the first made, and of ours one more, whose gradient is infinite: ours, then
     DeepSpeed's.
@@ -56,7 +56,7 @@ def _both(
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": 0.5})})
     for ours in (True, False):
         zero1_step.install_fused_zero1_step = zero1_step.install_fused_zero1_step if ours else _theirs
-        engine: Engine = engine_of(config, place, _partly_used)
+        engine: Engine = engine_of(config, rank_info, _partly_used)
         steps, state, bad = train(engine, 0), engine.slices(), None
         engine._zero.clip_grad = 100.0  # now nothing is clipped
         steps += train(engine, 1)
@@ -67,7 +67,7 @@ def _both(
         )
         if ours:
             engine._engine.module.early.register_hook(lambda grad: grad * math.inf)
-            bad = engine.train_step(*share(2, place), 1.0)
+            bad = engine.train_step(*share(2, rank_info), 1.0)
         found.append((steps, state, momentum, bad))
     return found
 
@@ -88,13 +88,13 @@ def test_a_step_is_deepspeeds_own_and_an_infinite_norm_is_told(precision: str) -
             )
 
 
-def _unused(place: RankInfo, precision: str) -> bool:
+def _unused(rank_info: RankInfo, precision: str) -> bool:
     """Whether parameters that get a gradient in every step but the second stay as they were in that."""
     config = recipe("adamw", stage=1, precision=precision)
     config = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0, "betas": (0.0, 0.0)})}
     )
-    engine = engine_of(config, place, _partly_used)
+    engine = engine_of(config, rank_info, _partly_used)
     train(engine, 0)
     model = engine._engine.module
     del model.forward  # without what uses them
@@ -110,8 +110,8 @@ def test_a_parameter_without_a_gradient_in_a_step_does_not_take_the_last_one_aga
     assert run_processes(1, _unused, precision) == [True]
 
 
-def _three_steps(place: RankInfo, precision: str) -> list[StepResult]:
-    return train(engine_of(recipe("muon", stage=1, precision=precision), place), 0, 1, 2)
+def _three_steps(rank_info: RankInfo, precision: str) -> list[StepResult]:
+    return train(engine_of(recipe("muon", stage=1, precision=precision), rank_info), 0, 1, 2)
 
 
 @pytest.mark.parametrize(("precision", "distance"), [("bf16", 1e-2), ("fp32", 1e-5)])
