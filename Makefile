@@ -28,10 +28,10 @@ $(S3_SERVER): $(STAMP) tests/s3-server.txt
 check: lint types
 	$(BIN)/python -m pytest -m "not slow and not proof" -n 2 -q
 
-# The rest runs in one process: process groups and Ray clusters want both cores. Prints the 20 slowest of each part.
+# Tests that start processes (ranks, Ray clusters) run one at a time: each takes both cores. Prints the slowest.
 test: $(STAMP) $(S3_SERVER)
-	$(BIN)/python -m pytest -m "not slow and not proof" -n 2 --durations 20
-	$(BIN)/python -m pytest -m "slow and not proof" --durations 20
+	$(BIN)/python -m pytest -m "not processes and not proof" -n 2 --durations 20
+	$(BIN)/python -m pytest -m "processes and not proof" --durations 20
 
 # Stopped and started again, it goes on with what has not passed at this commit (pytest's 5: nothing was left to run).
 proof: $(STAMP) $(S3_SERVER)

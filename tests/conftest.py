@@ -1,8 +1,8 @@
 """What tests share: one Ray cluster for the session (about 5 s to start), several hosts for a file (20 s).
 
-It also says which tests run. `slow` is set here, not by hand: on tests that start a process or load a stock
-class. Of the proofs, --unproven runs those that have not passed at this commit, and --seconds runs a slice
-that starts at another test for each commit.
+It also says which tests run. The marks `slow` and `processes` are set here, not by hand, from the names that
+a test reaches: what starts a process, loads a stock class, or trains. Of the proofs, --unproven runs those
+that have not passed at this commit, and --seconds a slice that starts at another test for each commit.
 """
 
 import inspect
@@ -25,8 +25,13 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# A test that reaches one of these starts a process, or loads a class of transformers (seconds to import).
-SLOW_NAMES = {"run_processes", "subprocess", "multiprocessing", "transformers", "ray", "ray_cluster", "hosts"}
+# A test that reaches one of these names starts a process, ...
+STARTS_PROCESSES = frozenset(
+    {"run_processes", "subprocess", "multiprocessing", "ray", "ray_cluster", "hosts"}
+)
+# ... loads a class of transformers, which takes seconds to import, or trains a run.
+SLOW_NAMES = STARTS_PROCESSES | {"transformers"}
+TRAINS = ("trifold.pretrain.run.train", "trifold.finetune.run.train")
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if isinstance(item, pytest.Function) and any(_is_slow(function) for function in _functions_of(item)):
+    if not isinstance(item, pytest.Function):
+        return
+    reached: set[str] = set()
+    for function in _functions_of(item):
+        reached |= _slow_names(function)
+    if reached:
         item.add_marker("slow")
+    if reached & STARTS_PROCESSES:
+        item.add_marker("processes")
 
 
 @pytest.hookimpl(trylast=True)  # after -m
@@ -120,25 +132,33 @@ def _functions_of(item: pytest.Function) -> Iterator[Callable[..., Any]]:
 
 
 @cache
-def _is_slow(function: Callable[..., Any], seen: tuple[str, ...] = ()) -> bool:
-    """Whether a function names one of SLOW_NAMES, itself or through functions and classes of tests/."""
+def _slow_names(function: Callable[..., Any], callers: tuple[str, ...] = ()) -> frozenset[str]:
+    """Which of SLOW_NAMES a function uses, itself or through functions and classes of tests/; "train" where
+    it trains a run.
+    """
     function = inspect.unwrap(function)
-    if not isinstance(function, FunctionType) or function.__qualname__ in seen:
-        return False
+    if not isinstance(function, FunctionType) or function.__qualname__ in callers:
+        return frozenset()
     names = _names(function.__code__)
-    if names & SLOW_NAMES:
-        return True
+    reached = names & SLOW_NAMES
+
     for name in names:
-        used = function.__globals__.get(name)
-        module = used.__name__ if isinstance(used, ModuleType) else getattr(used, "__module__", None) or ""
-        if module.split(".")[0] in SLOW_NAMES:
-            return True
+        value = function.__globals__.get(name)
+        module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
+        reached |= {module.split(".")[0]} & SLOW_NAMES
+        if f"{module}.{name}" in TRAINS:
+            reached |= {"train"}
         if not module.startswith("tests."):
             continue
-        functions = [used, *vars(used).values()] if isinstance(used, type) else [used]
-        if any(_is_slow(f, (*seen, function.__qualname__)) for f in functions if isinstance(f, FunctionType)):
-            return True
-    return False
+        if isinstance(value, ModuleType):
+            members = [vars(value).get(name) for name in names]
+        else:
+            members = [value, *vars(value).values()] if isinstance(value, type) else [value]
+        for member in members:
+            member = inspect.unwrap(member) if callable(member) else member  # a cached function, for one
+            if isinstance(member, FunctionType):
+                reached |= _slow_names(member, (*callers, function.__qualname__))
+    return frozenset(reached)
 
 
 def _names(code: CodeType) -> set[str]:
