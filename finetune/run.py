@@ -27,7 +27,7 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.generation import check_expressible
 from trifold.modeling.lora import add_lora
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState
+from trifold.pretrain.checkpoint.state import CheckpointState, TaskState
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.stages import ResolvedStage
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
@@ -132,19 +132,18 @@ class FinetuningRun(Run):
 
     def extra_state(self) -> dict[str, Any]:
         """The scores so far, and what publishing needs of the task."""
-        return {
-            "history": self.dev.history,
-            "best": self.dev.best,
-            "lora_scale": self.lora_scale,
-            "task": {
-                "kind": self.dev.config.task.kind,
-                "prompt": getattr(self.task, "prompt", None),
-                "picks": getattr(self.task, "number", None),
-            },
-        }
+        task = TaskState(
+            kind=self.dev.config.task.kind,
+            prompt=getattr(self.task, "prompt", None),
+            picks=getattr(self.task, "number", None),
+            best=self.dev.best,
+            history=list(self.dev.history),
+        )
+        return {"lora_scale": self.lora_scale, "task": task}
 
     def restore_extra_state(self, state: CheckpointState) -> None:
-        self.dev.history = [(step, score) for step, score in state.extra["history"]]
+        assert state.task is not None, "a fine-tuning run resumes its own checkpoints"
+        self.dev.history = list(state.task.history)
 
 
 def make_tokenizer(config: FinetuneConfig, progress: Callable[[str, int], None]) -> Tokenizer:

@@ -145,7 +145,7 @@ def check_same_start(
     """Raises UserError where the checkpoint's run started from other weights than those of fingerprint
     `start`.
     """
-    recorded = checkpoint.state.extra["start"]
+    recorded = checkpoint.state.start
     if recorded != start:
         folder = None if isinstance(model, ModelConfig) else model.folder
         raise UserError(

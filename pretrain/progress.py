@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState
+from trifold.pretrain.checkpoint.state import CheckpointState
 from trifold.pretrain.engine.engine import StepResult
 
 
@@ -18,21 +18,19 @@ class Progress:
     recent: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm) of applied steps
 
     @classmethod
-    def of(cls, state: CheckpointState) -> "Progress":
+    def from_state(cls, state: CheckpointState) -> "Progress":
         """The position that a checkpoint recorded."""
-        extra = state.extra
         return cls(
             step=state.step,
-            tokens=extra["tokens"],
-            skipped_in_a_row=extra["bad"],
+            tokens=state.tokens,
+            skipped_in_a_row=state.skipped_in_a_row,
             skips=list(state.skips),
-            recent=[(loss, norm) for loss, norm in extra["recent"]],
+            recent=list(state.recent),
         )
 
-    @property
-    def extra_state(self) -> dict[str, Any]:
-        """What `of` reads back from a checkpoint's `extra`."""
-        return {"tokens": self.tokens, "bad": self.skipped_in_a_row, "recent": self.recent}
+    def to_state(self) -> dict[str, Any]:
+        """The fields of CheckpointState of the same names."""
+        return dict(vars(self))
 
     def advance(self, step: StepResult, tokens: int, window: int) -> None:
         """A step is done, applied or skipped. `window`: how many applied steps `recent` keeps."""

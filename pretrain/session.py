@@ -17,14 +17,10 @@ import torch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
-from trifold.pretrain.checkpoint.checkpoint import (
-    Checkpoint,
-    CheckpointState,
-    newest_verified,
-    open_checkpoint,
-)
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, newest_verified, open_checkpoint
 from trifold.pretrain.checkpoint.lease import Lease, take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.checkpoint.state import CheckpointState
 from trifold.pretrain.config.pretraining import InitialModelConfig
 from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.config_changes import changes_since
@@ -117,21 +113,17 @@ class Run:
     def describe(self, progress: Progress, scores: dict[str, Any]) -> CheckpointState:
         """The state that a checkpoint records beside the tensors."""
         return CheckpointState(
-            step=progress.step,
+            **progress.to_state(),
             cursor=locate_step(self.stages, progress.step).row,
             optimizer_step=self.engine.optimizer_step,
-            skips=progress.skips,
             fingerprint=self.rows_at(progress.step).fingerprint,
             config=self.config.model_dump(mode="json"),
+            model=self.model.model_dump(mode="json"),
             heldout_loss=scores.get("heldout_loss"),
             selection_loss=self.selection_loss(scores),
-            extra={
-                **progress.extra_state,
-                "scores": scores,
-                "model": self.model.model_dump(mode="json"),
-                "start": self.start_fingerprint,
-                **self.extra_state(),
-            },
+            scores=scores,
+            start=self.start_fingerprint,
+            **self.extra_state(),
         )
 
     def selection_loss(self, scores: dict[str, Any]) -> float | None:
@@ -139,7 +131,7 @@ class Run:
         return None
 
     def extra_state(self) -> dict[str, Any]:
-        """What this kind of run adds to the state of a checkpoint."""
+        """The fields of CheckpointState that this kind of run adds."""
         return {}
 
     def restore_extra_state(self, state: CheckpointState) -> None:
@@ -162,7 +154,7 @@ class Run:
         self.engine.load(checkpoint.read, saved.optimizer_step)
         self.recorder.event("resumed", step=saved.step, checkpoint=folder.name)
         self.restore_extra_state(saved)
-        return Progress.of(saved)
+        return Progress.from_state(saved)
 
     def rows_at(self, step: int) -> TrainingRows:
         """The rows that the last of `step` finished steps read. A checkpoint has their fingerprint, so later
@@ -190,9 +182,11 @@ class Run:
 def start_attempt(config: TrainingConfig, engine: Engine) -> tuple[Lease, Recorder]:
     """Take the run's next generation, on all ranks, and record that the attempt has started."""
     root = checkpoint_root(Path(config.run), config.checkpoints.storage)
-    generation = broadcast_from_rank0(lambda: take_generation(root).generation)
-    recorder = Recorder(Path(config.run), engine.rank_info, generation)
-    lease = Lease(root.with_options(replace(root.options, on_retry=recorder.event)), generation)
+    lease = broadcast_from_rank0(lambda: take_generation(root))
+    recorder = Recorder(Path(config.run), engine.rank_info, lease.generation)
+    lease = replace(lease, run=root.with_options(replace(root.options, on_retry=recorder.event)))
+    for file, problem in lease.problems:
+        recorder.event("lease_damaged", file=file, reason=problem)
     engine.rank_info.reporter.exit_when(lease.superseded_by, every=root.poll_seconds)
     recorder.event(
         "started",

@@ -17,8 +17,7 @@ from trifold.finetune.evaluation.evaluate import evenly_spaced, report, score_pr
 from trifold.finetune.rows import TaskRows
 from trifold.finetune.tasks.task import Task
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import open_checkpoint, read_marker
-from trifold.pretrain.checkpoint.lease import valid_folders
+from trifold.pretrain.checkpoint.checkpoint import intact_markers, open_checkpoint
 from trifold.pretrain.distributed import broadcast_from_rank0
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.evaluate import evaluate
@@ -107,10 +106,6 @@ def best_step(home: StoragePath) -> int | None:
     """The step of the committed checkpoint with the highest score; of equals the earliest. None where none
     was scored.
     """
-    states = [read_marker(folder)["state"] for folder in valid_folders(home)]
-    judged = [
-        (state["selection_loss"], state["step"])
-        for state in states
-        if state.get("selection_loss") is not None
-    ]
-    return min(judged)[1] if judged else None
+    states = [marker.state for marker in intact_markers(home)]
+    scored = [(state.selection_loss, state.step) for state in states if state.selection_loss is not None]
+    return min(scored)[1] if scored else None

@@ -16,9 +16,10 @@ from trifold.launch.bench.train import field
 from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified, open_checkpoint
-from trifold.pretrain.checkpoint.lease import Lease, take_generation
+from trifold.pretrain.checkpoint.checkpoint import newest_verified, open_checkpoint
+from trifold.pretrain.checkpoint.lease import take_generation
 from trifold.pretrain.checkpoint.saving import Checkpointer
+from trifold.pretrain.checkpoint.state import CheckpointState
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.engine.engine import Engine
 from trifold.pretrain.storage.disk import DiskPath
@@ -80,14 +81,20 @@ def measure(engine: Engine, config: PretrainRecipe, folder: Path) -> Costs:
             if event == "save_committed":
                 written.append(facts["seconds"])
 
-        saver = Checkpointer(Lease(run, take_generation(run).generation), 0, 1, config.checkpoints, heard)
+        saver = Checkpointer(take_generation(run), 0, 1, config.checkpoints, heard)
         waits = []
         for step in range(1, SAVES + 1):
             began = time.perf_counter()
             slices = engine.slices()
             saver.save(
                 CheckpointState(
-                    step=step, cursor=step, optimizer_step=step, skips=[], fingerprint="bench", config={}
+                    step=step,
+                    cursor=step,
+                    optimizer_step=step,
+                    skips=[],
+                    fingerprint="bench",
+                    config={},
+                    model={},
                 ),
                 slices,
             )

@@ -25,8 +25,9 @@ from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import express
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint, open_checkpoint, verify
-from trifold.pretrain.checkpoint.lease import COMMIT, newest_generation, valid_folders
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, open_checkpoint, verify
+from trifold.pretrain.checkpoint.format import COMMIT, CorruptCheckpoint
+from trifold.pretrain.checkpoint.lease import newest_generation, valid_folders
 from trifold.pretrain.data import prepare as preparation
 from trifold.pretrain.data.corpus import corpus_fingerprint
 from trifold.pretrain.data.rows import Rows

@@ -5,8 +5,8 @@ from pathlib import Path
 from trifold.launch.recipe.reader import resolve, write
 from trifold.launch.recipe.schema import AnyRecipe
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import read_marker
-from trifold.pretrain.checkpoint.lease import newest_generation, valid_folders
+from trifold.pretrain.checkpoint.checkpoint import intact_markers
+from trifold.pretrain.checkpoint.lease import newest_generation
 from trifold.pretrain.config_changes import Change, changes_since, differences, reject_other_run
 from trifold.pretrain.monitor.run_folder import last_step
 from trifold.pretrain.storage.storage import checkpoint_root
@@ -22,10 +22,9 @@ def reconcile_run_folder(config: AnyRecipe) -> list[Change]:
     file = Path(config.run) / "config.yaml"
     root = checkpoint_root(file.parent, config.checkpoints.storage)
     changes: list[Change] = []
-    checkpoints = valid_folders(root)
-    if checkpoints:
-        state = read_marker(checkpoints[-1])["state"]
-        changes = changes_since(state["config"], config, state["step"], str(root))
+    newest = next(intact_markers(root), None)
+    if newest is not None:
+        changes = changes_since(newest.state.config, config, newest.state.step, str(root))
     elif (file.parent / "tokenizer").exists():  # made first; before it, nothing depends on the recipe
         steps = last_step(file.parent)
         if steps and config.checkpoints.storage is not None and newest_generation(root) == 0:

@@ -26,6 +26,7 @@ EventName = Literal[
     "save_failed",
     "checkpoint_rejected",
     "checkpoint_deleted",
+    "lease_damaged",
     "checkpoint_swept",
     "retention_failed",
     "request_failed",
@@ -87,6 +88,9 @@ EVENTS: dict[EventName, EventKind] = {
     "save_failed": EventKind("step rank reason", "a save failed: {reason}", bad=True, every_rank=True),
     "checkpoint_rejected": EventKind(
         "checkpoint file reason", "{checkpoint} was passed over: {file}: {reason}", bad=True
+    ),
+    "lease_damaged": EventKind(
+        "file reason", "lease/{file} was passed over and is written again: {reason}", bad=True
     ),
     "checkpoint_deleted": EventKind("checkpoint"),
     "checkpoint_swept": EventKind("checkpoint"),

@@ -38,7 +38,7 @@ def publish_adapter(
     if out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another folder, or move it away")
     source = find_checkpoint(run, on_event, checkpoint, root)
-    recipe, extra = source.state.config, source.state.extra
+    recipe = source.state.config
     base = (recipe.get("model") or {}).get("from")
     if not recipe.get("lora") or base is None:
         raise UserError(
@@ -46,7 +46,7 @@ def publish_adapter(
             " instead"
         )
 
-    config = ModelConfig.model_validate_json(json.dumps(extra["model"]))
+    config = ModelConfig.model_validate_json(json.dumps(source.state.model))
     lora = Lora.model_validate_json(json.dumps(recipe["lora"]))
     state = {name: source.full(name) for name in source.names}
     special = published_folder.special_ids(Tokenizer.open(run / "tokenizer"))

@@ -140,11 +140,10 @@ def _hidden_token(config: ModelConfig, tokenizer: Tokenizer) -> str:
 
 def _summary(source: Checkpoint, record: Mapping[str, Any], config: ModelConfig) -> str:
     parameters = sum(math.prod(source.shape(name)) for name in source.names)
-    tokens = source.state.extra.get("tokens")
     sentences = [
         f"{parameters:,} parameters, {config.num_layers} layers of width {config.dim}, a vocabulary of"
         f" {config.vocab_size:,} tokens, at most {config.max_positions:,} positions.",
-        f"Trained for {source.state.step:,} steps{'' if tokens is None else f', {tokens:,} tokens'}.",
+        f"Trained for {source.state.step:,} steps, {source.state.tokens:,} tokens.",
     ]
     if record["weights"] == "ema":
         sentences.append(

@@ -21,7 +21,8 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.lora import merge_lora
 from trifold.pretrain.checkpoint import checkpoint as checkpoints
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import Checkpoint, CorruptCheckpoint
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint
+from trifold.pretrain.checkpoint.format import CorruptCheckpoint, parse_folder_name
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.publish import model_card, published_folder
@@ -113,9 +114,9 @@ def verified_folder_of_step(root: StoragePath, step: int) -> StoragePath:
     Raises UserError where there is none, or it is damaged.
     """
     committed = lease.valid_folders(root)
-    folders = [folder for folder in committed if lease.parse_folder_name(folder.name)[1] == step]
+    folders = [folder for folder in committed if parse_folder_name(folder.name)[1] == step]
     if not folders:
-        steps = ", ".join(str(lease.parse_folder_name(folder.name)[1]) for folder in committed) or "none"
+        steps = ", ".join(str(parse_folder_name(folder.name)[1]) for folder in committed) or "none"
         raise UserError(f"{root} has no checkpoint of step {step}; there are those of: {steps}")
     try:
         checkpoints.verify(folders[-1])
@@ -128,13 +129,12 @@ def read_checkpoint_model(
     source: Checkpoint, weights: Weights | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A checkpoint's model, its adapters merged in: (config, fp32 state dict). `weights` as for `publish`."""
-    recorded = source.state.extra.get("model") or source.state.config["model"]
-    config = ModelConfig.model_validate_json(json.dumps(recorded))
+    config = ModelConfig.model_validate_json(json.dumps(source.state.model))
     averaged: set[str] = set()
     if choose_weights(source, weights) == "ema":  # frozen parameters have no average
         averaged = {name for name in source.names if "ema" in source.keys(name)}
     state = {name: source.full(name, "ema" if name in averaged else "fp32") for name in source.names}
-    scale = source.state.extra.get("lora_scale")
+    scale = source.state.lora_scale
     return config, state if scale is None else merge_lora(state, scale)
 
 
@@ -171,12 +171,12 @@ def _write_folder(
 
 def _origin(source: Checkpoint, weights: Weights) -> dict[str, Any]:
     """Where the weights come from, for trifold.json."""
-    marker = source.record
+    marker, task = source.marker, source.state.task
     return {
-        "checkpoint": {"name": source.folder.name, "sha256": marker["sha256"], "time": marker["time"]},
+        "checkpoint": {"name": source.folder.name, "sha256": marker.sha256, "time": marker.time},
         "weights": weights,
-        "code": marker["code"],
-        "versions": marker["versions"],
-        "task": source.state.extra.get("task"),
+        "code": marker.origin.code,
+        "versions": marker.origin.versions,
+        "task": task and {"kind": task.kind, "prompt": task.prompt, "picks": task.picks},
         "generation": source.state.config.get("generation"),
     }

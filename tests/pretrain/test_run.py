@@ -19,7 +19,7 @@ from trifold.modeling.errors import UserError
 from trifold.modeling.flops import train_flops_per_row
 from trifold.pretrain import session
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
-from trifold.pretrain.checkpoint.lease import COMMIT
+from trifold.pretrain.checkpoint.format import COMMIT
 from trifold.pretrain.config import pretraining as dials
 from trifold.pretrain.config import training
 from trifold.pretrain.config.objectives import ContinuationConfig, InfillingConfig, MixtureConfig

@@ -13,9 +13,9 @@ from tests.runtimes.folders import write_random
 from trifold.modeling.config import Lora
 from trifold.modeling.lora import add_lora
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState
-from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.checkpoint.state import CheckpointState
+from trifold.pretrain.checkpoint.writing import commit, find_origin, write_rank
 from trifold.pretrain.publish.lora_adapter import publish_adapter
 from trifold.pretrain.storage.disk import DiskPath
 
@@ -59,15 +59,9 @@ def test_published_adapters_give_our_logits_over_the_folder_they_began_from(
         {n: Slice(0, tuple(p.shape), {"fp32": p.detach().flatten()}) for n, p in model.named_parameters()},
     )
     recipe = {"run": str(run), "model": {"from": str(base)}, "lora": lora.model_dump(mode="json")}
-    extra = {"model": shape.model_dump(mode="json"), "lora_scale": lora.scale}
-    commit(
-        folder,
-        run_lease,
-        1,
-        CheckpointState(1, 1, 1, [], "rows", recipe, 1.0, extra),
-        provenance(),
-        timeout=5,
-    )
+    config = shape.model_dump(mode="json")
+    state = CheckpointState(1, 1, 1, [], "rows", recipe, config, lora_scale=lora.scale)
+    commit(folder, run_lease, 1, state, find_origin(), timeout=5)
 
     out = publish_adapter(run, tmp_path / "adapter", on_event=lambda event, **facts: None)
     adapted = peft.PeftModel.from_pretrained(

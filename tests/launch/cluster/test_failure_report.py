@@ -14,7 +14,7 @@ import sys, time
 from pathlib import Path
 import torch
 from trifold.pretrain.checkpoint.lease import take_generation
-from trifold.pretrain.checkpoint.saving import write_rank
+from trifold.pretrain.checkpoint.writing import write_rank
 from trifold.pretrain.checkpoint.slice import Slice
 from trifold.pretrain.monitor.heartbeat import Heartbeat
 from trifold.pretrain.storage.disk import DiskPath

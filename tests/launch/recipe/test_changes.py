@@ -9,8 +9,8 @@ from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.reader import resolve, write
 from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import render_marker
-from trifold.pretrain.checkpoint.lease import COMMIT
+from trifold.pretrain.checkpoint.format import COMMIT, Marker, Origin
+from trifold.pretrain.checkpoint.state import CheckpointState
 from trifold.pretrain.config.flatten import flatten
 from trifold.pretrain.config_changes import SAFE, differences
 from trifold.pretrain.storage.jsonl import append_line
@@ -161,8 +161,7 @@ def test_a_folder_that_was_only_prepared_here_is_compared_with_the_checkpoint_th
     ]  # nothing is trained anywhere
     checkpoint = tmp_path / "store" / "run" / "checkpoints" / "step-00000010-g0001"
     checkpoint.mkdir(parents=True)
-    state = {"step": 10, "config": recipe(**there).model_dump(mode="json")}
-    (checkpoint / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
+    (checkpoint / COMMIT).write_bytes(marker_of(recipe(**there), 10))
     with pytest.raises(UserError, match="seed: 0 there, 7 here"):
         reconcile_run_folder(recipe(**there, seed=7))
 
@@ -171,8 +170,13 @@ def save_checkpoint(config: PretrainRecipe, step: int) -> None:
     """A marker as a checkpoint of this recipe has it."""
     folder = Path(config.run) / "checkpoints" / f"step-{step:08d}-g0001"
     folder.mkdir(parents=True)
-    state = {"step": step, "config": config.model_dump(mode="json")}
-    (folder / COMMIT).write_bytes(render_marker({"generation": 1, "state": state}))
+    (folder / COMMIT).write_bytes(marker_of(config, step))
+
+
+def marker_of(config: PretrainRecipe, step: int) -> bytes:
+    values = config.model_dump(mode="json")
+    state = CheckpointState(step, step, step, [], "rows", values, values["model"])
+    return Marker("run", 1, 1, Origin("host", {}, None), "time", state, {}).render()
 
 
 @pytest.mark.parametrize(

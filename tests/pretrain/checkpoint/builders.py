@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from tests.pretrain.checkpoint.failpoints import append_note
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified
+from trifold.pretrain.checkpoint.checkpoint import newest_verified
+from trifold.pretrain.checkpoint.format import unseal
 from trifold.pretrain.checkpoint.lease import Lease, Superseded, checkpoint_folder, take_generation
-from trifold.pretrain.checkpoint.saving import Checkpointer, write_rank
+from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.checkpoint.state import CheckpointState, TaskState
+from trifold.pretrain.checkpoint.writing import write_rank
 from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.storage_path import StoragePath
@@ -35,15 +38,27 @@ class Events(list[dict[str, Any]]):
 
 def state_of(step: int, heldout_loss: float | None = None) -> CheckpointState:
     return CheckpointState(
-        step,
-        step * 8,
-        step - 1,
-        [(3, 4)],
-        "fingerprint",
-        {"engine": {"zero_stage": 1}},
-        heldout_loss,
-        {"tokens": 7},
+        step=step,
+        cursor=step * 8,
+        optimizer_step=step - 1,
+        skips=[(3, 4)],
+        fingerprint="fingerprint",
+        config={"engine": {"zero_stage": 1}},
+        model={"dim": 6},
+        tokens=7,
+        skipped_in_a_row=1,
+        recent=[(2.5, 0.5)],
+        scores={"heldout_loss": heldout_loss},
+        heldout_loss=heldout_loss,
+        task=TaskState("qa", None, None, "f1", [(1, 0.25)]),
     )
+
+
+def lease_of(run: StoragePath, generation: int = 1) -> Lease:
+    """The lease of a generation that has claimed."""
+    claim = unseal((run / "lease" / f"{generation:06d}").read_bytes())
+    assert claim is not None
+    return Lease(run, generation, claim)
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from tests.pretrain.checkpoint.builders import KEEP_ONE, newest_step, save
 from tests.pretrain.checkpoint.failpoints import read_notes
 from trifold.pretrain.checkpoint.checkpoint import verify
+from trifold.pretrain.checkpoint.format import COMMIT
 from trifold.pretrain.checkpoint.lease import (
-    COMMIT,
     all_folders,
     checkpoint_folder,
     take_generation,

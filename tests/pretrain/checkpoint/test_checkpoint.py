@@ -26,6 +26,7 @@ from tests.pretrain.checkpoint.builders import (
     KEEP_ONE,
     Events,
     attempt,
+    lease_of,
     new_run,
     newest_step,
     nothing,
@@ -43,29 +44,24 @@ from tests.pretrain.checkpoint.failpoints import (
 )
 from tests.pretrain.checkpoint.races import check_complete, cut_off
 from trifold.modeling.errors import UserError
-from trifold.pretrain.checkpoint.checkpoint import (
-    Checkpoint,
-    CorruptCheckpoint,
-    newest_verified,
-    open_checkpoint,
-    read_marker,
-    verify,
-)
+from trifold.pretrain.checkpoint.checkpoint import Checkpoint, newest_verified, open_checkpoint, verify
+from trifold.pretrain.checkpoint.format import COMMIT, CorruptCheckpoint, Origin, read_marker, seal
 from trifold.pretrain.checkpoint.lease import (
-    COMMIT,
     Lease,
     Superseded,
     all_folders,
     checkpoint_folder,
     take_generation,
 )
-from trifold.pretrain.checkpoint.retention import folders_to_keep, retain
-from trifold.pretrain.checkpoint.saving import Checkpointer, commit, write_rank
+from trifold.pretrain.checkpoint.retention import Retention, folders_to_keep
+from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.checkpoint.writing import commit, write_rank
 from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.safetensors_file import DTYPES
 
+ORIGIN = Origin("host", {}, None)
 EVERY = pytest.mark.parametrize(
     "stride", [7, pytest.param(1, marks=pytest.mark.proof)]
 )  # all failpoints are a proof, some a test
@@ -83,6 +79,7 @@ def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: DiskPath) ->
     assert sorted(os.listdir(folder)) == [
         "commit.json",
         *(f"rank-0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")),
+        "slices.json",
     ]
     for rank in (0, 1):
         stock = load_file(folder / f"rank-0000{rank}.safetensors")
@@ -95,18 +92,20 @@ def test_a_save_of_two_ranks_is_read_back_by_stock_safetensors(run: DiskPath) ->
 
 
 def test_a_checkpoint_says_where_it_came_from(run: DiskPath) -> None:
-    record = read_marker(checkpoint_folder(run, 10, 1))
-    assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {
+    marker = read_marker(checkpoint_folder(run, 10, 1))
+    versions = marker.origin.versions
+    assert versions["torch"] == torch.__version__ and versions.keys() >= {
         "python",
         "deepspeed",
     }
     assert (
-        record["code"]
+        marker.origin.code
         == subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
         ).stdout.strip()
     )
-    assert record["state"]["config"] == {"engine": {"zero_stage": 1}} and record["host"] and record["time"]
+    assert marker.state.config == {"engine": {"zero_stage": 1}}
+    assert marker.origin.host and marker.time
 
 
 @EVERY
@@ -116,7 +115,7 @@ def test_a_process_killed_at_any_file_operation_leaves_a_verified_checkpoint(
     for at in itertools.count(0, stride):
         run, told = new_run(tmp_path / str(at)), tmp_path / f"{at}.told"
         write_rank(
-            checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
+            checkpoint_folder(run, 15, 1), lease_of(run), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
         died = is_killed(attempt, run, 20, told, at=at)
         check_complete(run, told)
@@ -133,7 +132,7 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
     late = 0
     for at in itertools.count(0, stride):
         run, pause, told = new_run(tmp_path / str(at)), tmp_path / f"{at}.pause", tmp_path / f"{at}.told"
-        process = start_process(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
+        process = start_process(save_in, lease_of(run), 20, told, at=at, pause=pause)
         if not wait_until_paused(process, pause):
             break
         late += cut_off(run, process, pause, told)
@@ -149,7 +148,7 @@ def test_a_claim_paused_anywhere_while_the_old_group_saves_and_deletes_finds_a_c
         if not wait_until_paused(process, pause):
             break
         with suppress(Superseded):
-            save(Lease(run, 1), 20, KEEP_ONE)
+            save(lease_of(run), 20, KEEP_ONE)
         pause.unlink()
         process.join(60)
         assert newest_step(run) in (10, 20)
@@ -160,7 +159,7 @@ def test_a_claim_paused_anywhere_while_the_old_group_saves_and_deletes_finds_a_c
 def test_a_rank_killed_anywhere_leaves_no_marker_and_the_run_goes_on(tmp_path: Path, stride: int) -> None:
     for at in itertools.count(0, stride):
         run, events = new_run(tmp_path / str(at)), Events()
-        lease = Lease(run, 1)
+        lease = lease_of(run)
         if not is_killed(write_rank, checkpoint_folder(run, 20, 1), lease, 1, 2, slices_of(20, 1, 2), at=at):
             break
         checkpointer = Checkpointer(lease, 0, 2, KEEP_ONE, events, timeout=0.05)
@@ -199,7 +198,7 @@ def damages(folder: DiskPath) -> Iterator[tuple[str, str]]:
 
 
 def test_resume_falls_back_from_any_damage_and_names_the_file(run: DiskPath) -> None:
-    save(Lease(run, 1), 20)
+    save(lease_of(run), 20)
     done = 0
     for file, reason in damages(checkpoint_folder(run, 20, 1)):
         events = Events()
@@ -228,7 +227,7 @@ def test_every_byte_of_the_marker_is_guarded(run: DiskPath) -> None:
 
 def test_a_marker_moved_to_another_step_is_damage(run: DiskPath) -> None:
     checkpoint_folder(run, 10, 1).path.rename(checkpoint_folder(run, 40, 1).path)
-    with pytest.raises(CorruptCheckpoint, match="speaks of step 10"):
+    with pytest.raises(CorruptCheckpoint, match="records step 10"):
         verify(checkpoint_folder(run, 40, 1))
 
 
@@ -244,7 +243,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(run: DiskPat
 def test_a_run_that_never_committed_has_no_checkpoint(tmp_path: Path) -> None:
     run = DiskPath(tmp_path)
     assert newest_verified(run, Events()) is None
-    write_rank(checkpoint_folder(run, 10, 1), Lease(run, 1), 0, 1, slices_of(10, 0, 1))
+    write_rank(checkpoint_folder(run, 10, 1), take_generation(run), 0, 1, slices_of(10, 0, 1))
     events = Events()
     assert newest_verified(run, events) is None
     assert "cut off before its commit" in events[0]["reason"]
@@ -255,7 +254,7 @@ def test_saving_does_not_hold_up_the_caller_and_the_next_save_waits(
 ) -> None:
     gate, events = threading.Event(), Events()
     slow = with_hook(run, lambda operation, path: gate.wait(10))
-    checkpointer = Checkpointer(Lease(slow, 1), 0, 1, CheckpointConfig(), events)
+    checkpointer = Checkpointer(lease_of(slow), 0, 1, CheckpointConfig(), events)
     began = time.monotonic()
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     assert time.monotonic() - began < 0.1 and not checkpoint_folder(run, 20, 1).exists()
@@ -272,9 +271,9 @@ def test_what_the_caller_changes_after_save_does_not_reach_the_checkpoint(
 ) -> None:
     gate, state = threading.Event(), state_of(20)
     slow = with_hook(run, lambda operation, path: gate.wait(10))
-    checkpointer = Checkpointer(Lease(slow, 1), 0, 1, KEEP_ONE, nothing)
+    checkpointer = Checkpointer(lease_of(slow), 0, 1, KEEP_ONE, nothing)
     checkpointer.save(state, slices_of(20, 0, 1))
-    state.extra["tokens"] = 8
+    state.config["engine"] = {}
     gate.set()
     checkpointer.wait()
     assert newest_step(run) == 20
@@ -284,9 +283,9 @@ def test_a_crash_in_the_background_is_reported_and_the_next_save_commits(
     run: DiskPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events()
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
+    checkpointer = Checkpointer(lease_of(run), 0, 1, CheckpointConfig(), events)
     with monkeypatch.context() as broken:
-        broken.setattr("trifold.pretrain.checkpoint.saving.merge_manifests", lambda manifests: 1 / 0)
+        broken.setattr("trifold.pretrain.checkpoint.writing.merge_slices", lambda manifests: 1 / 0)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
     assert checkpointer.failed == events.of("save_failed")[0]["reason"] and "ZeroDivisionError" in str(
@@ -309,7 +308,7 @@ def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(
             if name == "write" and next(writes) == at:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        checkpointer = Checkpointer(Lease(with_hook(run, full), 1), 0, 1, CheckpointConfig(), events)
+        checkpointer = Checkpointer(lease_of(with_hook(run, full)), 0, 1, CheckpointConfig(), events)
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
         checkpointer.wait()
         if not events.of("save_failed"):
@@ -333,7 +332,7 @@ def test_a_really_full_disk_names_needed_and_free_bytes_and_is_left_as_it_was(tm
     try:
         run, events = new_run(disk / "run"), Events()
         free = os.statvfs(disk).f_bavail
-        checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, events)
+        checkpointer = Checkpointer(lease_of(run), 0, 1, KEEP_ONE, events)
         checkpointer.save(state_of(20), {"large": Slice(0, (100_000,), {"fp32": torch.zeros(100_000)})})
         checkpointer.wait()
         assert "needs 400000 bytes," in events.of("save_failed")[0]["reason"]
@@ -350,7 +349,7 @@ def test_a_rank_that_fails_tells_rank_0_at_once(run: DiskPath) -> None:
         if name == "write" and path.name == "rank-00001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    events, lease = Events(), Lease(with_hook(run, full), 1)
+    events, lease = Events(), lease_of(with_hook(run, full))
     ranks = [Checkpointer(lease, rank, 2, KEEP_ONE, events, timeout=30) for rank in (0, 1)]
     began = time.monotonic()
     for rank, checkpointer in enumerate(ranks):
@@ -371,7 +370,7 @@ def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others
             raise OSError(errno.ENOSPC, "No space left on device", "events.jsonl")
 
     ranks = [
-        Checkpointer(Lease(run, 1), rank, 2, KEEP_ONE, on_event)
+        Checkpointer(lease_of(run), rank, 2, KEEP_ONE, on_event)
         for rank, on_event in enumerate([nothing, full])
     ]
     for rank in (1, 0):
@@ -384,7 +383,7 @@ def test_an_event_that_cannot_be_recorded_does_not_hurt_a_checkpoint_that_others
 def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
     run: DiskPath, start: int, word: str
 ) -> None:
-    lease = Lease(run, 1)
+    lease = lease_of(run)
     for rank, (low, high) in enumerate([(0, 30), (start, 60)]):
         write_rank(
             checkpoint_folder(run, 20, 1),
@@ -394,7 +393,7 @@ def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
             {"w": Slice(low, (10, 6), {"fp32": torch.zeros(high - low)})},
         )
     with pytest.raises(ValueError, match=f"w: {word}, in rank-00001"):
-        commit(checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1)
+        commit(checkpoint_folder(run, 20, 1), lease, 2, state_of(20), ORIGIN, 1)
     assert newest_step(run) == 10
 
 
@@ -421,20 +420,20 @@ def test_nothing_is_deleted_when_the_newest_does_not_verify(
             file.write_bytes(file.read_bytes()[:-1] + b"\xff")
 
     events = Events()
-    save(Lease(with_hook(run, rot), 1), 20, KEEP_ONE, events)
+    save(lease_of(with_hook(run, rot)), 20, KEEP_ONE, events)
     assert events.of("checkpoint_rejected")[0]["file"] == "rank-00000.safetensors"
     assert newest_step(run) == 10
-    save(Lease(run, 1), 30, KEEP_ONE, events)
+    save(lease_of(run), 30, KEEP_ONE, events)
     assert [folder.name for folder in all_folders(run)] == ["step-00000030-g0001"]
 
 
 def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: DiskPath) -> None:
-    lease, events = Lease(run, 1), Events()
+    lease, events = lease_of(run), Events()
     checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, events)
     take_generation(run)
     write_rank(checkpoint_folder(run, 30, 1), lease, 0, 1, slices_of(30, 0, 1))
     with pytest.raises(Superseded):
-        commit(checkpoint_folder(run, 30, 1), lease, 1, state_of(30), {}, 1)
+        commit(checkpoint_folder(run, 30, 1), lease, 1, state_of(30), ORIGIN, 1)
     assert not (checkpoint_folder(run, 30, 1) / COMMIT).exists()
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     with pytest.raises(Superseded, match="generation 2 began"):
@@ -448,23 +447,23 @@ def test_a_group_that_lost_its_lease_writes_no_marker_and_is_told_to_end(run: Di
 
 
 def test_a_group_that_lost_its_lease_deletes_nothing(run: DiskPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = Lease(run, 1)
+    lease = lease_of(run)
     for rank in (0, 1):
         write_rank(checkpoint_folder(run, 20, 1), lease, rank, 2, slices_of(20, rank, 2))
-    claim = json.dumps({"generation": 2, "host": "elsewhere", "pid": 1, "time": "now"}).encode()
+    claim = seal(lease.claim | {"generation": 2, "claim_id": "other", "host": "elsewhere"})
     (run / "lease" / "000002").create(claim)  # it has begun, and not yet written down which of ours count
     monkeypatch.setattr(Lease, "check", lambda lease: None)
     commit(
-        checkpoint_folder(run, 20, 1), lease, 2, state_of(20), {}, 1
+        checkpoint_folder(run, 20, 1), lease, 2, state_of(20), ORIGIN, 1
     )  # our marker comes too late, or in time: it is not decided
     monkeypatch.undo()
     with pytest.raises(Superseded, match="elsewhere"):
-        retain(lease, KEEP_ONE, nothing)
+        Retention(lease, KEEP_ONE, nothing).delete_old()
     assert [folder.name for folder in all_folders(run)] == ["step-00000010-g0001", "step-00000020-g0001"]
 
 
 def test_a_folder_in_flight_is_not_swept(run: DiskPath) -> None:
-    lease = Lease(run, 1)
+    lease = lease_of(run)
     write_rank(checkpoint_folder(run, 30, 1), lease, 1, 2, slices_of(30, 1, 2))  # rank 1 is ahead
     save(lease, 20)
     assert checkpoint_folder(run, 30, 1) in all_folders(run)
@@ -472,7 +471,7 @@ def test_a_folder_in_flight_is_not_swept(run: DiskPath) -> None:
 
 def test_a_step_is_saved_once(run: DiskPath) -> None:
     events = Events()
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, CheckpointConfig(), events)
+    checkpointer = Checkpointer(lease_of(run), 0, 1, CheckpointConfig(), events)
     for _ in range(2):
         checkpointer.save(state_of(20), slices_of(20, 0, 1))
     checkpointer.wait()
@@ -484,7 +483,7 @@ def test_an_empty_rank_and_an_empty_parameter_are_fine(tmp_path: Path) -> None:
     folder = checkpoint_folder(lease.run, 1, 1)
     write_rank(folder, lease, 0, 2, {"none": Slice(0, (0, 4), {"fp32": torch.zeros(0)})})
     write_rank(folder, lease, 1, 2, {})
-    commit(folder, lease, 2, state_of(1), {}, 1)
+    commit(folder, lease, 2, state_of(1), ORIGIN, 1)
     verify(folder)
     assert open_checkpoint(folder).full("none").shape == (0, 4)
 
@@ -516,7 +515,7 @@ def test_any_partition_over_any_world_reads_back_exactly_in_any_other(
                 )
     for rank, slices in enumerate(ranks):
         write_rank(checkpoint_folder(run, 1, 1), lease, rank, world, slices)
-    commit(checkpoint_folder(run, 1, 1), lease, world, state_of(1), {}, 1)
+    commit(checkpoint_folder(run, 1, 1), lease, world, state_of(1), ORIGIN, 1)
     found = newest_verified(run, Events())
     assert found is not None and found.names == sorted(full)
     readers = data.draw(st.integers(1, 5))

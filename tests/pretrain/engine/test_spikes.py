@@ -20,7 +20,8 @@ from tests.recipes import recipe
 from tests.training import losses, quiet
 from trifold.modeling.errors import UserError
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState, newest_verified
+from trifold.pretrain.checkpoint.checkpoint import newest_verified
+from trifold.pretrain.checkpoint.state import CheckpointState
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.config.training import SpikesConfig, TrainingConfig
@@ -130,7 +131,9 @@ def test_a_poisoned_row_is_skipped_rolled_back_or_stops_the_run(world: int, tmp_
         ("bad_step", 7),
         ("finished", 9),
     ]
-    assert newest(skip).optimizer_step == 7 and newest(skip).skips == [] and newest(skip).extra["bad"] == 0
+    assert (
+        newest(skip).optimizer_step == 7 and newest(skip).skips == [] and newest(skip).skipped_in_a_row == 0
+    )
 
     expected = [[6 * i, 6 * i + 5] for i in (0, 1, 2, 3, 4, 7, 8, 9, 10)]
     for config, back in ((rollback, [("resumed", 4)]), (early, [])):
@@ -167,7 +170,7 @@ def test_a_run_killed_while_it_goes_back_takes_the_same_decisions_bit_for_bit(tm
     assert losses(straight.run) == losses(broken.run) and newest(straight).skips == newest(broken).skips == [
         (30, 35)
     ]
-    assert newest(straight).extra["recent"] == newest(broken).extra["recent"]
+    assert newest(straight).recent == newest(broken).recent
 
 
 def test_a_fine_tune_rolls_back_as_pretraining_does(tmp_path: Path) -> None:
@@ -187,11 +190,17 @@ def test_a_fine_tune_rolls_back_as_pretraining_does(tmp_path: Path) -> None:
         ("finished", 8),
     ]
     assert rows_read(config) == [[6 * i, 6 * i + 5] for i in (0, 1, 2, 3, 4, 6, 7, 8)]
-    assert newest(config).skips == [(30, 35)] and [step for step, _ in newest(config).extra["history"]] == [
-        0,
-        4,
-        8,
-    ]
+    task = newest(config).task
+    assert (
+        task is not None
+        and newest(config).skips == [(30, 35)]
+        and [step for step, _ in task.history]
+        == [
+            0,
+            4,
+            8,
+        ]
+    )
 
 
 def test_the_limits_are_so_many_times_the_medians_of_the_last_applied_steps() -> None:

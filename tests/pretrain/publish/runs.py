@@ -7,9 +7,9 @@ from tests.published import MODELS, random_model, tokenizer
 from trifold.modeling.config import Generation, ModelConfig
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint import lease
-from trifold.pretrain.checkpoint.checkpoint import CheckpointState
-from trifold.pretrain.checkpoint.saving import commit, provenance, write_rank
 from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.checkpoint.state import CheckpointState
+from trifold.pretrain.checkpoint.writing import commit, find_origin, write_rank
 from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import write_json
 from trifold.pretrain.storage.jsonl import append_line
@@ -44,8 +44,18 @@ def save(
         "generation": None if generation is None else generation.model_dump(mode="json"),
         "data": {"sources": [{"path": "books.txt", "hub": None}], "heldout": [], "cache": None},
     }
-    state = CheckpointState(step, step * 8, step, [], "rows-fingerprint", recipe, 3.5, {"tokens": 12345})
-    commit(folder, run_lease, 1, state, provenance(), timeout=5)
+    state = CheckpointState(
+        step=step,
+        cursor=step * 8,
+        optimizer_step=step,
+        skips=[],
+        fingerprint="rows-fingerprint",
+        config=recipe,
+        model=model.config.model_dump(mode="json"),
+        tokens=12345,
+        heldout_loss=3.5,
+    )
+    commit(folder, run_lease, 1, state, find_origin(), timeout=5)
 
 
 def make_run(

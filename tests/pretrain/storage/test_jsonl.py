@@ -45,9 +45,13 @@ def test_only_lines_that_hold_a_text_are_parsed(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "lines.jsonl"
     for step in range(10):
         append_line(file, {"step": step, **({"loss": 1.0} if step % 4 == 0 else {})})
-    parsed = []
-    loads = json.loads
-    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    parsed, loads = [], json.loads
+
+    def counting_loads(line: bytes) -> object:
+        parsed.append(line)
+        return loads(line)
+
+    monkeypatch.setattr(json, "loads", counting_loads)
     assert [record["step"] for record in read_backwards(file, '"loss"')] == [8, 4, 0]
     assert len(parsed) == 3
 

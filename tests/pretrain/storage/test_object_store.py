@@ -16,6 +16,7 @@ from tests.pretrain.checkpoint.builders import (
     KEEP_ONE,
     Events,
     attempt,
+    lease_of,
     newest_step,
     save,
     save_in,
@@ -27,16 +28,17 @@ from tests.pretrain.checkpoint.races import check_complete, cut_off
 from tests.s3 import Server, served
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
+from trifold.pretrain.checkpoint.format import COMMIT
 from trifold.pretrain.checkpoint.lease import (
-    COMMIT,
     Lease,
     Superseded,
     checkpoint_folder,
     take_generation,
     valid_folders,
 )
-from trifold.pretrain.checkpoint.saving import Checkpointer, write_rank
+from trifold.pretrain.checkpoint.saving import Checkpointer
 from trifold.pretrain.checkpoint.slice import Slice
+from trifold.pretrain.checkpoint.writing import write_rank
 from trifold.pretrain.storage import object_store
 from trifold.pretrain.storage.object_store import ObjectPath, StorageDenied, StorageUnreachable
 from trifold.pretrain.storage.storage import location
@@ -85,6 +87,7 @@ def test_a_save_of_two_ranks_is_read_back_number_for_number(run: ObjectPath) -> 
     assert names == [
         "commit.json",
         *(f"rank-0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")),
+        "slices.json",
     ]
 
 
@@ -95,7 +98,7 @@ def test_a_process_killed_at_any_operation_leaves_a_verified_checkpoint(
     for at in itertools.count(0, stride):
         run, told = begun(server), tmp_path / str(at)
         write_rank(
-            checkpoint_folder(run, 15, 1), Lease(run, 1), 1, 2, slices_of(15, 1, 2)
+            checkpoint_folder(run, 15, 1), lease_of(run), 1, 2, slices_of(15, 1, 2)
         )  # an earlier save that was cut off
         died = is_killed(attempt, run, 20, told, at=at)
         check_complete(run, told)
@@ -112,7 +115,7 @@ def test_a_group_that_was_cut_off_anywhere_in_a_save_commits_nothing_afterwards(
     late = 0
     for at in itertools.count():
         run, pause, told = begun(server), tmp_path / f"{at}.pause", tmp_path / str(at)
-        process = start_process(save_in, Lease(run, 1), 20, told, at=at, pause=pause)
+        process = start_process(save_in, lease_of(run), 20, told, at=at, pause=pause)
         if not wait_until_paused(process, pause):
             break
         late += cut_off(run, process, pause, told)
@@ -130,12 +133,12 @@ def test_of_all_who_create_an_object_one_succeeds_and_its_content_stays(run: Obj
 
 def test_a_marker_written_after_the_next_generation_began_does_not_count(run: ObjectPath) -> None:
     for rank in (0, 1):
-        write_rank(checkpoint_folder(run, 20, 1), Lease(run, 1), rank, 2, slices_of(20, rank, 2))
+        write_rank(checkpoint_folder(run, 20, 1), lease_of(run), rank, 2, slices_of(20, rank, 2))
     take_generation(run)
     (checkpoint_folder(run, 20, 1) / COMMIT).replace(b"{}")
     assert valid_folders(run) == [checkpoint_folder(run, 10, 1)] and newest_step(run) == 10
     with pytest.raises(Superseded, match=r"generation 2 began on .*; generation 1 may not commit"):
-        Lease(run, 1).check()
+        lease_of(run).check()
 
 
 def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_before(
@@ -143,7 +146,7 @@ def test_a_process_killed_in_an_upload_of_several_parts_leaves_the_checkpoint_be
 ) -> None:
     server.faults(slow=0.5)
     before = len(server.requests())
-    process = start_process(save_large, Lease(run, 1), 20)
+    process = start_process(save_large, lease_of(run), 20)
     while not any("partNumber" in line for line in server.requests()[before:]):
         assert process.is_alive()
         time.sleep(0.02)
@@ -173,7 +176,7 @@ def test_a_busy_store_is_asked_again_and_each_time_is_told(
     before = len(server.requests())
     server.faults(busy=2)
     heard = run.with_options(StorageOptions(on_retry=events))
-    save(Lease(heard, 1), 20, KEEP_ONE, events)
+    save(lease_of(heard), 20, KEEP_ONE, events)
     assert newest_step(heard) == 20 and events.of("save_committed") and not events.of("save_failed")
     failed = events.of("request_failed")
     assert len(failed) == sum("503" in line for line in server.requests()[before:]) > 10
@@ -188,7 +191,7 @@ def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
     server.faults(busy=10**9)
     monkeypatch.setattr(object_store, "TRIES", 2)
     events = Events()
-    checkpointer = Checkpointer(Lease(run, 1), 0, 1, KEEP_ONE, events)
+    checkpointer = Checkpointer(lease_of(run), 0, 1, KEEP_ONE, events)
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     checkpointer.wait()
     assert (
@@ -210,7 +213,7 @@ def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
 ) -> None:
     server.faults(deny=True)
     events = Events()
-    ranks = [Checkpointer(Lease(run, 1), rank, 2, KEEP_ONE, events, timeout=1) for rank in (0, 1)]
+    ranks = [Checkpointer(lease_of(run), rank, 2, KEEP_ONE, events, timeout=1) for rank in (0, 1)]
     for rank, checkpointer in enumerate(ranks):
         checkpointer.save(state_of(20), slices_of(20, rank, 2))
         checkpointer.wait()
@@ -221,7 +224,7 @@ def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
 
 
 def test_resume_falls_back_from_a_damaged_or_missing_object_and_names_it(run: ObjectPath) -> None:
-    save(Lease(run, 1), 20)
+    save(lease_of(run), 20)
     file = checkpoint_folder(run, 20, 1) / "rank-00001.safetensors"
     content = file.read_bytes()
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], None):
