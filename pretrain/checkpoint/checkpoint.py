@@ -28,7 +28,7 @@ from trifold.pretrain.checkpoint.format import (
     rank_file,
     read_marker,
 )
-from trifold.pretrain.checkpoint.lease import all_folders, is_valid, valid_folders
+from trifold.pretrain.checkpoint.lease import all_folders, claimed_run_id, is_valid, valid_folders
 from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.safetensors_file import SafetensorsFile
 from trifold.pretrain.storage.storage_path import FileDigest, StoragePath
@@ -122,7 +122,16 @@ def verify(folder: StoragePath) -> None:
     """Read every file of a checkpoint and compare sizes and sha256 with its marker. Raises
     CorruptCheckpoint.
     """
-    files = read_marker(folder).files
+    marker = read_marker(folder)
+    try:
+        _check_content(folder, marker.files)
+    except CorruptCheckpoint:
+        if claimed_run_id(folder) not in (None, marker.run_id):
+            raise CorruptCheckpoint(COMMIT, "it is the marker of another run's checkpoint") from None
+        raise
+
+
+def _check_content(folder: StoragePath, files: dict[str, FileDigest]) -> None:
     _check_sizes(folder, files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(_measure, [folder / file for file in files])

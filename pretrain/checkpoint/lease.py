@@ -21,6 +21,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
@@ -132,6 +134,12 @@ def is_valid(folder: StoragePath) -> bool:
     return _is_among(folder, _closed_with(folder.parent.parent, _generation(folder)))
 
 
+def claimed_run_id(folder: StoragePath) -> str | None:
+    """The run whose generation claims a checkpoint folder; None where its claim is gone or damaged."""
+    claim, _ = _read_claim(folder.parent.parent, _generation(folder))
+    return str(claim["run_id"]) if claim else None
+
+
 def all_folders(run: P) -> list[P]:
     """All checkpoint folders, complete or not, oldest first."""
     folders = [path for path in (run / "checkpoints").entries() if is_folder_name(path.name)]
@@ -179,13 +187,14 @@ def _read_lease_folder(run: StoragePath) -> _LeaseFolder:
 
 
 def _find_run_id(checkpoints: list[P], claims: dict[int, dict[str, Any]]) -> str:
-    """The id of the run: that of its newest checkpoint, else of its first claim; a new one for a new run."""
-    for folder in reversed(checkpoints):
-        try:
-            return read_marker(folder).run_id
-        except CorruptCheckpoint:
-            continue
-    return str(claims[min(claims)]["run_id"]) if claims else uuid4().hex
+    """The id of the run: that of most of its claims and newest checkpoints, one of which may have been copied
+    from another run; a new one for a new run.
+    """
+    votes = Counter(str(claim["run_id"]) for claim in claims.values())
+    for folder in checkpoints[-3:]:
+        with suppress(CorruptCheckpoint):
+            votes[read_marker(folder).run_id] += 1
+    return votes.most_common(1)[0][0] if votes else uuid4().hex
 
 
 def _new_claim(run_id: str, generation: int) -> dict[str, Any]:
