@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import pytest
 from trifold.pretrain.checkpoint.driver_claim import DriverClaim, RunIsDriven
 from trifold.pretrain.checkpoint.format import seal, unseal
 from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.storage_path import ignore
 
-FAST = {"renew_seconds": 0.05, "silent_seconds": 0.6}
 DAMAGES = {
     "flip": lambda content: bytes([content[0] ^ 1]) + content[1:],
     "zeros": lambda content: bytes(len(content)),
@@ -28,14 +30,18 @@ def run(tmp_path: Path) -> DiskPath:
     return DiskPath(tmp_path / "run")
 
 
+def fast_claim(run: DiskPath, on_wait: Callable[[str], object] = ignore) -> DriverClaim:
+    return DriverClaim(run, on_wait, renew_seconds=0.05, silent_seconds=0.6)
+
+
 def hold(folder: Path, ready: Path) -> None:
     """A driver of its own process."""
-    with DriverClaim(DiskPath(folder), **FAST):
+    with fast_claim(DiskPath(folder)):
         ready.touch()
         time.sleep(60)
 
 
-def start_driver(run: DiskPath, tmp_path: Path) -> multiprocessing.Process:
+def start_driver(run: DiskPath, tmp_path: Path) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=hold, args=(run.path, tmp_path / "ready"))
     process.start()
     deadline = time.monotonic() + 30
@@ -55,9 +61,9 @@ def forget_machine(run: DiskPath, number: int = 1) -> None:
 
 def test_the_second_driver_is_told_who_holds_the_run(run: DiskPath) -> None:
     heard: list[str] = []
-    with DriverClaim(run, **FAST) as first:
+    with fast_claim(run) as first:
         message = rf"driven by a driver on .* \(process {os.getpid()}, since \d{{4}}-.*\), which is alive"
-        with pytest.raises(RunIsDriven, match=message), DriverClaim(run, heard.append, **FAST):
+        with pytest.raises(RunIsDriven, match=message), fast_claim(run, heard.append):
             pass
         assert first.lost is None
     assert len(heard) == 1 and "waiting up to 0.6 s" in heard[0]
@@ -66,7 +72,7 @@ def test_the_second_driver_is_told_who_holds_the_run(run: DiskPath) -> None:
 def test_a_run_that_was_released_is_taken_at_once(run: DiskPath) -> None:
     for _ in range(3):
         began = time.monotonic()
-        with DriverClaim(run, **FAST):
+        with fast_claim(run):
             assert time.monotonic() - began < 0.5
     assert len([entry for entry in (run / "lease").entries() if entry.name.startswith("driver-")]) <= 2
 
@@ -85,7 +91,7 @@ def test_a_silent_claim_of_another_host_is_taken_over_and_its_holder_is_told(run
     with silent:
         forget_machine(run)
         began = time.monotonic()
-        with DriverClaim(run, **FAST):
+        with fast_claim(run):
             assert 0.6 <= time.monotonic() - began < 5
             silent.renew()
             assert silent.lost is not None and "was taken over by a driver on" in silent.lost
@@ -100,7 +106,7 @@ def test_a_stopped_process_is_taken_over_after_its_silence_and_ends_when_it_wake
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        with DriverClaim(run, **FAST) as claim:
+        with fast_claim(run) as claim:
             os.kill(process.pid, signal.SIGCONT)
             time.sleep(0.5)
             assert claim.lost is None
@@ -124,7 +130,7 @@ def test_of_several_drivers_that_take_over_one_succeeds(run: DiskPath, tmp_path:
 
 def _try(folder: Path, results: "multiprocessing.SimpleQueue[str]") -> None:
     try:
-        with DriverClaim(DiskPath(folder), **FAST):
+        with fast_claim(DiskPath(folder)):
             time.sleep(2)
             results.put("held")
     except RunIsDriven:
@@ -136,18 +142,18 @@ def test_a_damaged_claim_is_repaired_by_its_holder_and_taken_over_where_there_is
     run: DiskPath, damage: str
 ) -> None:
     file = run / "lease" / "driver-000001"
-    with DriverClaim(run, **FAST) as claim:
+    with fast_claim(run) as claim:
         file.path.write_bytes(DAMAGES[damage](file.read_bytes()))
-        with pytest.raises(RunIsDriven), DriverClaim(run, **FAST):
+        with pytest.raises(RunIsDriven), fast_claim(run):
             pass
         assert claim.lost is None and unseal(file.read_bytes()) is not None
     file.path.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with DriverClaim(run, **FAST) as claim:
+    with fast_claim(run) as claim:
         assert claim.lost is None
 
 
 def test_a_removed_lease_folder_does_not_end_the_driver_that_holds_the_run(run: DiskPath) -> None:
-    with DriverClaim(run, **FAST) as claim:
+    with fast_claim(run) as claim:
         for entry in (run / "lease").entries():
             entry.remove()
         (run / "lease").path.rmdir()

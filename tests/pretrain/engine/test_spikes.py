@@ -190,11 +190,11 @@ def test_a_fine_tune_rolls_back_as_pretraining_does(tmp_path: Path) -> None:
         ("finished", 8),
     ]
     assert rows_read(config) == [[6 * i, 6 * i + 5] for i in (0, 1, 2, 3, 4, 6, 7, 8)]
-    task = newest(config).task
+    state = newest(config).task
     assert (
-        task is not None
+        state is not None
         and newest(config).skips == [(30, 35)]
-        and [step for step, _ in task.history]
+        and [step for step, _ in state.history]
         == [
             0,
             4,
