@@ -117,6 +117,6 @@ def test_each_contender_of_the_gpu_table_runs_small_on_the_cpu(name: str, i: int
     (line,) = run_processes(1, _contender, name, i, str(tmp_path / "rows.jsonl"))[0]
     assert line[""] == gpu.SHAPES[name].contenders[i]
     if line[""] == gpu.FP8:
-        assert "wants a GPU" in line["note"]
+        assert "requires a GPU" in line["note"]
     else:
         assert line["tokens/s"] > 0 and "note" not in line and "MFU %" not in line, line
