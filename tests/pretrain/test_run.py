@@ -49,12 +49,12 @@ def test_a_run_killed_at_a_step_continues_bit_for_bit_with_dropout_on(family: st
     assert len(losses(broken.run)) < 12
     run_processes(2, train_run, broken)
     assert losses(straight.run) == losses(broken.run)
-    told = read_lines(Path(broken.run) / "events.jsonl")
-    assert [event["recompute"] for event in told if event["event"] == "started"] == [
+    lines = read_lines(Path(broken.run) / "events.jsonl")
+    assert [event["recompute"] for event in lines if event["event"] == "started"] == [
         False,
         False,
-    ]  # there is room without
-    events = [event["event"] for event in told]
+    ]  # memory suffices without
+    events = [event["event"] for event in lines]
     assert events.count("started") == 2 and "resumed" in events and events[-1] == "finished"
 
 
@@ -81,7 +81,8 @@ def test_a_full_disk_stops_the_run_at_that_save_and_the_checkpoint_before_stays(
     prepare(config, 1, quiet)
     said = run_processes(1, full_from, config, 8)[0]
     assert re.search(
-        r"step \d+ was trained but could not be saved: the disk of .* is full: this rank's part needs \d+ bytes",
+        r"step \d+ was trained but could not be saved: the disk of .* is full: this rank's part"
+        r" needs \d+ bytes",
         said,
     )
     assert said.endswith("the checkpoint before stays. Fix this and rerun the same command.")
@@ -159,9 +160,13 @@ def test_other_world_sizes_and_zero_stages_see_the_same_rows_and_the_same_losses
 
 def state_of(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint holds of weights, moments and averages."""
-    found = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
-    assert found is not None and found.state.step == config.steps
-    return {f"{name} {key}": found.full(name, key) for name in found.names for key in found.keys(name)}
+    checkpoint = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
+    assert checkpoint is not None and checkpoint.state.step == config.steps
+    return {
+        f"{name} {key}": checkpoint.full(name, key)
+        for name in checkpoint.names
+        for key in checkpoint.keys(name)
+    }
 
 
 def test_a_run_of_stages_continues_bit_for_bit_from_any_of_them_and_elsewhere_within_rounding(

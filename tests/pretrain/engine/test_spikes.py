@@ -1,6 +1,4 @@
-"""A poisoned row under each policy, in real runs of one and two ranks; the rule and the rows it leaves out,
-by numbers.
-"""
+"""A poisoned row under each policy, in real runs of one and two ranks; limits and skips, by numbers."""
 
 import math
 import os
@@ -50,15 +48,15 @@ def spoil(rows: set[int]) -> None:
     share, forward = Loader.share, Transformer.forward
 
     def spoilt(self: Loader, step: int) -> StepRows:
-        found = share(self, step)
-        if any(found.first <= row <= found.last for row in rows):
-            for micro in found.micros:
+        loaded = share(self, step)
+        if any(loaded.first <= row <= loaded.last for row in rows):
+            for micro in loaded.micros:
                 micro.tokens[:] = POISON
-        return found
+        return loaded
 
-    def huge(self: Transformer, batch: Any, **how: Any) -> Any:
-        answer = forward(self, batch, **how)
-        return answer if how or not (batch.tokens == POISON).all() else 1000 * answer
+    def huge(self: Transformer, batch: Any, **options: Any) -> Any:
+        loss = forward(self, batch, **options)
+        return loss if options or not (batch.tokens == POISON).all() else 1000 * loss
 
     Loader.share, Transformer.forward = spoilt, huge
 
@@ -66,23 +64,23 @@ def spoil(rows: set[int]) -> None:
 def poisoned(
     rank_info: RankInfo, configs: list[Any], rows: set[int], fatal: PretrainConfig | None = None
 ) -> list[str]:
-    """Train one after another; what each refused. `fatal`: in this one the last rank is killed the moment
-    that it goes back.
+    """Train one after another; the UserError of each, or "". In `fatal` the last rank is killed when it rolls
+    back.
     """
     spoil(rows)
-    said = []
+    messages = []
     for config in configs:
         if config == fatal and rank_info.rank == rank_info.world - 1:
             Progress.rewind = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         try:
             (train if isinstance(config, PretrainConfig) else trifold.finetune.run.train)(config, rank_info)
-            said.append("")
-        except UserError as refusal:
-            said.append(str(refusal))
-    return said
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
 
 
-def made(folder: Path, run: str, every: int = 4, limit: int = 3, **rule: Any) -> PretrainConfig:
+def prepared(folder: Path, run: str, every: int = 4, limit: int = 3, **rule: Any) -> PretrainConfig:
     config = recipe(
         folder,
         run,
@@ -104,9 +102,9 @@ def events(config: TrainingConfig) -> list[dict[str, Any]]:
 
 
 def newest(config: TrainingConfig) -> CheckpointState:
-    found = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
-    assert found is not None
-    return found.state
+    checkpoint = newest_verified(DiskPath(Path(config.run)), lambda event, **facts: None)
+    assert checkpoint is not None
+    return checkpoint.state
 
 
 def rows_read(config: TrainingConfig) -> list[list[int]]:
@@ -118,10 +116,12 @@ def rows_read(config: TrainingConfig) -> list[list[int]]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_poisoned_row_is_skipped_rolled_back_or_stops_the_run(world: int, tmp_path: Path) -> None:
-    skip, rollback, stop = (made(tmp_path, policy, policy=policy) for policy in ("skip", "rollback", "stop"))
-    early = made(tmp_path, "early", every=100, policy="rollback")  # no checkpoint to go back to
-    never = made(tmp_path, "never", limit=2, policy="rollback")
-    said = run_processes(world, poisoned, [skip, rollback, stop, early, never], {31, 38})[
+    skip, rollback, stop = (
+        prepared(tmp_path, policy, policy=policy) for policy in ("skip", "rollback", "stop")
+    )
+    early = prepared(tmp_path, "early", every=100, policy="rollback")  # no checkpoint to go back to
+    never = prepared(tmp_path, "never", limit=2, policy="rollback")
+    messages = run_processes(world, poisoned, [skip, rollback, stop, early, never], {31, 38})[
         0
     ]  # of the step after, too
 
@@ -151,18 +151,19 @@ def test_a_poisoned_row_is_skipped_rolled_back_or_stops_the_run(world: int, tmp_
     assert losses(rollback.run) == losses(early.run)  # going back changes no bit
 
     assert (
-        said[2].startswith("step 6 (rows 30 to 35) was not applied: its loss ")
-        and "spikes.policy is stop" in said[2]
+        messages[2].startswith("step 6 (rows 30 to 35) was not applied: its loss ")
+        and "spikes.policy is stop" in messages[2]
     )
     assert newest(stop).step == 4
     assert (
-        "step 6 (rows 36 to 41)" in said[4] and "bad step number 2 in a row (nonfinite_limit is 2)" in said[4]
+        "step 6 (rows 36 to 41)" in messages[4]
+        and "bad step number 2 in a row (nonfinite_limit is 2)" in messages[4]
     )
-    assert [bool(text) for text in said] == [False, False, True, False, True]
+    assert [bool(text) for text in messages] == [False, False, True, False, True]
 
 
 def test_a_run_killed_while_it_goes_back_takes_the_same_decisions_bit_for_bit(tmp_path: Path) -> None:
-    straight, broken = (made(tmp_path, run, policy="rollback") for run in ("straight", "broken"))
+    straight, broken = (prepared(tmp_path, run, policy="rollback") for run in ("straight", "broken"))
     with pytest.raises(AssertionError, match=r"ended without a result|onnection"):
         run_processes(2, poisoned, [straight, broken], {31}, broken)
     assert [e["event"] for e in events(broken)] == ["bad_step", "resumed"]
