@@ -51,7 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) links
-	$(BIN)/mypy
+	$(BIN)/mypy -p trifold -p tests
 
 # Links by which mypy finds trifold.*, because it does not follow setuptools' package-dir.
 links:
