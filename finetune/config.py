@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from trifold.modeling.config import Generation, Lora, Settings
+from trifold.modeling.config import Lora
+from trifold.modeling.generation.config import Generation
+from trifold.modeling.settings import Settings
 from trifold.pretrain.config.pretraining import InitialModelConfig, TokenizerConfig
 from trifold.pretrain.config.training import TrainingConfig
 

@@ -1,9 +1,8 @@
-"""What one forward and backward of a model holds in memory, counted before there is any: the model's own code
-run on fake tensors.
+"""Activation memory of one forward and backward, measured before training: the model's code on fake tensors.
 
-In: a model's config, a batch's shape, the precision. Out: bytes. Nothing is derived on paper, so a new dial
-or layer is counted as it is. It counts the uncompiled model: a compiled one keeps less. Cost: 0.1 s a layer,
-whatever its size; no memory.
+From a model's config, a batch's shape and the precision to bytes. Nothing is derived on paper, so a new
+setting or layer is counted as it is. It measures the uncompiled model; a compiled one keeps less. Cost: 0.1 s
+a layer, whatever its size, and no memory.
 """
 
 import weakref
@@ -26,16 +25,14 @@ from trifold.modeling.transformer import Transformer
 class MicroMemory(NamedTuple):
     """Bytes of one micro batch beyond the weights themselves."""
 
-    kept: int  # alive when the forward has ended: what backward will read
-    peak: int  # the most alive at a time, gradients of the weights included
-    gradients: int  # of the weights, alive when the backward has ended
-    sent: int = 0  # to the ranks that share its rows
+    kept: int  # alive after forward: what backward reads
+    peak: int  # the most that is alive at a time, including gradients of the weights
+    gradients: int  # of the weights, alive after backward
+    sent: int = 0  # to the ranks that share the rows
 
 
 class _LiveStorage(TorchDispatchMode):
-    """While inside, counts the bytes of all tensors that operations make and that are still alive, and the
-    most there were.
-    """
+    """Counts, while active, the bytes of all live tensors that operations create, and their peak."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -45,14 +42,14 @@ class _LiveStorage(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
                 self._known.add(storage)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.now)
-        return made
+        return outputs
 
     def _freed(self, size: int) -> None:
         self.now -= size
@@ -61,18 +58,15 @@ class _LiveStorage(TorchDispatchMode):
 def measure_micro_memory(
     config: ModelConfig, batch: Batch, precision: str, recompute: bool, device: str, sharing: int = 1
 ) -> MicroMemory:
-    """What forward and backward of a micro batch hold, on one of `sharing` ranks. `precision` and `recompute`
-    are the recipe's engine's.
+    """The memory of forward and backward of a micro batch, on one of `sharing` ranks that share rows.
 
-    For `cuda` bf16 is counted as fp16, which has its size and never takes the attention that is written out
-    for bf16 on the CPU; and documents and windows count as nothing, because its kernels know them in blocks,
-    where the CPU's want masks of whole rows.
+    `precision` and `recompute` are those of the recipe's `engine`. For `cuda` two substitutions make the
+    CPU's code allocate what the GPU's does: fp16 for bf16 (equal sizes, and no explicit bf16 attention), and
+    no segments or windows, whose masks are blocks on CUDA and dense on the CPU.
     """
     if device == "cuda" and config.cell == "attention" and not config.spans:
-        config, batch = (
-            config.model_copy(update={"local_window": 0}),
-            replace(batch, segments=None, source_segments=None),
-        )
+        config = config.model_copy(update={"local_window": 0})
+        batch = replace(batch, segments=None, source_segments=None)
     low = torch.bfloat16 if device == "cpu" else torch.float16
     sent = 0
 
@@ -82,28 +76,31 @@ def measure_micro_memory(
         return torch.empty_like(x)
 
     with FakeTensorMode() as mode:
-        given: dict[str, Any] = {
-            name: mode.from_tensor(value) for name, value in vars(batch).items() if value is not None
-        }
-        fake = Batch(**{"segments": None, **given})
-        torch.set_default_dtype(low if precision == "bf16" else torch.float32)  # fake weights cannot be cast
-        try:
-            model = Transformer(config)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+        fakes: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        fake = Batch(**{"segments": None, **fakes})
+        model = _fake_model(config, low if precision == "bf16" else torch.float32)
         model.recompute(recompute)
         if sharing > 1:
-            shared = SequenceShard(0, sharing, swap)
-            model.set_sequence_shard(shared)
-            fake = shared.local(fake)
-        with (
-            _LiveStorage(model.parameters()) as live,
-            torch.autocast("cpu", low, enabled=precision == "autocast"),
-        ):
-            loss = model(fake)
+            shard = SequenceShard(0, sharing, swap)
+            model.set_sequence_shard(shard)
+            fake = shard.local(fake)
+
+        autocast = torch.autocast("cpu", low, enabled=precision == "autocast")
+        with _LiveStorage(model.parameters()) as live, autocast:
+            loss = model(fake).total
             kept = live.now
             loss.backward()
             return MicroMemory(kept, live.peak, _gradients(model), sent)
+
+
+def _fake_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """Made in its dtype: fake weights cannot be cast."""
+    torch.set_default_dtype(dtype)
+    try:
+        return Transformer(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _gradients(model: nn.Module) -> int:

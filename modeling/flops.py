@@ -1,6 +1,4 @@
-"""Closed forms: how many parameters a configuration has, and what training on a row costs, before anything is
-built.
-"""
+"""Closed forms for a config's number of parameters and the FLOPs of training on a row."""
 
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.position import Relative
@@ -15,58 +13,57 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def train_flops_per_row(config: ModelConfig, tokens: int, source_tokens: int = 0) -> float:
-    """Floating-point operations of forward and backward for one row: per token 6 N + 12 L D T (PaLM, appendix
-    B).
+    """FLOPs of forward and backward for one row: 6 N + 12 L D T per token (PaLM, appendix B).
 
-    N leaves out position tables and counts a tied table once, as the head. An encoder-decoder adds up its two
-    stacks, each over its own tokens, without an untied input table (as bench/gpu_peers.py counts T5): decoder
-    tokens attend to T + S.
+    N leaves out position tables and counts a tied table once, as the head. For an encoder-decoder it is the
+    sum over its two stacks, each over its own tokens, without an untied input table (as bench/gpu_peers.py
+    counts T5); decoder tokens attend to T + S.
     """
-    width = 12 * (
-        config.dim if config.alignment != "none" else config.num_layers * config.num_heads * config.head_dim
-    )
-    embed = config.vocab_size * config.dim
+    width = 12 * config.num_layers * config.num_heads * config.head_dim
+    if config.alignment != "none":
+        width = 12 * config.dim
     if config.family != "encoder-decoder":
         n = num_parameters(config) - _position(config)
         return tokens * (6.0 * n + width * tokens)
+
     encoder = _stack(config, causal=False) - _position(config)
-    decoder = (
-        _stack(config, causal=True)
-        - _position(config)
-        + _head(config)
-        + (embed if config.tie_embeddings else 0)
-    )
-    own = config.cell == "attention"  # a recurrent stack looks at the source at most, never at itself
-    reading = source_tokens * (6.0 * encoder + own * width * source_tokens)
-    return reading + tokens * (6.0 * decoder + width * (own * tokens + source_tokens))
+    decoder = _stack(config, causal=True) - _position(config) + _head(config)
+    if config.tie_embeddings:
+        decoder += config.vocab_size * config.dim
+    attends = config.cell == "attention"  # recurrent stacks attend to the source at most, never to themselves
+    encoder_flops = source_tokens * (6.0 * encoder + attends * width * source_tokens)
+    return encoder_flops + tokens * (6.0 * decoder + width * (attends * tokens + source_tokens))
 
 
 def _stack(config: ModelConfig, causal: bool) -> int:
     if config.cell != "attention":
-        return _cells(config, causal)
+        return _recurrent_stack(config, causal)
     cross = causal and config.family == "encoder-decoder"
-    places = len(config.norm_places) * _norm(config)
-    attention = _attention(config) + places
-    layer = attention * (2 if cross else 1) + _mlp(config) + places
-    no_first = 0 if config.first_attention_norm or "pre" not in config.norm_places else _norm(config)
-    around = (config.embed_norm + config.final_norm) * _norm(config)
-    return config.num_layers * layer - no_first + around + _position(config)
+    norms = len(config.norm_places) * _norm(config)
+    attention = _attention(config) + norms
+    layer = attention * (2 if cross else 1) + _mlp(config) + norms
+    total = config.num_layers * layer + _position(config)
+    total += (config.embed_norm + config.final_norm) * _norm(config)
+    if "pre" in config.norm_places and not config.first_attention_norm:
+        total -= _norm(config)
+    return total
 
 
-def _cells(config: ModelConfig, causal: bool) -> int:
-    """A gate maps what comes in and the state, with a bias each. An encoder has two directions of half the
-    width in every layer.
-    """
+def _recurrent_stack(config: ModelConfig, causal: bool) -> int:
+    """Each gate maps input and state, with a bias each. Encoders have two directions of half the width."""
     gates, dim = {"rnn": 1, "gru": 3, "lstm": 4}[config.cell], config.dim
     width = dim if causal else dim // 2
+    directions = dim // width
     cross = causal and config.family == "encoder-decoder"
     aligned = cross and config.alignment != "none"
-    layers = (
-        config.num_layers * (dim // width) * gates * width * (dim + width + 2) + aligned * gates * dim * dim
-    )
-    bridge = cross * (dim + 1) * config.num_layers * dim * (2 if config.cell == "lstm" else 1)
-    scores = dim * dim if config.alignment == "multiplicative" else (2 * dim + 1) * dim
-    return layers + bridge + aligned * (scores + (2 * dim + 1) * dim)
+    total = config.num_layers * directions * gates * width * (dim + width + 2)
+    if cross:
+        states = 2 if config.cell == "lstm" else 1
+        total += (dim + 1) * config.num_layers * dim * states
+    if aligned:
+        scores = dim * dim if config.alignment == "multiplicative" else (2 * dim + 1) * dim
+        total += gates * dim * dim + scores + (2 * dim + 1) * dim
+    return total
 
 
 def _attention(config: ModelConfig) -> int:
@@ -75,8 +72,8 @@ def _attention(config: ModelConfig) -> int:
 
 
 def _mlp(config: ModelConfig) -> int:
-    into = 2 if config.gated else 1
-    return (into + 1) * config.dim * config.mlp_dim + config.bias * (into * config.mlp_dim + config.dim)
+    inputs = 2 if config.gated else 1  # gate and up
+    return (inputs + 1) * config.dim * config.mlp_dim + config.bias * (inputs * config.mlp_dim + config.dim)
 
 
 def _norm(config: ModelConfig) -> int:
@@ -85,7 +82,7 @@ def _norm(config: ModelConfig) -> int:
 
 def _position(config: ModelConfig) -> int:
     rows = config.position_offset + config.max_positions + config.token_types
-    tables = {"learned": rows * config.dim, "relative": Relative.buckets * config.num_heads}
+    tables = {"learned": rows * config.dim, "relative": Relative.num_buckets * config.num_heads}
     return tables.get(config.position, 0)
 
 

@@ -19,6 +19,7 @@ from trifold.pretrain.config.pretraining import PretrainConfig
 from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.data.stages import ResolvedStage, locate_step, resolve_stages
 from trifold.pretrain.engine.optimizer import lr_factor
+from trifold.pretrain.initial_model import dropout_of
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -47,7 +48,7 @@ def _same_rows_so_far(old: Any, new: Any, step: int) -> bool:
     """Stages that are yet to come may change. Dropout is keyed by micro batches, and without it a micro
     batch's size changes only rounding.
     """
-    dropout = max(old.model.dropout, new.model.dropout) > 0
+    dropout = max(dropout_of(old.model), dropout_of(new.model)) > 0
     if not (isinstance(old, PretrainConfig) and isinstance(new, PretrainConfig)):
         return bool(old.step_rows == new.step_rows) and not dropout
     old_stages, new_stages = resolve_stages(old), resolve_stages(new)
@@ -73,7 +74,7 @@ def _same_rates_so_far(old: Any, new: Any, step: int) -> bool:
 
 def _no_dropout(old: Any, new: Any, step: int) -> bool:
     """Slices of a row draw their dropout separately."""
-    return bool(old.model.dropout == new.model.dropout == 0)
+    return dropout_of(old.model) == dropout_of(new.model) == 0
 
 
 SAFE: dict[str, Rule] = {

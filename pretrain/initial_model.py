@@ -17,6 +17,8 @@ from torch import Tensor
 
 from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.huggingface import understand
+from trifold.modeling.huggingface.fields import other_dropouts
 from trifold.modeling.transformer import Transformer, build
 from trifold.pretrain.checkpoint.checkpoint import Checkpoint
 from trifold.pretrain.checkpoint.lease import valid_folders
@@ -38,10 +40,12 @@ def load_initial_model(
     """
     if isinstance(model, ModelConfig):
         return model, None
-    dropout = {"dropout": model.dropout, "label_smoothing": model.label_smoothing}
+    settings: dict[str, float] = {"label_smoothing": model.label_smoothing}
+    if model.dropout is not None:
+        settings["dropout"] = model.dropout
     if model.folder is None:
         assert model.config is not None
-        return model.config.model_copy(update=dropout), None
+        return model.config.model_copy(update=settings), None
     folder = Path(model.folder)
     shape, state = published_folder.load_model(folder)
     published = published_folder.open_tokenizer(folder).fingerprint
@@ -51,7 +55,32 @@ def load_initial_model(
             f"{run_tokenizer} has the fingerprint {own}, and the tokenizer of {folder} has {published}: give"
             " another `run` folder."
         )
-    return shape.model_copy(update=dropout), None if model.random else state
+    return shape.model_copy(update=settings), None if model.random else state
+
+
+def dropout_of(model: ModelConfig | InitialModelConfig) -> float:
+    """The dropout that a run trains with: the recipe's, or else that of the folder that it starts from."""
+    if model.dropout is not None:
+        return model.dropout
+    if model.folder is not None:
+        return published_folder.load_config(Path(model.folder)).dropout
+    assert model.config is not None
+    return model.config.dropout
+
+
+def start_notes(model: ModelConfig | InitialModelConfig) -> list[str]:
+    """Sentences on the folder's dropout: what is trained with, and what Trifold does not have."""
+    if isinstance(model, ModelConfig) or model.folder is None:
+        return []
+    stock_config = published_folder.read_config(Path(model.folder))
+    architecture, _ = understand(stock_config)
+    notes = []
+    if model.dropout is None and (dropout := dropout_of(model)):
+        notes.append(f"dropout {dropout:g}, as in {model.folder}; model.dropout in the recipe overrides it")
+    unused = other_dropouts(stock_config, architecture.dropout)
+    if unused:
+        notes.append(f"{model.folder} sets {', '.join(unused)}, which Trifold does not train with")
+    return notes
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _pretraining(folder: Path, family: str, objective: dict[str, Any]) -> dict[s
 
 def _finetuning(folder: Path, model: Path) -> dict[str, Any]:
     return {
-        "model": {"from": str(model)},
+        "model": {"from": str(model), "dropout": 0.0},
         "task": {"kind": "ner", "train": [str(folder / "train.conll")], "dev": [str(folder / "dev.conll")]},
         "engine": {"precision": "fp32"},
         "cluster": {"threads_per_worker": 1},

@@ -18,7 +18,7 @@ PACKAGES = ("modeling", "pretrain", "finetune", "launch")  # each imports itself
 # (with all below it).
 LEVELS = {
     "modeling": (
-        "errors",
+        "errors settings",
         "attention config",
         "batch position",
         "recurrent sequence_parallel flops",

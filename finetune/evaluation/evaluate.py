@@ -16,7 +16,7 @@ from torch import Tensor
 from trifold.finetune.tasks.scores import bootstrap_intervals
 from trifold.finetune.tasks.task import Task
 from trifold.modeling.batch import Batch
-from trifold.modeling.config import Generation
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.publish import published_folder

@@ -23,8 +23,8 @@ from trifold.finetune.tasks.scores import entities
 from trifold.finetune.tasks.summarization import pick_sentences
 from trifold.finetune.tasks.task import align_to_tokens
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.corpus import check_unicode
 
 _WORD = re.compile(

@@ -17,7 +17,8 @@ from trifold.finetune.examples.squad import Question, read_questions
 from trifold.finetune.tasks.qa import Pointer, Window
 from trifold.finetune.tasks.task import Model, label_logits
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Family, Generation, ModelConfig
+from trifold.modeling.config import Family, ModelConfig
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 

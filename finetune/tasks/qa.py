@@ -21,8 +21,9 @@ from trifold.finetune.examples.squad import Question, read_questions
 from trifold.finetune.tasks.scores import answer_scores, answer_statistics, words
 from trifold.finetune.tasks.task import Model, Task, TextToText, label_logits
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Family, Generation, ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 

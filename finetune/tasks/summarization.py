@@ -19,8 +19,9 @@ from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.tasks.scores import Rouge, words
 from trifold.finetune.tasks.task import Model, Task, TextToText, align_to_tokens, label_logits
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Family, Generation, ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 

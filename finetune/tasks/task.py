@@ -14,8 +14,9 @@ from torch import Tensor
 from trifold.finetune.examples.pairs import Pair
 from trifold.finetune.rows import TaskRows, row_capacity
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Family, Generation, ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer

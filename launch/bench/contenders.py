@@ -124,7 +124,7 @@ def bare(
             for micro in chosen:
                 if config.engine.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                (model(micro.batch.to(rank_info.device)) / sum(m.targets for m in chosen)).backward()
+                (model(micro.batch.to(rank_info.device)).total / sum(m.targets for m in chosen)).backward()
             torch._foreach_copy_(grads, [weight.grad for weight in weights if weight.grad is not None])
             nn.utils.clip_grad_norm_(masters, settings.clip)
             optimizer.step()

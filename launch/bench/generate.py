@@ -13,8 +13,9 @@ from trifold.launch.bench.contenders import SPECIAL, stock_class
 from trifold.launch.bench.report import Row, machine, show
 from trifold.launch.recipe.schema import PretrainRecipe
 from trifold.launch.terminal import Terminal
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface import export
 from trifold.modeling.transformer import build

@@ -188,8 +188,8 @@ class SingleProcessModel:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        nll_BT, correct_BT = self.model(batch.to(self.device), per_token=True)
-        return nll_BT, correct_BT
+        losses = self.model(batch.to(self.device))
+        return losses.nll, losses.correct
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values

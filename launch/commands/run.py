@@ -22,6 +22,7 @@ from trifold.launch.terminal import Terminal
 from trifold.launch.watch.progress import ProgressWatcher
 from trifold.launch.watch.trackers import tracking
 from trifold.pretrain.distributed import RankInfo
+from trifold.pretrain.initial_model import start_notes
 from trifold.pretrain.monitor.run_folder import last_outcome
 
 Progress = Callable[[str, int], None]  # what is being prepared, and how many are done
@@ -43,6 +44,8 @@ def drive(
     signal. Raises UserError when the run cannot continue.
     """
     folder = Path(config.run)
+    for note in start_notes(config.model):
+        console.print_line(note)
     _connect(config, address)
     with watch_run_folder(config, console) as watcher, tracking(config, console):
         prepare(config, watcher.prepared)

@@ -18,8 +18,9 @@ from trifold.finetune.evaluation.model_selection import best_step
 from trifold.launch.recipe.reader import checkpoint_root_of_run
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.block import Attention
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.recurrent.stack import Alignment
 from trifold.modeling.transformer import Transformer, build
@@ -70,9 +71,8 @@ def reach(model: Transformer, rows: RowSource, documents: int = 64) -> list[floa
             else model.encoder(model.embedded(batch.source), None)
         )
         h_1TD = model.decoder(x_1TD, None, memory, None)
-        (gradient,) = torch.autograd.grad(
-            model.head(h_1TD[:, -1:], model.embed, batch.targets[:, -1:]), x_1TD
-        )
+        losses = model.head.losses(h_1TD[:, -1:], model.embed, batch.targets[:, -1:], None)
+        (gradient,) = torch.autograd.grad(losses.total, x_1TD)
         norms = gradient[0].norm(dim=-1).flip(0)
         for distance, norm in enumerate((norms / norms[0]).tolist()):
             sums.setdefault(distance, []).append(norm)
@@ -100,7 +100,7 @@ def speed(model_config: ModelConfig) -> dict[int, float]:
         times = []
         for _ in range(3):
             start = time.process_time()
-            model(batch).backward()
+            model(batch).total.backward()
             times.append(time.process_time() - start)
         made[length] = tokens.numel() / min(times)
     return made
@@ -155,7 +155,7 @@ def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch, at: int | Non
             hooks.append(
                 module.register_forward_hook(lambda m, given, result, name=name: keep(name, m, given, result))
             )
-    model(batch, logits=True)
+    model.logits(batch)
     for hook in hooks:
         hook.remove()
     read = _pieces(tokenizer, batch.tokens if batch.source is None else batch.source)

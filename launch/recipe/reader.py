@@ -15,8 +15,8 @@ import yaml
 
 from trifold.launch.recipe.errors import show_value, validate
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe, R, S
-from trifold.modeling.config import Settings
 from trifold.modeling.errors import UserError
+from trifold.modeling.settings import Settings
 from trifold.pretrain.config.flatten import flatten
 from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StoragePath

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from trifold.finetune.config import FinetuneConfig
-from trifold.modeling.config import Settings
+from trifold.modeling.settings import Settings
 from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
 
 

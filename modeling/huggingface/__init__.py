@@ -1,8 +1,13 @@
-"""Published architectures: ModelConfig and state dict -> stock config and tensors, and back. One file per
-architecture.
+"""Published architectures: ModelConfig and state dict -> stock config and tensors, and back.
 
-`export` takes the first architecture that expresses the model; which one does is found by writing its config
-and reading it back: a dial that does not return is one it cannot say. `restore` asks the same of a stock
+A model comes in as (ModelConfig, state dict) and leaves as config.json's content and stock tensors
+(`export`), or the other way round (`recognise`, `restore`). Each architecture has a file with its name table
+and its config in both directions; tables.py reads the tables, fields.py has what the configs share,
+task_heads.py the classes with labels or spans, generation.py generation_config.json, and adapters.py PEFT's
+adapters.
+
+`export` takes the first architecture that expresses the model. Which one does is found by writing its config
+and reading it back: a field that does not return cannot be expressed. `recognise` does the same with a stock
 config.
 """
 
@@ -14,11 +19,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.huggingface.bart import BART
 from trifold.modeling.huggingface.bert import BERT, BERT_SPANS, BERT_TOKENS
-from trifold.modeling.huggingface.fields import lost, token_roles, unexpressed
+from trifold.modeling.huggingface.fields import (
+    check_sizes,
+    lost,
+    other_dropouts,
+    token_roles,
+    unexpressed,
+)
 from trifold.modeling.huggingface.generation import read_generation
 from trifold.modeling.huggingface.gpt2 import GPT2, GPT2_SPANS, GPT2_TOKENS
 from trifold.modeling.huggingface.llama import LLAMA, LLAMA_SPANS, LLAMA_TOKENS
@@ -42,14 +54,15 @@ ARCHITECTURES = (
 
 
 @dataclass(frozen=True)
-class Found:
-    """A stock folder as we read it."""
+class ImportedModel:
+    """A stock folder as Trifold reads it."""
 
     architecture: Architecture
     config: ModelConfig
-    state: dict[str, Tensor]  # fp32, ours by name
-    dropped: list[str]  # the folder's tensors that the architecture does not have
-    fresh: list[str]  # our tensors that the folder has none for: a bare class has no head
+    state: dict[str, Tensor]  # fp32, by our names
+    dropped: list[str]  # tensors of the folder that the architecture does not have
+    fresh: list[str]  # tensors of ours that the folder lacks: the head of a bare class
+    untrained: list[str]  # dropout settings of the folder, `field = value`, that Trifold does not have
 
 
 def export(
@@ -58,118 +71,121 @@ def export(
     special: Mapping[str, int],
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(stock config, stock state dict) of a model. `special` gives the ids of pad, bos and eos.
+    """(stock config, stock state dict) of a model. `special` has the ids of pad, bos and eos.
 
-    Raises UserError naming the dial when no published architecture expresses the config.
+    Raises UserError naming the field when no published architecture expresses the config.
     """
     architecture, hf = express(config, special)
     stock = to_stock(architecture.table, config, state)
-    return {**hf, "dtype": str(dtype).removeprefix("torch.")}, {
-        name: tensor.to(dtype) for name, tensor in stock.items()
-    }
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {**hf, "dtype": dtype_name}, {name: tensor.to(dtype) for name, tensor in stock.items()}
 
 
 def restore(
     hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(config, fp32 state dict) of a stock folder's config.json and tensors: what `recognise` finds, where
-    only the model matters.
-    """
-    found = recognise(hf_config, hf_state)
-    return found.config, found.state
+    """(config, fp32 state dict) of a stock folder's config.json and tensors, by `recognise`."""
+    imported = recognise(hf_config, hf_state)
+    return imported.config, imported.state
 
 
-def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> Found:
-    """A stock folder's config.json and tensors. A head that a bare class lacks begins fresh (seed 0).
+def recognise(hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]) -> ImportedModel:
+    """A stock folder's config.json and tensors. The head that a bare class lacks is initialised (seed 0).
 
-    Raises UserError naming the setting that Trifold does not have, or the tensor that is missing, unexpected or
-    of another shape.
+    Raises UserError naming the setting that Trifold does not have, or the tensor that is missing, unexpected
+    or of another shape.
     """
     architecture, config = understand(hf_config)
     named = known_names(architecture.table, architecture.prefix, config, hf_state)
-    if config.tie_embeddings and _own_head(architecture, config, named):
+    if config.tie_embeddings and _has_untied_head(architecture, config, named):
         config = config.model_copy(update={"tie_embeddings": False})
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
     bare = hf_config["architectures"][0] in architecture.also
     state, dropped = from_stock(architecture.table, config, shapes, named, headless=bare)
     fresh = sorted(shapes.keys() - state.keys())
     for name in fresh:
-        reset(name, state.setdefault(name, torch.empty(shapes[name])), config, seed=0)
-    return Found(architecture, config, state, dropped, fresh)
+        state[name] = torch.empty(shapes[name])
+        reset(name, state[name], config, seed=0)
+    untrained = other_dropouts(hf_config, architecture.dropout)
+    return ImportedModel(architecture, config, state, dropped, fresh, untrained)
 
 
-def _own_head(architecture: Architecture, config: ModelConfig, named: Mapping[str, Tensor]) -> bool:
-    """Whether the folder holds a head beside the embeddings that is not their copy. Stock classes then do not
-    tie, whatever is said.
-    """
-    spelled = reversed(
-        list(spell(architecture.table, config))
-    )  # the first name of a tensor is its own, later ones are copies
-    of = {source: named[line.stock] for line in spelled for source in line.sources if line.stock in named}
-    return (
-        "head.weight" in of
-        and "embed.weight" in of
-        and not torch.equal(of["head.weight"], of["embed.weight"])
-    )
+def _has_untied_head(architecture: Architecture, config: ModelConfig, named: Mapping[str, Tensor]) -> bool:
+    """Whether the folder's head differs from its embeddings: stock classes then never tie them."""
+    tensors: dict[str, Tensor] = {}
+    for line in spell(architecture.table, config):
+        for source in line.sources:
+            if line.stock in named:
+                tensors.setdefault(source, named[line.stock])  # the first name is the tensor's own
+    head, embed = tensors.get("head.weight"), tensors.get("embed.weight")
+    return head is not None and embed is not None and not torch.equal(head, embed)
 
 
 def decoding(hf_config: Mapping[str, Any], hf_generation: Mapping[str, Any]) -> Generation:
-    """How a stock folder writes text, from config.json and generation_config.json (which wins)."""
-    fields = {**hf_config, **hf_generation}
-    if not fields.get("is_encoder_decoder"):  # stock decoders force an end only where this file says so
-        fields["forced_eos_token_id"] = hf_generation.get("forced_eos_token_id")
-    return read_generation(fields, token_roles(fields))
+    """A stock folder's generation settings: those of generation_config.json over those of config.json."""
+    settings = {**hf_config, **hf_generation}
+    if not settings.get("is_encoder_decoder"):  # stock decoders force an end only where this file says so
+        settings["forced_eos_token_id"] = hf_generation.get("forced_eos_token_id")
+    return read_generation(settings, token_roles(settings))
 
 
 def express(config: ModelConfig, special: Mapping[str, int]) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that publishes a model, and its stock config. Raises UserError naming the dial that none
-    has.
+    """The architecture that publishes a model, and its stock config.
+
+    Raises UserError naming the fields that the nearest architecture lacks.
     """
-    refusals = []
+    rejections = []
     for architecture in ARCHITECTURES:
         try:
             hf = architecture.write(config, special)
-            said = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
+            expressed = ModelConfig.model_construct(**architecture.read(architecture.complete(hf)))
         except UserError as reason:
-            refusals.append(
-                (50, f"{architecture.stock_class}: {reason}")
-            )  # further away than one that lacks a few dials
+            # Further away than one that lacks a few fields.
+            rejections.append((50, f"{architecture.stock_class}: {reason}"))
             continue
-        dials = lost(config, said)
-        if not dials:
+        fields = lost(config, expressed)
+        if not fields:
             return architecture, hf
-        refusals.append(
-            (
-                len(dials) + 100 * (said.family != config.family),
-                f"{architecture.stock_class} has no {', '.join(dials)}",
-            )
-        )
-    raise UserError(f"no published architecture expresses this model; the nearest, {min(refusals)[1]}")
+        distance = len(fields) + 100 * (expressed.family != config.family)
+        rejections.append((distance, f"{architecture.stock_class} has no {', '.join(fields)}"))
+    _, nearest = min(rejections)
+    raise UserError(f"no published architecture expresses this model; the nearest, {nearest}")
 
 
 def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
-    """The architecture of a stock config and the model it means. Raises UserError naming a setting that Trifold
-    does not have.
+    """The architecture of a stock config and the model it describes.
+
+    Raises UserError naming a setting that Trifold does not have, or a size that no model has.
     """
-    named = hf_config.get("architectures") or [None]
+    names = hf_config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     known = {
-        name: architecture
+        stock_class: architecture
         for architecture in ARCHITECTURES
-        for name in (architecture.stock_class, *architecture.also)
+        for stock_class in (architecture.stock_class, *architecture.also)
     }
-    if named[0] not in known:
-        raise UserError(f"config.json names the architecture {named[0]}; Trifold reads {', '.join(known)}")
-    architecture = known[named[0]]
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"config.json names the architecture {name}; Trifold reads {', '.join(known)}")
+    architecture = known[name]
+    check_sizes(hf_config)
     try:
         hf = architecture.complete(dict(hf_config))
         config = ModelConfig(**architecture.read(hf))
+        clauses = list(unexpressed(hf, architecture.write(config, token_roles(hf))))
     except KeyError as missing:
-        raise UserError(f"config.json of {named[0]} lacks {missing.args[0]}") from None
+        raise UserError(f"config.json of {name} lacks {missing.args[0]}") from None
     except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "its settings"
         raise UserError(
-            f"config.json of {named[0]} means no model that Trifold has: {error.errors()[0]['msg']}"
+            f"config.json of {name} describes no model that Trifold has: {field}: {first['msg']}"
         ) from None
-    for clause in unexpressed(hf, architecture.write(config, token_roles(hf))):
-        raise UserError(f"config.json of {named[0]} {clause}")
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json of {name} has a value of the wrong kind: {error}") from None
+    if clauses:
+        raise UserError(f"config.json of {name} {clauses[0]}")
     return architecture, config

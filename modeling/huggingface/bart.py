@@ -1,16 +1,15 @@
-"""BART (Lewis et al. 2020): post-norm encoder-decoders with learned positions from 2. Stock class:
-transformers/models/bart.
+"""BART (Lewis et al. 2020): post-norm encoder-decoders with learned positions from 2.
 
-The bias of its logits is a buffer that nobody trains. Norms have an eps of 1e-5 that no config can change. An
-untied stock model has three tables of embeddings: we read it where they are equal. mBART and M2M-100 (their
-own files) share most of this.
+Stock class: transformers/models/bart. The bias of its logits is a buffer, never trained. Norms have an eps of
+1e-5 that no config can change. An untied stock model has three embedding tables: Trifold reads it where they
+are equal. mBART and M2M-100 (their own files) share most of this.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, token_ids, whole_heads
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, token_ids
 from trifold.modeling.huggingface.tables import Architecture
 
 STACK = """
@@ -42,17 +41,27 @@ model.<s>.layernorm_embedding.{p} = <s>.embed_norm.{p}
 BIAS = "final_logits_bias = head.bias | row\n"
 
 
-def table(norm: str, around: str, head: str) -> str:
-    """The names of an architecture of this kin: where its norms stand, what each stack has around its layers,
-    and its head.
-    """
-    stacks = "".join((STACK + around).replace("<s>", stack) for stack in ("encoder", "decoder"))
+def table(norm: str, ends: str, head: str) -> str:
+    """The table of BART or a relative: the place of its norms, the ends of each stack, its head."""
+    stacks = "".join((STACK + ends).replace("<s>", stack) for stack in ("encoder", "decoder"))
     return f"model.shared.weight = embed.weight{(stacks + CROSS).replace('<n>', norm)}{head}{HEAD}"
 
 
+# Variants of fairseq's models, which the stock class does not read.
+FAIRSEQ = (
+    "add_bias_logits",
+    "add_final_layer_norm",
+    "normalize_before",
+    "normalize_embedding",
+    "static_position_embeddings",
+    "extra_pos_embeddings",
+    "is_decoder",
+)
+
+
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
-    sizes = {
+    check_heads(config)
+    stack = {
         "layers": config.num_layers,
         "attention_heads": config.num_heads,
         "ffn_dim": config.mlp_dim,
@@ -64,15 +73,17 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
         "d_model": config.dim,
-        **{f"{stack}_{field}": size for stack in ("encoder", "decoder") for field, size in sizes.items()},
+        **{f"encoder_{field}": value for field, value in stack.items()},
+        **{f"decoder_{field}": value for field, value in stack.items()},
         "num_hidden_layers": config.num_layers,
         "activation_function": ACTIVATIONS[config.activation],
         "max_position_embeddings": config.max_positions,
         "scale_embedding": config.embed_scale != 1,
         "tie_word_embeddings": config.tie_embeddings,
-        **{
-            name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout", "classifier_dropout")
-        },
+        "dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "classifier_dropout": 0.0,
         "init_std": config.init_std,
         "use_cache": True,
         **token_ids(special),
@@ -82,24 +93,12 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    fairseq = {  # what fairseq's models could have been; the stock class reads none of it
-        *(
-            "add_bias_logits",
-            "add_final_layer_norm",
-            "normalize_before",
-            "normalize_embedding",
-            "static_position_embeddings",
-        ),
-        *("extra_pos_embeddings", "is_decoder"),
-    }
     return {
-        **{
-            "is_encoder_decoder": True,
-            "activation_function": "gelu",
-            "scale_embedding": False,
-            "tie_word_embeddings": True,
-        },
-        **{name: value for name, value in hf.items() if name not in fairseq},
+        "is_encoder_decoder": True,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "tie_word_embeddings": True,
+        **{name: value for name, value in hf.items() if name not in FAIRSEQ},
         "num_hidden_layers": hf["encoder_layers"],
     }
 
@@ -128,11 +127,20 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "embed_scale": hf["d_model"] ** 0.5 if hf["scale_embedding"] else 1.0,
         "logit_bias": "fixed",
         "tie_embeddings": hf["tie_word_embeddings"],
+        "dropout": hf.get("dropout", 0.1),
         "init_std": hf.get("init_std", 0.02),
     }
 
 
 TABLE = table("post", LEARNED, BIAS)
 BART = Architecture(
-    "BartForConditionalGeneration", "bart", TABLE, write, complete, read, also=("BartModel",), prefix="model."
+    "BartForConditionalGeneration",
+    "bart",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("BartModel",),
+    prefix="model.",
+    dropout=("dropout",),
 )

@@ -1,24 +1,17 @@
-"""BERT (Devlin et al. 2019): post-norm encoders with learned positions. Stock class:
-transformers/models/bert.
+"""BERT (Devlin et al. 2019): post-norm encoders with learned positions.
 
-Its token types are one table of ours beside the positions: row 0 is read everywhere, the other rows are kept
-for the way back. Task heads stand on the hidden states without the dense transform. Poolers and next-sentence
-heads are dropped: no class that we write has them.
+Stock class: transformers/models/bert. Its token types are one table of ours beside the positions: row 0 is
+added everywhere, the other rows are kept for the way back. Task heads have no dense layer. Poolers and
+next-sentence heads are dropped: no class that Trifold writes has them.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface.fields import (
-    ACTIVATIONS,
-    activation,
-    label_fields,
-    labels,
-    token_ids,
-    whole_heads,
-)
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, token_ids
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 BODY = """
 bert.embeddings.word_embeddings.weight = embed.weight
@@ -48,18 +41,10 @@ cls.predictions.decoder.bias?head.weight = head.bias
 cls.seq_relationship.{p}~ = nothing
 """
 )
-TOKENS = (
-    BODY
-    + """
-classifier.weight = head.labels.weight
-classifier.bias = head.labels.bias
-"""
-)
-SPANS = TOKENS.replace("classifier.", "qa_outputs.")
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
+    check_heads(config)
     return {
         "architectures": ["BertForMaskedLM"],
         "model_type": "bert",
@@ -76,7 +61,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "is_decoder": False,
         "add_cross_attention": False,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_dropout_prob": 0.0,
+        "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": 0.0,
         "classifier_dropout": 0.0,
         "initializer_range": config.init_std,
@@ -120,24 +105,9 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "task_dense": False,
         "logit_bias": True,
         "tie_embeddings": hf["tie_word_embeddings"],
+        "dropout": hf.get("hidden_dropout_prob", 0.1),
         "init_std": hf.get("initializer_range", 0.02),
     }
-
-
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["BertForTokenClassification"], **label_fields(config)}
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "labels": labels(hf)}
-
-
-def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["BertForQuestionAnswering"], **label_fields(config)}
-
-
-def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "spans": True}
 
 
 BERT = Architecture(
@@ -149,6 +119,7 @@ BERT = Architecture(
     read,
     also=("BertModel", "BertForPreTraining"),
     prefix="bert.",
+    dropout=("hidden_dropout_prob",),
 )
-BERT_TOKENS = Architecture("BertForTokenClassification", "bert", TOKENS, write_tokens, complete, read_tokens)
-BERT_SPANS = Architecture("BertForQuestionAnswering", "bert", SPANS, write_spans, complete, read_spans)
+BERT_TOKENS = with_task_head(BERT, "BertForTokenClassification", "labels", body=BODY, module="classifier")
+BERT_SPANS = with_task_head(BERT, "BertForQuestionAnswering", "spans", body=BODY, module="qa_outputs")

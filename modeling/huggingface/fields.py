@@ -1,6 +1,4 @@
-"""What the configs of all architectures share: activations, rotary positions, special tokens, and comparing
-by meaning.
-"""
+"""What the configs of all architectures share: special tokens, limits of sizes, comparison, and more."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,79 +7,58 @@ from typing import Any
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 
+# ours -> stock
 ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
-}  # ours -> stock
-
-# Fields that do not bear on the logits: book-keeping, training-time settings, special tokens (which the
-# tokenizer knows), generation.
-_FREE = {
-    *(
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "initializer_range",
-        "initializer_cutoff_factor",
-        "use_cache",
-    ),
-    *(
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "cls_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "pretraining_tp",
-    ),
-    *(
-        "sparse_prediction",
-        "sparse_pred_ignore_index",
-        "deterministic_flash_attn",
-        "classifier_pooling",
-        "max_length",
-    ),
-    *(
-        "id2label",
-        "label2id",
-        "gradient_checkpointing",
-        "reference_compile",
-        "repad_logits_with_grad",
-        "init_std",
-        "initializer_factor",
-    ),
-    *(
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "force_bos_token_to_be_generated",
-        "num_beams",
-        "early_stopping",
-        "min_length",
-    ),
-    *(
-        "no_repeat_ngram_size",
-        "length_penalty",
-        "task_specific_params",
-        "prefix",
-        "output_past",
-        "tokenizer_class",
-        "finetuning_task",
-    ),
-    *(
-        "encoder_layerdrop",
-        "decoder_layerdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "directionality",
-        "output_attentions",
-    ),
-    *("output_hidden_states", "reorder_and_upcast_attn"),
 }
-_HEADS_OF_OTHERS = ("summary_", "pooler_")  # settings of heads that none of our classes has
+
+# Fields that do not affect the logits: book-keeping, training settings, special tokens (which the tokenizer
+# knows), and settings of generation.
+_WITHOUT_EFFECT = set(
+    """ architectures dtype torch_dtype transformers_version tokenizer_class finetuning_task
+    task_specific_params initializer_range initializer_cutoff_factor initializer_factor init_std
+    gradient_checkpointing encoder_layerdrop decoder_layerdrop resid_pdrop embd_pdrop attn_pdrop
+    sparse_prediction sparse_pred_ignore_index deterministic_flash_attn reference_compile
+    repad_logits_with_grad pretraining_tp classifier_pooling directionality id2label label2id
+    reorder_and_upcast_attn use_cache output_past output_attentions output_hidden_states pad_token_id
+    bos_token_id eos_token_id cls_token_id sep_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id force_bos_token_to_be_generated max_length min_length num_beams early_stopping
+    no_repeat_ngram_size length_penalty prefix """.split()
+)
+_HEADS_OF_OTHERS = ("summary_", "pooler_")  # settings of heads that Trifold does not have
+
+# The sizes of a plausible model, by the last part of a field's name: at least, at most.
+_LAYERS, _HEADS, _WIDTH = (1, 1_000), (1, 10_000), (1, 1_000_000)
+_LIMITS = {
+    "vocab_size": (1, 100_000_000),
+    "type_vocab_size": (0, 10_000),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), _LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), _HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), _HEADS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "head_dim", "d_kv"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), _WIDTH),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_positions"), (1, 100_000_000)),
+    "global_attn_every_n_layers": _LAYERS,
+    "local_attention": (0, 100_000_000),
+    "pad_token_id": (-1, 100_000_000),
+}
+
+
+def check_sizes(hf: Mapping[str, Any]) -> None:
+    """Raises UserError naming the field of a size that no model has, before it is used."""
+    for name, value in flat(hf):
+        limits = _LIMITS.get(name.rpartition(".")[2])
+        if limits is None or value is None:
+            continue
+        low, high = limits
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(
+                f"config.json sets {name} = {value!r}, which must be a number from {low} to {high}"
+            )
 
 
 def activation(hf: Mapping[str, Any], field: str) -> str:
@@ -95,12 +72,22 @@ def activation(hf: Mapping[str, Any], field: str) -> str:
 
 
 def token_roles(hf: Mapping[str, Any]) -> dict[str, int]:
-    """The special tokens that a stock config names, 0 where it names none; `start` is what a decoder starts
-    from.
+    """The special tokens that a stock config names, 0 where it names none.
+
+    `start` is the token from which a decoder with a source starts. Of several end tokens the first one
+    counts; generation reads the others (generation.py).
     """
-    ids = {role: hf.get(f"{role}_token_id") for role in ("pad", "bos", "eos")}
-    ids["start"] = hf.get("decoder_start_token_id", ids["bos"])
-    return {role: (found[0] if isinstance(found, list) else found) or 0 for role, found in ids.items()}
+    ids = {role: first_token(hf.get(f"{role}_token_id")) for role in ("pad", "bos", "eos")}
+    start = first_token(hf.get("decoder_start_token_id"))
+    ids["start"] = ids["bos"] if start is None else start
+    return {role: token or 0 for role, token in ids.items()}
+
+
+def first_token(ids: Any) -> Any:
+    """The first of several token ids; a single one as it is."""
+    if isinstance(ids, list):
+        return ids[0] if ids else None
+    return ids
 
 
 def token_ids(special: Mapping[str, int]) -> dict[str, int]:
@@ -127,8 +114,8 @@ def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(hf["id2label"].items(), key=lambda item: int(item[0])))
 
 
-def whole_heads(config: ModelConfig) -> None:
-    """Stock configs insist on this, even where head_dim is given."""
+def check_heads(config: ModelConfig) -> None:
+    """Stock configs require heads to divide the width, even where head_dim is set."""
     if config.dim % config.num_heads:
         raise UserError(f"dim ({config.dim}) is not a multiple of num_heads ({config.num_heads})")
 
@@ -150,16 +137,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def bears_on_logits(name: str) -> bool:
-    """Whether a field of a stock config, by its dotted name, says what model it is."""
-    return not (
-        _FREE & set(name.split(".")) or "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS))
-    )
+    """Whether a field of a stock config, by its dotted name, affects the logits."""
+    if "dropout" in name or name.startswith(("_", *_HEADS_OF_OTHERS)):
+        return False
+    return not _WITHOUT_EFFECT & set(name.split("."))
 
 
 def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator[str]:
-    """What of a completed stock config bears on the logits and would not come back from our ModelConfig, a
-    clause each.
-    """
+    """What of a completed stock config affects the logits and is lost in our ModelConfig, a clause each."""
     theirs, ours = dict(flat(hf)), dict(flat(rewritten))
     for name in {**theirs, **ours}:
         if not bears_on_logits(name):
@@ -172,28 +157,43 @@ def unexpressed(hf: Mapping[str, Any], rewritten: Mapping[str, Any]) -> Iterator
             yield f"sets {name} = {theirs[name]!r}, where Trifold has only {ours[name]!r}"
 
 
-def lost(wanted: ModelConfig, said: ModelConfig) -> list[str]:
-    """The dials by which the model that was said is not the one that was wanted, a clause each."""
-    ours, theirs = meaning(wanted), meaning(said)
+def lost(wanted: ModelConfig, expressed: ModelConfig) -> list[str]:
+    """The fields in which an expressed model is not the one that is wanted, a clause each."""
+    ours, theirs = meaning(wanted), meaning(expressed)
     return [
-        f"{dial} {ours.get(dial)!r} (it has {theirs.get(dial)!r})"
-        for dial in ours | theirs
-        if not same(ours.get(dial), theirs.get(dial))
+        f"{name} {ours.get(name)!r} (it has {theirs.get(name)!r})"
+        for name in ours | theirs
+        if not same(ours.get(name), theirs.get(name))
     ]
 
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
-    """The dials that bear on the logits, in a form where equal models are equal."""
-    dials = config.model_dump(exclude={"dropout", "label_smoothing", "init_std", "mimetic", "global_every"})
-    dials["attention_scale"] = config.attention_scale or (config.head_dim or 1) ** -0.5
-    dials["norm_places"] = tuple(sorted(config.norm_places))
-    dials["local_layers"] = [
-        i for i in range(config.num_layers) if config.local_window and i % config.global_every
-    ]
+    """The fields that affect the logits, in a form in which equal models are equal."""
+    training = {"dropout", "label_smoothing", "init_std", "mimetic"}
+    fields = config.model_dump(exclude=training | {"global_every"})
+    fields["attention_scale"] = config.attention_scale or (config.head_dim or 1) ** -0.5
+    fields["norm_places"] = tuple(sorted(config.norm_places))
+    layers = range(config.num_layers) if config.local_window else ()
+    fields["local_layers"] = [i for i in layers if i % config.global_every]
     if config.position != "rope":
-        del dials["rope_theta"]
-    if config.position != "rope" or not dials["local_layers"]:
-        del dials["local_rope_theta"]
-    if not dials["local_layers"]:
-        del dials["local_window"]
-    return dials
+        del fields["rope_theta"]
+    if config.position != "rope" or not fields["local_layers"]:
+        del fields["local_rope_theta"]
+    if not fields["local_layers"]:
+        del fields["local_window"]
+    return fields
+
+
+def other_dropouts(hf: Mapping[str, Any], ours: tuple[str, ...]) -> list[str]:
+    """The dropout settings of a stock config, as `field = value`, that Trifold does not train with.
+
+    `ours` are the fields that are ModelConfig.dropout; the first one decides.
+    """
+    fields = dict(flat(hf))
+    main = fields.get(ours[0], 0.0) if ours else 0.0
+    unused = []
+    for name, value in fields.items():
+        is_dropout = "dropout" in name or name.endswith(("pdrop", "layerdrop"))
+        if is_dropout and value and not (name in ours and value == main):
+            unused.append(f"{name} = {value}")
+    return unused

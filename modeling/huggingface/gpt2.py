@@ -1,28 +1,23 @@
-"""GPT-2 (Radford et al. 2019): pre-norm decoders with learned positions. Stock class:
-transformers/models/gpt2.
+"""GPT-2 (Radford et al. 2019): pre-norm decoders with learned positions.
 
-Its projections are Conv1D: one fused tensor for q, k and v, and all of them transposed.
+Stock class: transformers/models/gpt2. Its projections are Conv1D, which are transposed, and q, k and v are
+one tensor.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface.fields import (
-    ACTIVATIONS,
-    activation,
-    label_fields,
-    labels,
-    token_ids,
-    whole_heads,
-)
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, token_ids
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 BODY = """
 transformer.wte.weight = embed.weight
 transformer.wpe.weight = decoder.position.weight
 transformer.h.{i}.ln_1.{p} = decoder.blocks.{i}.attn.pre.{p}
-transformer.h.{i}.attn.c_attn.{p} = decoder.blocks.{i}.attn.f.q.{p}, decoder.blocks.{i}.attn.f.k.{p}, decoder.blocks.{i}.attn.f.v.{p} | t
+transformer.h.{i}.attn.c_attn.{p} =
+    decoder.blocks.{i}.attn.f.q.{p}, decoder.blocks.{i}.attn.f.k.{p}, decoder.blocks.{i}.attn.f.v.{p} | t
 transformer.h.{i}.attn.c_proj.{p} = decoder.blocks.{i}.attn.f.o.{p} | t
 transformer.h.{i}.ln_2.{p} = decoder.blocks.{i}.mlp.pre.{p}
 transformer.h.{i}.mlp.c_fc.{p} = decoder.blocks.{i}.mlp.f.up.{p} | t
@@ -38,18 +33,10 @@ lm_head.weight? = head.weight
 lm_head.weight~ = embed.weight
 """
 )
-TOKENS = (
-    BODY
-    + """
-classifier.weight = head.labels.weight
-classifier.bias = head.labels.bias
-"""
-)
-SPANS = TOKENS.replace("classifier.", "qa_outputs.")
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
+    check_heads(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -59,7 +46,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "n_head": config.num_heads,
         "n_inner": config.mlp_dim,
         "n_positions": config.max_positions,
-        "n_ctx": config.max_positions,  # where older runtimes look
+        "n_ctx": config.max_positions,  # for older runtimes
         "activation_function": "gelu_new"
         if config.activation == "gelu_tanh"
         else ACTIVATIONS[config.activation],
@@ -68,7 +55,9 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
         "tie_word_embeddings": config.tie_embeddings,
-        **{f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")},
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": 0.0,
         "initializer_range": config.init_std,
         "use_cache": True,
         **token_ids(special),
@@ -84,7 +73,8 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         **defaults,
-        **{"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
         **hf,
         "n_inner": hf.get("n_inner") or 4 * hf["n_embd"],
         "n_ctx": hf["n_positions"],
@@ -110,33 +100,28 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "max_positions": hf["n_positions"],
         "attention_scale": None if hf["scale_attn_weights"] else 1.0,
         "tie_embeddings": hf["tie_word_embeddings"],
+        "dropout": hf.get("resid_pdrop", 0.1),
         "init_std": hf.get("initializer_range", 0.02),
     }
 
 
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["GPT2ForTokenClassification"],
-        **label_fields(config),
-        "classifier_dropout": 0.0,
-    }
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "labels": labels(hf)}
-
-
-def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["GPT2ForQuestionAnswering"], **label_fields(config)}
-
-
-def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "spans": True}
-
-
 GPT2 = Architecture(
-    "GPT2LMHeadModel", "gpt2", TABLE, write, complete, read, also=("GPT2Model",), prefix="transformer."
+    "GPT2LMHeadModel",
+    "gpt2",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("GPT2Model",),
+    prefix="transformer.",
+    dropout=("resid_pdrop", "embd_pdrop"),
 )
-GPT2_TOKENS = Architecture("GPT2ForTokenClassification", "gpt2", TOKENS, write_tokens, complete, read_tokens)
-GPT2_SPANS = Architecture("GPT2ForQuestionAnswering", "gpt2", SPANS, write_spans, complete, read_spans)
+GPT2_TOKENS = with_task_head(
+    GPT2,
+    "GPT2ForTokenClassification",
+    "labels",
+    body=BODY,
+    module="classifier",
+    settings={"classifier_dropout": 0.0},
+)
+GPT2_SPANS = with_task_head(GPT2, "GPT2ForQuestionAnswering", "spans", body=BODY, module="qa_outputs")

@@ -4,16 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface.fields import (
-    ACTIVATIONS,
-    activation,
-    label_fields,
-    labels,
-    rope,
-    token_ids,
-    whole_heads,
-)
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, rope, token_ids
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 BODY = """
 model.embed_tokens.weight = embed.weight
@@ -27,27 +20,21 @@ model.layers.{i}.mlp.gate_proj.{p} = decoder.blocks.{i}.mlp.f.gate.{p}
 model.layers.{i}.mlp.up_proj.{p} = decoder.blocks.{i}.mlp.f.up.{p}
 model.layers.{i}.mlp.down_proj.{p} = decoder.blocks.{i}.mlp.f.down.{p}
 model.norm.weight = decoder.norm.weight
+model.layers.{i}.self_attn.rotary_emb.inv_freq~ = nothing    # buffers of 2023
+model.rotary_emb.inv_freq~ = nothing
 """
 
-TABLE = BODY + "lm_head.weight? = head.weight\n"
-TOKENS = (
+TABLE = (
     BODY
     + """
-score.weight = head.labels.weight
-score.bias = head.labels.bias
-"""
-)
-SPANS = (
-    BODY.replace("model.", "transformer.")
-    + """
-qa_outputs.weight = head.labels.weight
-qa_outputs.bias = head.labels.bias
+lm_head.weight? = head.weight
+lm_head.weight~ = embed.weight
 """
 )
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
+    check_heads(config)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,7 +51,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         "rope_parameters": rope(config.rope_theta),
-        "rope_theta": config.rope_theta,  # where transformers 4 and other runtimes look
+        "rope_theta": config.rope_theta,  # for transformers 4 and other runtimes
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
         "initializer_range": config.init_std,
@@ -107,29 +94,19 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["LlamaForTokenClassification"],
-        **label_fields(config),
-        "classifier_dropout": 0.0,
-    }
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "labels": labels(hf)}
-
-
-def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {**write(config, special), "architectures": ["LlamaForQuestionAnswering"], **label_fields(config)}
-
-
-def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "spans": True}
-
-
 LLAMA = Architecture("LlamaForCausalLM", "llama", TABLE, write, complete, read)
-LLAMA_TOKENS = Architecture(
-    "LlamaForTokenClassification", "llama", TOKENS, write_tokens, complete, read_tokens
+LLAMA_TOKENS = with_task_head(
+    LLAMA,
+    "LlamaForTokenClassification",
+    "labels",
+    body=BODY,
+    module="score",
+    settings={"classifier_dropout": 0.0},
 )
-LLAMA_SPANS = Architecture("LlamaForQuestionAnswering", "llama", SPANS, write_spans, complete, read_spans)
+LLAMA_SPANS = with_task_head(
+    LLAMA,
+    "LlamaForQuestionAnswering",
+    "spans",
+    body=BODY.replace("model.", "transformer."),
+    module="qa_outputs",
+)

@@ -1,5 +1,6 @@
-"""M2M-100 (Fan et al. 2020) and NLLB: mBART without a norm on the embeddings, with sinusoidal positions that
-count from the padding token's id + 1. Stock class: transformers/models/m2m_100.
+"""M2M-100 (Fan et al. 2020) and NLLB: mBART with sinusoidal positions, and no norm on the embeddings.
+
+Positions count from the padding token's id + 1. Stock class: transformers/models/m2m_100.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from trifold.modeling.huggingface import bart, mbart
 from trifold.modeling.huggingface.tables import Architecture
 
 WAVES = """
-model.<s>.embed_positions.weight~ = nothing    # the waves, which both sides compute
+model.<s>.embed_positions.weight~ = nothing    # both sides compute them
 model.<s>.embed_positions.weights~ = nothing
 """
 
@@ -50,4 +51,5 @@ M2M100 = Architecture(
     read,
     also=("M2M100Model",),
     prefix="model.",
+    dropout=bart.BART.dropout,
 )

@@ -1,6 +1,4 @@
-"""mBART (Liu et al. 2020): BART with norms before the layers and one after the last. Stock class:
-transformers/models/mbart.
-"""
+"""mBART (Liu et al. 2020): pre-norm BART with a final norm. Stock class: transformers/models/mbart."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,4 +32,5 @@ MBART = Architecture(
     read,
     also=("MBartModel",),
     prefix="model.",
+    dropout=bart.BART.dropout,
 )

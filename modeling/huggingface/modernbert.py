@@ -1,7 +1,7 @@
-"""ModernBERT (Warner et al. 2024): our encoders. Stock class: transformers/models/modernbert.
+"""ModernBERT (Warner et al. 2024): Trifold's encoders. Stock class: transformers/models/modernbert.
 
-Local layers see keys within local_attention // 2 and turn by their own theta; the first layer has no norm
-before attention.
+Local layers attend to keys within local_attention // 2 and have their own rotary theta; the first layer has
+no norm before attention.
 """
 
 from collections.abc import Mapping
@@ -9,22 +9,16 @@ from typing import Any
 
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.huggingface.fields import (
-    ACTIVATIONS,
-    activation,
-    label_fields,
-    labels,
-    rope,
-    token_ids,
-    whole_heads,
-)
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, rope, token_ids
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 BODY = """
 model.embeddings.tok_embeddings.weight = embed.weight
 model.embeddings.norm.{p} = encoder.embed_norm.{p}
 model.layers.{i}.attn_norm.{p}? = encoder.blocks.{i}.attn.pre.{p}
-model.layers.{i}.attn.Wqkv.{p} = encoder.blocks.{i}.attn.f.q.{p}, encoder.blocks.{i}.attn.f.k.{p}, encoder.blocks.{i}.attn.f.v.{p}
+model.layers.{i}.attn.Wqkv.{p} =
+    encoder.blocks.{i}.attn.f.q.{p}, encoder.blocks.{i}.attn.f.k.{p}, encoder.blocks.{i}.attn.f.v.{p}
 model.layers.{i}.attn.Wo.{p} = encoder.blocks.{i}.attn.f.o.{p}
 model.layers.{i}.mlp_norm.{p} = encoder.blocks.{i}.mlp.pre.{p}
 model.layers.{i}.mlp.Wi.{p} = encoder.blocks.{i}.mlp.f.gate.{p}, encoder.blocks.{i}.mlp.f.up.{p}
@@ -38,20 +32,14 @@ TABLE = (
     BODY
     + """
 decoder.weight? = head.weight
+decoder.weight~ = embed.weight
 decoder.bias? = head.bias
-"""
-)
-CLASSIFIER = (
-    BODY
-    + """
-classifier.weight = head.labels.weight
-classifier.bias = head.labels.bias
 """
 )
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
+    check_heads(config)
     every = config.global_every if config.local_window else 1
     return {
         "architectures": ["ModernBertForMaskedLM"],
@@ -76,12 +64,15 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
             "full_attention": rope(config.rope_theta),
             "sliding_attention": rope(config.local_rope_theta),
         },
-        # transformers 4 and other runtimes look here for the last two:
+        # For transformers 4 and other runtimes, the last two settings once more:
         "global_attn_every_n_layers": every,
         "global_rope_theta": config.rope_theta,
         "local_rope_theta": config.local_rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
-        **{f"{place}_dropout": 0.0 for place in ("attention", "embedding", "mlp", "classifier")},
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "mlp_dropout": 0.0,
+        "classifier_dropout": 0.0,
         "initializer_range": config.init_std,
         **token_ids(special),
         "cls_token_id": special["bos"],
@@ -95,8 +86,7 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
     fitting = [every for every in range(1, layers + 1) if _layer_types(layers, every) == types]
     if not fitting:
         raise UserError(
-            f"config.json sets layer_types = {types}; Trifold has only every n-th layer global, beginning"
-            " with the first"
+            f"config.json sets layer_types = {types}; Trifold has every n-th layer full, from the first on"
         )
     ropes = hf.get("rope_parameters") or {}
     thetas = {
@@ -146,34 +136,10 @@ def _layer_types(layers: int, every: int) -> list[str]:
     return ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
 
 
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["ModernBertForTokenClassification"],
-        **label_fields(config),
-    }
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "labels": labels(hf)}
-
-
-def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["ModernBertForQuestionAnswering"],
-        **label_fields(config),
-    }
-
-
-def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "spans": True}
-
-
 MODERNBERT = Architecture("ModernBertForMaskedLM", "modernbert", TABLE, write, complete, read)
-MODERNBERT_TOKENS = Architecture(
-    "ModernBertForTokenClassification", "modernbert", CLASSIFIER, write_tokens, complete, read_tokens
+MODERNBERT_TOKENS = with_task_head(
+    MODERNBERT, "ModernBertForTokenClassification", "labels", body=BODY, module="classifier"
 )
-MODERNBERT_SPANS = Architecture(
-    "ModernBertForQuestionAnswering", "modernbert", CLASSIFIER, write_spans, complete, read_spans
+MODERNBERT_SPANS = with_task_head(
+    MODERNBERT, "ModernBertForQuestionAnswering", "spans", body=BODY, module="classifier"
 )

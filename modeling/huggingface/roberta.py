@@ -1,5 +1,6 @@
-"""RoBERTa (Liu et al. 2019): BERT's body under other names, positions that count from the padding token's id
-+ 1, and a head that always uses gelu. Stock class: transformers/models/roberta.
+"""RoBERTa (Liu et al. 2019): BERT under other names, and a head that always uses gelu.
+
+Its positions count from the padding token's id + 1. Stock class: transformers/models/roberta.
 """
 
 from collections.abc import Mapping
@@ -8,8 +9,8 @@ from typing import Any
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import bert
-from trifold.modeling.huggingface.fields import label_fields, labels
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 BODY = bert.BODY.replace("bert.", "roberta.")
 TABLE = (
@@ -23,8 +24,6 @@ lm_head.decoder.weight~ = embed.weight
 lm_head.decoder.bias?head.weight = head.bias
 """
 )
-TOKENS = bert.TOKENS.replace("bert.", "roberta.")
-SPANS = bert.SPANS.replace("bert.", "roberta.")
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
@@ -38,8 +37,8 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
 def read(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["hidden_act"] != "gelu":
         raise UserError(
-            f"config.json sets hidden_act = {hf['hidden_act']!r}; RoBERTa's head uses gelu all the same,"
-            " which Trifold does not have"
+            f"config.json sets hidden_act = {hf['hidden_act']!r}; RoBERTa's head uses gelu whatever that"
+            " is, and Trifold has one activation for both"
         )
     offset = hf["pad_token_id"] + 1
     return {
@@ -49,36 +48,20 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["RobertaForTokenClassification"],
-        **label_fields(config),
-    }
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "labels": labels(hf)}
-
-
-def write_spans(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        **write(config, special),
-        "architectures": ["RobertaForQuestionAnswering"],
-        **label_fields(config),
-    }
-
-
-def read_spans(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "spans": True}
-
-
 ROBERTA = Architecture(
-    "RobertaForMaskedLM", "roberta", TABLE, write, complete, read, also=("RobertaModel",), prefix="roberta."
+    "RobertaForMaskedLM",
+    "roberta",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("RobertaModel",),
+    prefix="roberta.",
+    dropout=bert.BERT.dropout,
 )
-ROBERTA_TOKENS = Architecture(
-    "RobertaForTokenClassification", "roberta", TOKENS, write_tokens, complete, read_tokens
+ROBERTA_TOKENS = with_task_head(
+    ROBERTA, "RobertaForTokenClassification", "labels", body=BODY, module="classifier"
 )
-ROBERTA_SPANS = Architecture(
-    "RobertaForQuestionAnswering", "roberta", SPANS, write_spans, complete, read_spans
+ROBERTA_SPANS = with_task_head(
+    ROBERTA, "RobertaForQuestionAnswering", "spans", body=BODY, module="qa_outputs"
 )

@@ -1,9 +1,8 @@
-"""T5 (Raffel et al. 2020), 1.0 and 1.1: encoder-decoders with relative biases. Stock class:
-transformers/models/t5.
+"""T5 (Raffel et al. 2020), 1.0 and 1.1: encoder-decoders with relative biases.
 
-Attention is not scaled. 1.0 has relu, no gate, a tied head and scaled logits; 1.1 has a gate, a head of its
-own and plain logits. transformers 5 ties by the weights themselves and writes `tie_word_embeddings: true`
-whatever it was; `scale_decoder_outputs` then says which logits.
+Stock class: transformers/models/t5. Attention is not scaled. 1.0 has relu, no gate, a tied head and scaled
+logits; 1.1 has a gate, an untied head and plain logits. transformers 5 ties by the weights themselves and
+always writes `tie_word_embeddings: true`; `scale_decoder_outputs` then tells whether logits are scaled.
 """
 
 from collections.abc import Mapping
@@ -22,8 +21,10 @@ STACK = """
 <s>.block.{i}.layer.0.SelfAttention.o.weight = <s>.blocks.{i}.attn.f.o.weight
 <s>.block.{i}.layer.<m>.layer_norm.weight = <s>.blocks.{i}.mlp.pre.weight
 <s>.block.{i}.layer.<m>.DenseReluDense.wi_0.weight? = <s>.blocks.{i}.mlp.f.gate.weight
-<s>.block.{i}.layer.<m>.DenseReluDense.wi_1.weight?<s>.blocks.{i}.mlp.f.gate.weight = <s>.blocks.{i}.mlp.f.up.weight
-<s>.block.{i}.layer.<m>.DenseReluDense.wi.weight?!<s>.blocks.{i}.mlp.f.gate.weight = <s>.blocks.{i}.mlp.f.up.weight
+<s>.block.{i}.layer.<m>.DenseReluDense.wi_1.weight?<s>.blocks.{i}.mlp.f.gate.weight =
+    <s>.blocks.{i}.mlp.f.up.weight
+<s>.block.{i}.layer.<m>.DenseReluDense.wi.weight?!<s>.blocks.{i}.mlp.f.gate.weight =
+    <s>.blocks.{i}.mlp.f.up.weight
 <s>.block.{i}.layer.<m>.DenseReluDense.wo.weight = <s>.blocks.{i}.mlp.f.down.weight
 <s>.final_layer_norm.weight = <s>.norm.weight
 <s>.embed_tokens.weight~ = embed.weight
@@ -70,7 +71,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "relative_attention_max_distance": 128,
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.logit_scale != 1,
-        "dropout_rate": 0.0,
+        "dropout_rate": config.dropout,
         "classifier_dropout": 0.0,
         "initializer_factor": 1.0,
         "use_cache": True,
@@ -82,6 +83,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
     derived = ("dense_act_fn", "is_gated_act")  # from feed_forward_proj
     hf = {name: value for name, value in hf.items() if name not in derived and value is not None}
+    feed_forward = hf.get("feed_forward_proj", "relu")
     return {
         "is_encoder_decoder": True,
         "is_decoder": False,
@@ -93,14 +95,14 @@ def complete(hf: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "scale_decoder_outputs": hf.get("tie_word_embeddings", True),
         **hf,
-        "feed_forward_proj": "gated-gelu"
-        if hf.get("feed_forward_proj") == "gated-gelu_new"
-        else hf.get("feed_forward_proj", "relu"),
+        "feed_forward_proj": "gated-gelu" if feed_forward == "gated-gelu_new" else feed_forward,
     }
 
 
 def read(hf: dict[str, Any]) -> dict[str, Any]:
-    gate, _, name = hf["feed_forward_proj"].rpartition("-")
+    gate, _, function = hf["feed_forward_proj"].rpartition("-")
+    if gate and function == "gelu":
+        function = "gelu_new"
     return {
         "family": "encoder-decoder",
         "vocab_size": hf["vocab_size"],
@@ -110,9 +112,7 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": hf["num_heads"],
         "head_dim": hf["d_kv"],
         "mlp_dim": hf["d_ff"],
-        "activation": activation(
-            {"feed_forward_proj": "gelu_new" if gate and name == "gelu" else name}, "feed_forward_proj"
-        ),
+        "activation": activation({"feed_forward_proj": function}, "feed_forward_proj"),
         "gated": gate == "gated",
         "norm_eps": float(hf["layer_norm_epsilon"]),
         "position": "relative",
@@ -120,7 +120,17 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         "attention_scale": 1.0,
         "logit_scale": hf["d_model"] ** -0.5 if hf["scale_decoder_outputs"] else 1.0,
         "tie_embeddings": hf["tie_word_embeddings"],
+        "dropout": hf.get("dropout_rate", 0.1),
     }
 
 
-T5 = Architecture("T5ForConditionalGeneration", "t5", TABLE, write, complete, read, also=("T5Model",))
+T5 = Architecture(
+    "T5ForConditionalGeneration",
+    "t5",
+    TABLE,
+    write,
+    complete,
+    read,
+    also=("T5Model",),
+    dropout=("dropout_rate",),
+)

@@ -1,24 +1,17 @@
-"""T5Gemma (Zhang et al. 2025): our encoder-decoders. Stock class: transformers/models/t5gemma.
+"""T5Gemma (Zhang et al. 2025): Trifold's encoder-decoders. Stock class: transformers/models/t5gemma.
 
-The stock class has an embedding per stack and never ties them: our one table is written twice. Its norms
-multiply by (1 + w). Left out of its config, softcapping and sliding layers come on by default; short inputs
-do not show it.
+The stock class has an embedding table per stack and never ties them: our one table is written twice. Its
+norms multiply by (1 + w). Settings left out of its config are on by default (softcapping, sliding layers),
+which short inputs do not show.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface.fields import (
-    ACTIVATIONS,
-    activation,
-    label_fields,
-    labels,
-    rope,
-    token_ids,
-    whole_heads,
-)
+from trifold.modeling.huggingface.fields import ACTIVATIONS, activation, check_heads, rope, token_ids
 from trifold.modeling.huggingface.tables import Architecture
+from trifold.modeling.huggingface.task_heads import with_task_head
 
 STACK = """
 model.<s>.embed_tokens.weight = embed.weight
@@ -43,23 +36,16 @@ model.decoder.layers.{i}.cross_attn.v_proj.weight = decoder.blocks.{i}.cross.f.v
 model.decoder.layers.{i}.cross_attn.o_proj.weight = decoder.blocks.{i}.cross.f.o.weight
 model.decoder.layers.{i}.post_cross_attn_layernorm.weight = decoder.blocks.{i}.cross.inner.weight | minus1
 """
-TABLE = (
-    STACK.replace("<s>", "encoder")
-    + STACK.replace("<s>", "decoder")
-    + CROSS
-    + "lm_head.out_proj.weight? = head.weight\n"
-)
-TOKENS = (
-    STACK.replace("<s>", "encoder")
-    + """
-score.out_proj.weight = head.labels.weight
-score.out_proj.bias = head.labels.bias
+HEAD = """
+lm_head.out_proj.weight? = head.weight
+lm_head.out_proj.weight~ = embed.weight
 """
-)
+ENCODER = STACK.replace("<s>", "encoder")
+TABLE = ENCODER + STACK.replace("<s>", "decoder") + CROSS + HEAD
 
 
 def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(config)
+    check_heads(config)
     return {
         "architectures": ["T5GemmaForConditionalGeneration"],
         "model_type": "t5gemma",
@@ -72,7 +58,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
-        "dropout_rate": 0.0,
+        "dropout_rate": config.dropout,
         "classifier_dropout_rate": 0.0,
         "initializer_range": config.init_std,
         **token_ids(special),
@@ -95,18 +81,18 @@ def _write_stack(config: ModelConfig, special: Mapping[str, int], is_decoder: bo
         "hidden_activation": ACTIVATIONS[config.activation],
         "attention_bias": False,
         "rms_norm_eps": config.norm_eps,
-        "query_pre_attn_scalar": round(scale**-2),  # the stock class wants an int
+        "query_pre_attn_scalar": round(scale**-2),  # an int in the stock class
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "layer_types": ["full_attention"] * config.num_layers,
-        # unused without sliding layers; the stock mask code wants a number
+        # unused without sliding layers, but the stock mask code requires a number
         "sliding_window": config.max_positions,
         "max_position_embeddings": config.max_positions,
         "rope_parameters": rope(config.rope_theta),
-        "rope_theta": config.rope_theta,  # where transformers 4 and other runtimes look
+        "rope_theta": config.rope_theta,  # for transformers 4 and other runtimes
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
-        "dropout_rate": 0.0,
+        "dropout_rate": config.dropout,
         "initializer_range": config.init_std,
         "use_cache": True,
         **token_ids(special),
@@ -114,16 +100,15 @@ def _write_stack(config: ModelConfig, special: Mapping[str, int], is_decoder: bo
 
 
 def complete(hf: dict[str, Any]) -> dict[str, Any]:
-    whole = {
+    filled = {
         "tie_word_embeddings": True,
         "is_encoder_decoder": True,
         "vocab_size": hf["decoder"]["vocab_size"],
         **hf,
     }
-    return {
-        **whole,
-        **{name: _complete_stack(hf[name], whole["tie_word_embeddings"]) for name in ("encoder", "decoder")},
-    }
+    for name in ("encoder", "decoder"):
+        filled[name] = _complete_stack(hf[name], filled["tie_word_embeddings"])
+    return filled
 
 
 def _complete_stack(stack: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -161,21 +146,27 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
         else stack["query_pre_attn_scalar"] ** -0.5,
         "embed_scale": stack["hidden_size"] ** 0.5,
         "tie_embeddings": hf["tie_word_embeddings"],
+        "dropout": hf.get("dropout_rate", 0.0),
         "init_std": stack.get("initializer_range", 0.02),
     }
 
 
-def write_tokens(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
-    """The encoder alone under a label head; the stock config describes a decoder all the same."""
-    alone = {"architectures": ["T5GemmaForTokenClassification"], "is_encoder_decoder": False}
-    return {**write(config, special), **alone, **label_fields(config)}
-
-
-def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
-    return {**read(hf), "family": "encoder", "labels": labels(hf)}
-
-
-T5GEMMA = Architecture("T5GemmaForConditionalGeneration", "t5gemma", TABLE, write, complete, read)
-T5GEMMA_TOKENS = Architecture(
-    "T5GemmaForTokenClassification", "t5gemma", TOKENS, write_tokens, complete, read_tokens
+T5GEMMA = Architecture(
+    "T5GemmaForConditionalGeneration",
+    "t5gemma",
+    TABLE,
+    write,
+    complete,
+    read,
+    dropout=("dropout_rate", "encoder.dropout_rate", "decoder.dropout_rate"),
+)
+# The encoder alone; the stock config has a decoder all the same.
+T5GEMMA_TOKENS = with_task_head(
+    T5GEMMA,
+    "T5GemmaForTokenClassification",
+    "labels",
+    body=ENCODER,
+    module="score.out_proj",
+    settings={"is_encoder_decoder": False},
+    fields={"family": "encoder"},
 )

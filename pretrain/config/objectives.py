@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trifold.modeling.config import Family, Settings
+from trifold.modeling.config import Family
+from trifold.modeling.settings import Settings
 
 
 class ObjectiveConfig(Settings):

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from trifold.modeling.config import ModelConfig, Settings
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.settings import Settings
 from trifold.pretrain.config import objectives
 from trifold.pretrain.config.objectives import AnyObjective
 from trifold.pretrain.config.objectives import (
@@ -112,7 +113,7 @@ class InitialModelConfig(Settings):
     )  # a published folder: its shape, tokenizer and weights ...
     random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
     config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)  # None: that of the folder or of `config`
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

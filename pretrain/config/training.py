@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trifold.modeling.config import ModelConfig, Settings
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.settings import Settings
 from trifold.pretrain.config.objectives import CausalConfig as CausalConfig
 from trifold.pretrain.config.objectives import MaskedConfig as MaskedConfig
 from trifold.pretrain.config.objectives import SpansConfig as SpansConfig

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trifold.modeling.batch import Batch
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint.slice import ReadSlice, Slice
@@ -179,16 +180,15 @@ class Engine:
             self.rank_info.reporter.set_phase("forward", micro=i)
             if self.config.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # the memory of the last one's outputs is free
-            loss = self._engine(batch)
+            losses = self._engine(batch)
             if batch.parts is not None:
-                loss, nll_BT = loss
-                sums[1:] += batch.by_part(nll_BT, self.num_members).flatten()
-            sums[0] += loss.detach()
+                sums[1:] += batch.by_part(losses.nll, self.num_members).flatten()
+            sums[0] += losses.total.detach()
 
             self.rank_info.reporter.set_phase("backward", micro=i)
             # DeepSpeed averages gradients over ranks; with this factor the average is the gradient of one
             # mean over `count` targets.
-            self._engine.backward(loss * (self.rank_info.world / count), scale_wrt_gas=False)
+            self._engine.backward(losses.total * (self.rank_info.world / count), scale_wrt_gas=False)
 
         self.rank_info.reporter.set_phase("optimizer step")
         (loss_sum, *member_sums), applied, norm = self._step(self.sum_over_ranks(sums), count, limits)
@@ -198,8 +198,8 @@ class Engine:
                 self._update_ema()
         else:
             self._drop_offloaded_gradients()
-        losses, targets = member_sums[: self.num_members], member_sums[self.num_members :]
-        return StepResult(loss_sum / count, norm, applied, losses, targets)
+        member_losses, targets = member_sums[: self.num_members], member_sums[self.num_members :]
+        return StepResult(loss_sum / count, norm, applied, member_losses, targets)
 
     def _step(self, sums: Tensor, count: int, limits: StepLimits) -> tuple[list[float], bool, float]:
         """The optimizer's step, where it is allowed. Returns `sums` (the loss first) on the host, whether it
@@ -232,20 +232,27 @@ class Engine:
         """Losses (B, T) fp32 and correctness (B, T) bool of this rank's batch, without dropout. Ranks call it
         equally often.
         """
-        nll_BT, correct_BT = self._forward_eval(batch, per_token=True)
-        return self._sequence_group.gather(nll_BT), self._sequence_group.gather(correct_BT)
+        losses = self._forward_eval(self._engine, batch)
+        return self._sequence_group.gather(losses.nll), self._sequence_group.gather(losses.correct)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) of this rank's batch, without dropout. Ranks call it equally often. Memory: B T V
         elements.
         """
-        return self._sequence_group.gather(self._forward_eval(batch, logits=True))
+        model: Transformer = self._engine.module
+        with self._autocast():
+            return self._sequence_group.gather(self._forward_eval(model.logits, batch))
+
+    def _autocast(self) -> torch.autocast:
+        """For calls of the model's methods; its `forward` has its own."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast")
 
     @torch.no_grad()
-    def _forward_eval(self, batch: Batch, **output: bool) -> Any:
+    def _forward_eval(self, forward: Callable[[Batch], Any], batch: Batch) -> Any:
+        """`forward` of this rank's slice of a batch, without dropout."""
         self.rank_info.reporter.set_phase("evaluating")
         self._engine.eval()
-        result = self._engine(self._sequence_group.slice(batch.to(self.device)), **output)
+        result = forward(self._sequence_group.slice(batch.to(self.device)))
         self._engine.train()
         return result
 
@@ -259,9 +266,10 @@ class Engine:
         """
         self.rank_info.reporter.set_phase("generating")
         model = self._engine.module
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast")
-        with self._sequence_group.disabled(model), autocast:
-            return generate(model, prompts, config, bos=bos, eos=eos, pad=pad, anyone=self._any_rank)
+        with self._sequence_group.disabled(model), self._autocast():
+            return generate(
+                model, prompts, config, bos=bos, eos=eos, pad=pad, any_rank_unfinished=self._any_rank
+            )
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         """The lists of all ranks that have rows of their own, on every rank."""

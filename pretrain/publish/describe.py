@@ -13,7 +13,7 @@ from torch import Tensor
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
-from trifold.modeling.huggingface import Found, express, recognise
+from trifold.modeling.huggingface import ImportedModel, express, recognise
 from trifold.modeling.huggingface.fields import token_roles
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder, weights
@@ -43,6 +43,12 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
         yield "dropped", f"{', '.join(found.dropped)}: {stock_class} has no such tensors"
     if found.fresh:
         yield "initialised", f"{', '.join(found.fresh)}: the folder has no weights for them"
+    yield "dropout", f"{config.dropout:g}, in training too unless the recipe sets model.dropout"
+    if found.untrained:
+        yield (
+            "not used",
+            f"{', '.join(found.untrained)}: Trifold has dropout of sublayers and embeddings alone",
+        )
     yield from _tokenizer(folder)
     yield "publishable", _publishable(found, token_roles(stock_config))
 
@@ -116,7 +122,7 @@ def _tokenizer(folder: Path) -> Iterator[tuple[str, str]]:
     yield "trainable", f"yes: trifold pretrain CONFIG {shlex.quote(f'model.from={folder}')}"
 
 
-def _publishable(found: Found, special: Mapping[str, int]) -> str:
+def _publishable(found: ImportedModel, special: Mapping[str, int]) -> str:
     try:
         architecture, _ = express(found.config, special)
     except UserError as reason:

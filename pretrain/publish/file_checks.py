@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trifold.modeling.config import Family, Generation, ModelConfig
-from trifold.modeling.huggingface import Found
+from trifold.modeling.config import Family, ModelConfig
+from trifold.modeling.generation.config import Generation
+from trifold.modeling.huggingface import ImportedModel
 from trifold.modeling.huggingface.fields import bears_on_logits, flat, lost, same
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish.parity import Check
@@ -65,7 +66,7 @@ def index(folder: Path, tensors: Mapping[str, Tensor]) -> Check:
     return Check("index", total_size in (None, size), detail)
 
 
-def tensors(found: Found, read: Mapping[str, Tensor]) -> Check:
+def tensors(found: ImportedModel, read: Mapping[str, Tensor]) -> Check:
     """What Trifold reads of a folder, and what it drops because the architecture's class has no such tensors;
     publish writes none of those.
     """

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.huggingface.tables import Architecture, gradients
 from trifold.modeling.transformer import Transformer
@@ -85,7 +86,7 @@ def training(ours: Transformer, stock: Any, architecture: Architecture, pad: int
 @torch.enable_grad()
 def _training(ours: Transformer, stock: Any, architecture: Architecture, pad: int) -> Check:
     batch = _batch(ours.config, pad, min(24, ours.config.max_positions))
-    our_loss = ours(batch) / (batch.targets != IGNORE).sum()
+    our_loss = ours(batch).total / (batch.targets != IGNORE).sum()
     stock_loss = _loss(_scores(stock, batch), batch)
     our_loss.backward()
     stock_loss.backward()

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.lora import merge_lora
 from trifold.pretrain.checkpoint import checkpoint as checkpoints
 from trifold.pretrain.checkpoint import lease

@@ -17,9 +17,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.huggingface import decoding, export, restore
+from trifold.modeling.generation.config import Generation
+from trifold.modeling.huggingface import decoding, export, restore, understand
 from trifold.modeling.huggingface.generation import check_expressible, write_generation
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import weights
@@ -27,7 +28,8 @@ from trifold.pretrain.storage.disk import DiskPath
 from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 RECORD, CARD, CONFIG, GENERATION = "trifold.json", "README.md", "config.json", "generation_config.json"
-_TRAINING_SETTINGS = ("dropout", "init_std", "mimetic")  # they have no place in config.json
+# Not every stock config has a place for them.
+_TRAINING_SETTINGS = ("dropout", "init_std", "mimetic")
 _PURPOSE = "a published folder holds config.json"
 
 
@@ -79,10 +81,22 @@ def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises UserError naming the file, setting or tensor that does not fit.
     """
     config, state = restore(read_config(folder), weights.read_tensors(folder))
-    if record := read_record(folder):
-        recorded = recorded_config(record)
-        config = config.model_copy(update={name: getattr(recorded, name) for name in _TRAINING_SETTINGS})
-    return config, state
+    return _with_training_settings(config, folder), state
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model's config alone, with `tie_embeddings` as config.json has it."""
+    _, config = understand(read_config(folder))
+    return _with_training_settings(config, folder)
+
+
+def _with_training_settings(config: ModelConfig, folder: Path) -> ModelConfig:
+    """With those of trifold.json, where the folder has one."""
+    record = read_record(folder)
+    if not record:
+        return config
+    recorded = recorded_config(record)
+    return config.model_copy(update={name: getattr(recorded, name) for name in _TRAINING_SETTINGS})
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.huggingface import Found, export, recognise
+from trifold.modeling.huggingface import ImportedModel, export, recognise
 from trifold.modeling.huggingface.fields import token_roles
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class _Contents:
     record: Mapping[str, Any]  # trifold.json; empty for a folder made elsewhere
     stock_config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, Tensor]  # by stock name
-    found: Found
+    found: ImportedModel
     tokenizer: Tokenizer
     special: Mapping[str, int]
     trained: (

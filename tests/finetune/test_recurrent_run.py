@@ -15,8 +15,9 @@ from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.evaluation.model_selection import best_step
 from trifold.finetune.evaluation.predict import predict
 from trifold.finetune.run import prepare, train
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.transformer import build
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.publish import published_folder

@@ -122,20 +122,22 @@ def documents(config: ModelConfig, lengths: list[tuple[int, int]], seed: int = 0
     ]
 
 
-def packed(parts: list[Batch], length: int, source_length: int) -> Batch:
+def packed(singles: list[Batch], length: int, source_length: int) -> Batch:
     """The documents in one row, then padding whose tokens are no padding token: they must have no influence
     whatever they are.
     """
 
     def row(name: str, n: int, fill: int) -> Tensor:
-        x = torch.cat([getattr(part, name) for part in parts], dim=1)
+        x = torch.cat([getattr(document, name) for document in singles], dim=1)
         return torch.cat([x, x.new_full((1, n - x.shape[1]), fill)], dim=1)
 
     def numbers(name: str, n: int) -> Tensor:
-        x = torch.cat([torch.full_like(getattr(part, name), i + 1) for i, part in enumerate(parts)], dim=1)
+        x = torch.cat(
+            [torch.full_like(getattr(document, name), i + 1) for i, document in enumerate(singles)], dim=1
+        )
         return torch.cat([x, x.new_zeros(1, n - x.shape[1])], dim=1)
 
-    both = parts[0].source is not None
+    both = singles[0].source is not None
     source = (row("source", source_length, 7), numbers("source", source_length)) if both else (None, None)
     return Batch(row("tokens", length, 5), numbers("tokens", length), row("targets", length, IGNORE), *source)
 

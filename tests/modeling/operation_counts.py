@@ -25,6 +25,8 @@ class Calls(TorchDispatchMode):
 def batch(name: str, seed: int) -> Batch:
     """One row of three documents, whose lengths and tokens change with the seed and whose shape does not."""
     lengths = [(3 + seed % 4, 4), (5, 2 + seed % 3), (7, 6)]
-    made = packed(documents(CONFIGS[name], lengths, seed), 24, 24)
+    created = packed(documents(CONFIGS[name], lengths, seed), 24, 24)
     picked = torch.arange(8)[None] if name == "modernbert" else None
-    return Batch(made.tokens, made.segments, made.targets, made.source, made.source_segments, picked)
+    return Batch(
+        created.tokens, created.segments, created.targets, created.source, created.source_segments, picked
+    )

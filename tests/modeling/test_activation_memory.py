@@ -1,6 +1,7 @@
 """What is counted on fake tensors beside what torch really keeps and holds."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ def rows(one: Batch, number: int) -> Batch:
     """That row so often. One alone holds as little as the scratch of kernels does: some 4 KB a thread, on
     CPUs without AVX-512.
     """
-    return Batch(
-        **{name: None if value is None else value.repeat(number, 1) for name, value in vars(one).items()}
-    )
+    repeated: Any = {
+        name: None if value is None else value.repeat(number, 1) for name, value in vars(one).items()
+    }
+    return Batch(**repeated)
 
 
 def really_kept(name: str, given: Batch, recompute: bool) -> int:
@@ -34,16 +36,18 @@ def really_kept(name: str, given: Batch, recompute: bool) -> int:
         tensor.untyped_storage().data_ptr()
         for tensor in (*model.parameters(), *(v for v in vars(given).values() if v is not None))
     }
-    kept: dict[int, torch.Tensor] = {}
+    expected: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        expected.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(given)
+        loss = model(given).total
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
+    return sum(
+        tensor.untyped_storage().nbytes() for pointer, tensor in expected.items() if pointer not in known
+    )
 
 
 def really_held(name: str, given: Batch, recompute: bool) -> MicroMemory:
@@ -53,7 +57,7 @@ def really_held(name: str, given: Batch, recompute: bool) -> MicroMemory:
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        model(given).backward()
+        model(given).total.backward()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     changes = sorted(
         (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"

@@ -8,7 +8,7 @@ from trifold.modeling.config import ModelConfig
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"family": "prefix"}, "encoder-decoder"),
         ({"dim": 0}, "greater than 0"),
@@ -24,8 +24,8 @@ from trifold.modeling.config import ModelConfig
         ({"hidden_size": 32}, "not permitted"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(wrong: dict[str, object], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_what_cannot_be_is_refused_by_name(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         ModelConfig(**SIZES | {"family": "decoder"} | wrong)
 
 

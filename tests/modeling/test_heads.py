@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_cross_entropy(
     h, weight, bias, targets = _case(dtype)
     given = (h, weight, bias) if with_bias else (h, weight)
     expected = F.cross_entropy(F.linear(h, weight, bias if with_bias else None), targets, reduction="sum")
-    ours = loss_sum(h, weight, bias if with_bias else None, targets)
+    ours, _ = loss_sum(h, weight, bias if with_bias else None, targets)
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
     for a, b in zip(
         torch.autograd.grad(ours * 0.7, given), torch.autograd.grad(expected * 0.7, given), strict=True
@@ -46,7 +46,7 @@ def test_loss_and_gradients_equal_cross_entropy(
 
 def test_no_valid_target_gives_zero_and_zero_gradients() -> None:
     h, weight, bias, targets = _case(torch.float32)
-    loss = loss_sum(h, weight, bias, torch.full_like(targets, IGNORE))
+    loss, _ = loss_sum(h, weight, bias, torch.full_like(targets, IGNORE))
     assert loss == 0
     for gradient in torch.autograd.grad(loss, (h, weight, bias)):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -54,8 +54,8 @@ def test_no_valid_target_gives_zero_and_zero_gradients() -> None:
 
 def test_frozen_inputs_get_no_gradient_and_the_others_keep_theirs() -> None:
     h, weight, bias, targets = _case(torch.float64)
-    expected = torch.autograd.grad(loss_sum(h, weight, bias, targets), h)[0]
-    loss_sum(h, weight.detach(), bias.detach(), targets).backward()
+    expected = torch.autograd.grad(loss_sum(h, weight, bias, targets)[0], h)[0]
+    loss_sum(h, weight.detach(), bias.detach(), targets)[0].backward()
     assert h.grad is not None and torch.equal(h.grad, expected)
 
 
@@ -65,7 +65,7 @@ def test_low_precision_follows_the_exact_gradients(mode: str) -> None:
     exact = [x.detach().double().requires_grad_() for x in (h, weight, bias)]
     expected = torch.autograd.grad(F.cross_entropy(F.linear(*exact), targets, reduction="sum"), exact)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        loss = loss_sum(h, weight, bias, targets)
+        loss, _ = loss_sum(h, weight, bias, targets)
     assert loss.dtype == torch.float32
     for ours, given, reference in zip(
         torch.autograd.grad(loss, (h, weight, bias)), (h, weight, bias), expected, strict=True
@@ -84,9 +84,8 @@ def test_token_losses_are_those_of_cross_entropy_and_right_where_the_best_guess_
     assert not nll.requires_grad
 
 
-def test_without_gradients_the_loss_is_the_same_number() -> None:
+def test_beside_the_sum_each_targets_loss_is_returned_without_a_gradient() -> None:
     h, weight, bias, targets = _case(torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loss_sum(h, weight, bias, targets), loss_sum(h.detach(), weight, bias, targets)
-        )
+    total, nll = loss_sum(h, weight, bias, targets)
+    torch.testing.assert_close(nll, token_losses(h, weight, bias, targets)[0])
+    assert total.requires_grad and not nll.requires_grad

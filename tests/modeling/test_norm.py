@@ -34,9 +34,9 @@ def test_values_and_gradients_are_those_of_the_formula_in_every_precision(
     exact, weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
     expected = exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
     expected.backward(grad.double())
-    for found, wanted in ((out, expected), (x.grad, exact.grad), (norm.weight.grad, weight.grad)):
-        assert found.dtype == dtype
-        assert (found.double() - wanted).abs().max() <= distance * wanted.abs().max()
+    for result, required in ((out, expected), (x.grad, exact.grad), (norm.weight.grad, weight.grad)):
+        assert result is not None and required is not None and result.dtype == dtype
+        assert (result.double() - required).abs().max() <= distance * required.abs().max()
 
 
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from tests.modeling.families import CONFIGS, SIZES
-from trifold.modeling.position import POSITION_SCHEMES, Relative, Rope, Sinusoidal, rotate, within_documents
+from trifold.modeling.position import POSITION_SCHEMES, Relative, Rope, Sinusoidal, document_positions, rotate
 
 
 def test_positions_count_from_zero_in_every_document_and_padding_stands_at_zero() -> None:
     segments = torch.tensor([[1, 1, 2, 2, 2, 3, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
     expected = [[0, 1, 0, 1, 2, 0, 0, 0], [0, 0, 0, 0, 1, 2, 3, 4]]
-    assert within_documents(segments).tolist() == expected
+    assert document_positions(segments).tolist() == expected
 
 
 @pytest.mark.parametrize("causal", [False, True])

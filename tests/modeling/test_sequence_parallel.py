@@ -48,24 +48,23 @@ def rows(name: str) -> Batch:
     uneven places.
     """
     config = CONFIGS[name]
-    made = [packed(documents(config, [(3, 4), (11, 9), (13, 6)], seed), 32, 24) for seed in (1, 2)]
-    both = Batch(
-        *(
-            torch.cat(parts) if parts[0] is not None else None
-            for parts in zip(*(vars(m).values() for m in made), strict=True)
-        )
-    )
+    created = [packed(documents(config, [(3, 4), (11, 9), (13, 6)], seed), 32, 24) for seed in (1, 2)]
+    columns: Any = {
+        name: None if value is None else torch.cat([value, getattr(created[1], name)])
+        for name, value in vars(created[0]).items()
+    }
+    both = Batch(**columns)
     picked = torch.tensor(
         [[0, 1, 2, 3, 4, 5, 6, 7, 8, 20, -1, -1], [9, 15, 16, 17, 26, -1, -1, -1, -1, -1, -1, -1]]
     )
     return replace(both, picked=picked if name == "modernbert" else None)
 
 
-def found(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def result(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The sum of the losses, each loss, and all gradients."""
     with torch.no_grad():
-        each = model(batch, per_token=True)[0]
-    loss = model(batch)
+        each = model(batch).nll
+    loss = model(batch).total
     loss.backward()
     return loss.detach(), each, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -75,13 +74,13 @@ def found(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, T
 def test_slices_have_the_losses_and_gradients_of_whole_rows(name: str, packs: bool) -> None:
     config = CONFIGS[name]
     batch = rows(name) if packs else replace(rows(name), segments=None, source_segments=None)
-    whole_loss, whole_each, whole_grads = found(build(config, 0), batch)
+    whole_loss, whole_each, whole_grads = result(build(config, 0), batch)
 
     def work(shared: SequenceShard) -> Any:
         model = build(config, 0)
         model.recompute(packs)
         model.set_sequence_shard(shared)
-        return found(model, shared.local(batch))
+        return result(model, shared.local(batch))
 
     losses, each, grads = zip(*on_all(config.num_kv_heads, work), strict=True)
     torch.testing.assert_close(sum(losses), whole_loss, rtol=1e-5, atol=0)
@@ -99,17 +98,17 @@ def test_picks_of_a_slice_keep_their_targets_and_take_no_more_room_than_it_has()
         own = shared.local(batch)
         assert own.picked is not None and own.picked.shape == (2, 8)
         taken += [
-            (row, 8 * shared.place + at) for row in (0, 1) for at in own.picked[row].tolist() if at >= 0
+            (row, 8 * shared.index + at) for row in (0, 1) for at in own.picked[row].tolist() if at >= 0
         ]
     assert sorted(taken) == [(row, at) for row in (0, 1) for at in batch.picked[row].tolist() if at >= 0]
 
 
-@pytest.mark.parametrize("name", ("llama", "t5gemma"))
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5gemma", marks=pytest.mark.proof)])
 def test_activations_shrink_by_the_ranks_and_what_is_sent_is_counted(name: str) -> None:
     config = CONFIGS[name].model_copy(update={"num_kv_heads": 4, "max_positions": 512, "local_window": 0})
-    made = packed(documents(config, [(500, 500)]), 512, 512)
+    created = packed(documents(config, [(500, 500)]), 512, 512)
     batch = replace(
-        made, segments=None, source_segments=None
+        created, segments=None, source_segments=None
     )  # without masks, which the CPU makes for whole rows
     sent: list[int] = []
 
@@ -120,7 +119,7 @@ def test_activations_shrink_by_the_ranks_and_what_is_sent_is_counted(name: str) 
 
         model = build(config, 0)
         model.set_sequence_shard(replace(shared, swap=counting))
-        model(shared.local(batch)).backward()
+        model(shared.local(batch)).total.backward()
 
     on_all(2, work)
     one, two = (measure_micro_memory(config, batch, "fp32", False, "cpu", sharing) for sharing in (1, 2))

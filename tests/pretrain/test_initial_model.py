@@ -1,5 +1,6 @@
 """Pretraining from a published folder: its weights, its shape, its tokenizer; and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trifold.pretrain.config.pretraining import InitialModelConfig
 from trifold.pretrain.data.collate import stack
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.distributed import RankInfo
-from trifold.pretrain.initial_model import build_initialised, load_initial_model
+from trifold.pretrain.initial_model import build_initialised, dropout_of, load_initial_model, start_notes
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
 from trifold.pretrain.run import open_rows, prepare, train
@@ -129,6 +130,29 @@ def test_all_weights_are_the_folder_s_and_a_random_start_has_its_shape_alone(
     assert none is None and random == shape.model_copy(update={"dropout": 0.0})
 
 
+def test_a_folders_dropout_is_trained_with_unless_the_recipe_sets_it(tmp_path: Path) -> None:
+    marks, folder = tokenizer(), tmp_path / "folder"
+    folder.mkdir()
+    config = MODELS["t5gemma"].model_copy(update={"vocab_size": marks.vocab_size, "dropout": 0.25})
+    published_folder.write_folder(folder, config, random_model(config).state_dict(), marks)
+    for start, expected in (({}, 0.25), ({"random": True}, 0.25), ({"dropout": 0.0}, 0.0)):
+        model = InitialModelConfig(**{"from": str(folder)}, **start)
+        assert load_initial_model(model, tmp_path)[0].dropout == dropout_of(model) == expected
+    assert dropout_of(InitialModelConfig(config=config)) == 0.25
+
+
+def test_before_training_the_folders_dropout_is_reported_and_what_is_not_used_of_it(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "folder", "encoder-decoder")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"dropout_rate": 0.2, "attention_dropout": 0.1})
+    )
+    used, unused = start_notes(InitialModelConfig(**{"from": str(folder)}))
+    assert used.startswith("dropout 0.2, as in ")
+    assert unused == f"{folder} sets attention_dropout = 0.1, which Trifold does not train with"
+    assert len(start_notes(InitialModelConfig(**{"from": str(folder)}, dropout=0.0))) == 1
+
+
 KINDS = {
     "encoder": ("bert", "[CLS]", "[SEP]"),
     "encoder-decoder": ("t5", None, "</s>"),
@@ -190,7 +214,7 @@ def test_packed_rows_have_the_loss_that_the_stock_model_of_an_imported_folder_gi
     model, rows = build_initialised(shape, state, seed=0).eval(), open_rows(config)[1]
     with torch.no_grad():
         for row in (rows.row(i) for i in range(8)):
-            mine = model(stack([row]), per_token=True)[0][0]
+            mine = model(stack([row])).nll[0]
             for number in range(1, row.segments.max() + 1):
                 here = row.segments == number
                 tokens, targets = (torch.from_numpy(side[here])[None] for side in (row.tokens, row.targets))

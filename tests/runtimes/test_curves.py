@@ -59,7 +59,7 @@ def test_two_hundred_steps_have_the_losses_of_stock_and_torch(kind: str, tmp_pat
 
     losses = []
     for step, batch in enumerate(_batches(kind, Tokenizer.open(tmp_path))):
-        both = stock.loss(theirs, batch), ours(batch) / (batch.targets != IGNORE).sum()
+        both = stock.loss(theirs, batch), ours(batch).total / (batch.targets != IGNORE).sum()
         for model, optimizer, loss in zip((theirs, ours), optimizers, both, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = ADAM.lr * min(1, (step + 1) / WARMUP)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from tests.published import SPECIAL, tokenizer
 from tests.runtimes.folders import write_random
 from trifold.modeling.batch import Batch
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer
 

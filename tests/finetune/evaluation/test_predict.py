@@ -13,8 +13,8 @@ from trifold.finetune.evaluation.predict import as_text, predict
 from trifold.finetune.tasks.task import align_to_tokens
 from trifold.launch.cli import app
 from trifold.launch.commands.finetune import generate
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 
 
 def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:

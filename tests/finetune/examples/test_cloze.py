@@ -14,7 +14,7 @@ from trifold.finetune.examples.squad import Question
 from trifold.finetune.tasks.matching import Matching
 from trifold.finetune.tasks.qa import Qa
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Generation
+from trifold.modeling.generation.config import Generation
 
 ENGLISH = (
     "The river Aldern rises near Hollin and flows past seven mills. In 1843 the engineer Ada Brook built a"

@@ -12,8 +12,9 @@ from trifold.finetune import config
 from trifold.finetune.examples.conll import iob2, read_conll, read_tagged_sentences
 from trifold.finetune.tasks.ner import Ner, WrittenNer, read_back
 from trifold.modeling.batch import IGNORE, Batch
-from trifold.modeling.config import Family, Generation
+from trifold.modeling.config import Family
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 
 SCHEMES = {  # three entities, two of one type side by side

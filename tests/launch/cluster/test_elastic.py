@@ -191,7 +191,7 @@ SLEEPS = """
 import sys
 from launch import cluster
 from trifold.launch.recipe.reader import resolve
-from trifold.modeling.config import UserError
+from trifold.modeling.errors import UserError
 from pretrain import run
 
 def train(recipe, place):

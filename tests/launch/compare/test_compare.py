@@ -185,7 +185,7 @@ def test_what_is_looked_into_is_what_was_scored(tmp_path: Path) -> None:
     rows = open_rows(recipe, open_tasks(recipe, words, "encoder-decoder"), words)[1]
     batch = stack([rows.row(i) for i in range(rows.num_rows)])
     with torch.no_grad():
-        loss = model(batch) / (batch.targets != IGNORE).sum()
+        loss = model(batch).total / (batch.targets != IGNORE).sum()
     assert abs(loss.item() - found["heldout_loss"]) < 1e-5
 
 
@@ -272,7 +272,7 @@ def test_reach_is_the_gradient_of_the_last_loss_by_distance() -> None:
         moved = x.clone()
         moved[0, at, dim] += by
         return torch.nn.functional.cross_entropy(
-            model.head(model.decoder(moved, None)[:, -1], model.embed), tokens[:, -1]
+            model.head.logits(model.decoder(moved, None)[:, -1], model.embed), tokens[:, -1]
         )
 
     norms = [

@@ -5,8 +5,9 @@ import torch
 
 from tests.modeling.families import CONFIGS, RECURRENT
 from trifold.modeling.batch import Batch
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.modeling.transformer import Transformer, build
 
@@ -24,7 +25,8 @@ def _varied(name: str) -> Transformer:
 def _uncached(model: Transformer, prompt: list[int], max_new: int, eos: int) -> list[int]:
     """The whole row again for each new token."""
     sources = model.config.family == "encoder-decoder"
-    row, new = [BOS] if sources else list(prompt), []
+    row = [BOS] if sources else list(prompt)
+    new: list[int] = []
     while len(new) < max_new and eos not in new:
         tokens = torch.tensor([row + new])
         source = (
@@ -106,5 +108,46 @@ def test_empty_prompts_begin_with_bos_and_empty_sources_are_read() -> None:
 def test_an_encoder_and_a_full_table_of_positions_are_refused() -> None:
     with pytest.raises(UserError, match="encoder does not generate"):
         generate(build(CONFIGS["modernbert"], 0), PROMPTS, Generation(max_new=2), bos=BOS, eos=EOS, pad=PAD)
-    with pytest.raises(UserError, match="35 positions, and this model has learned 32"):
+    with pytest.raises(UserError, match="7 tokens and 28 new ones, and this model has 32 positions"):
         generate(build(CONFIGS["gpt2"], 0), PROMPTS, Generation(max_new=28), bos=BOS, eos=EOS, pad=PAD)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("gpt2", 26), ("llama", 32), ("t5", 32), ("nllb", 32)])
+def test_a_prompt_beyond_the_models_positions_is_rejected_with_both_numbers_or_cut(
+    name: str, limit: int
+) -> None:
+    """A decoder keeps the end of its prompt, an encoder-decoder the beginning of its source."""
+    model = _varied(name)
+    prompt = [5 + i % 50 for i in range(40)]
+    expected_prompt = prompt[-limit:] if model.encoder is None else prompt[:limit]
+    cut = Generation(max_new=6, cut_prompt=True)
+    expected = generate(model, [expected_prompt], Generation(max_new=6), bos=BOS, eos=-1, pad=PAD)
+    assert generate(model, [prompt], cut, bos=BOS, eos=-1, pad=PAD) == expected
+    with pytest.raises(UserError, match=r"A prompt has 40 tokens.* this model has 32 positions.*cut_prompt"):
+        generate(model, [[5], prompt], Generation(max_new=6), bos=BOS, eos=-1, pad=PAD)
+
+
+def test_a_prompt_of_a_million_tokens_is_rejected_before_anything_is_computed() -> None:
+    model = build(CONFIGS["llama"], 0)
+    with pytest.raises(UserError, match="1000000 tokens"):
+        generate(model, [[5] * 1_000_000], bos=BOS, eos=EOS, pad=PAD)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_text_ends_at_each_of_several_end_tokens(beams: int) -> None:
+    model = _varied("llama")
+    settings = Generation(max_new=12, beams=beams)
+    free = generate(model, PROMPTS, settings, bos=BOS, eos=-1, pad=PAD)
+    first, second = free[0][2], free[1][1]
+    several = settings.model_copy(update={"more_ends": (second,)})
+    ended = generate(model, PROMPTS, several, bos=BOS, eos=first, pad=PAD)
+    for row in ended:
+        assert not {first, second} & set(row[:-1]) and (len(row) == 12 or row[-1] in (first, second))
+    assert len(ended[0]) < 12 and len(ended[1]) < 12
+    longer = several.model_copy(update={"min_new": 5})
+    assert min(map(len, generate(model, PROMPTS, longer, bos=BOS, eos=first, pad=PAD))) >= 5
+
+
+def test_what_only_a_decoder_with_a_source_has_is_rejected_for_other_decoders() -> None:
+    with pytest.raises(UserError, match=r"generation\.first \(9\).*this model is a decoder"):
+        generate(_varied("llama"), PROMPTS, Generation(first=9), bos=BOS, eos=EOS, pad=PAD)

@@ -3,7 +3,9 @@ chance to show.
 """
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from trifold.modeling.batch import IGNORE, Batch
 from trifold.modeling.config import ModelConfig
-from trifold.modeling.huggingface import Found, recognise
+from trifold.modeling.huggingface import ImportedModel, recognise
 from trifold.modeling.transformer import Transformer
 
 PAD, BOS, EOS = 1, 0, 2  # as in RoBERTa, BART and M2M-100
@@ -203,8 +205,25 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     """
     import transformers
 
+    stock_class = getattr(transformers, (MODELS | TASKS)[name][0])
+    model = stock_class(_stock_config(name, changes)).eval()
+    if name == "T5 1.1":  # its class ties when made, but not when a folder holds a head of its own
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    _randomise(model, seed, near_zero_norms="T5Gemma" in name)
+    return model
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The content of the config.json of `make(name)`, without making the model."""
+    hf = json.loads(_stock_config(name, changes).to_json_string())
+    return {**hf, "architectures": [(MODELS | TASKS)[name][0]]}
+
+
+def _stock_config(name: str, changes: dict[str, Any]) -> Any:
+    """Without any dropout, so that training steps can be compared."""
+    import transformers
+
     stock_class, settings = (MODELS | TASKS)[name]
-    stock_class = getattr(transformers, stock_class)
     dropouts = (
         "dropout",
         "attention_dropout",
@@ -215,16 +234,17 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     )
     settings = {
         **{
-            place: 0.0
-            for place in (*dropouts, "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
+            index: 0.0
+            for index in (*dropouts, "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
         },
         **settings,
         **changes,
     }
     settings |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0} if "d_model" in settings else {}
-    model = stock_class(stock_class.config_class(**json.loads(json.dumps(settings)))).eval()
-    if name == "T5 1.1":  # its class ties when made, but not when a folder holds a head of its own
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    return getattr(transformers, stock_class).config_class(**json.loads(json.dumps(settings)))
+
+
+def _randomise(model: Any, seed: int, near_zero_norms: bool) -> None:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -236,9 +256,8 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
             )
             # T5Gemma's norms multiply by (1 + w), and ours hold 1 + w: exact for what was bf16, as all of
             # Google's are
-            tensor.copy_((values - 1).bfloat16() if rank_one and "T5Gemma" in name else values)
+            tensor.copy_((values - 1).bfloat16() if rank_one and near_zero_norms else values)
         _equal_copies(model)
-    return model
 
 
 def _equal_copies(model: Any) -> None:
@@ -249,23 +268,40 @@ def _equal_copies(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("embed_tokens.weight") or name == "model.shared.weight":
             parameter.copy_(embeddings)
-    for head in (getattr(model, "lm_head", None), getattr(getattr(model, "cls", None), "predictions", None)):
+    heads: list[Any] = [
+        getattr(model, "lm_head", None),
+        getattr(getattr(model, "cls", None), "predictions", None),
+    ]
+    for head in heads:
         if hasattr(head, "bias") and hasattr(head, "decoder"):
             head.decoder.bias.copy_(head.bias)
+
+
+@cache
+def folder_of(name: str) -> Path:
+    """A folder that `save_pretrained` of `make(name)` wrote, once for all tests, which only read it."""
+    folder = Path(mkdtemp(prefix="stock-"))
+    make(name).save_pretrained(folder)
+    return folder
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Its config.json and tensors."""
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
 
 def saved(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of the folder that `save_pretrained` writes."""
     model.save_pretrained(folder)
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    return read_folder(folder)
 
 
-def read(model: Any, folder: Path) -> tuple[Transformer, Found]:
+def read(model: Any, folder: Path) -> tuple[Transformer, ImportedModel]:
     """What we read from that folder, as a model."""
-    found = recognise(*saved(model, folder))
-    ours = Transformer(found.config).eval()
-    ours.load_state_dict(found.state)
-    return ours, found
+    result = recognise(*saved(model, folder))
+    ours = Transformer(result.config).eval()
+    ours.load_state_dict(result.state)
+    return ours, result
 
 
 def batch_of(config: ModelConfig, length: int, seed: int = 0) -> Batch:

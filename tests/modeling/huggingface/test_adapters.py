@@ -31,16 +31,16 @@ def test_stock_weights_plus_adapters_are_the_merged_weights(name: str, tmp_path:
     state = model.state_dict()
     settings, tensors = adapters(config, state, lora, SPECIAL, "base")
     hf, base = export(config, {n: t for n, t in state.items() if not n.endswith((".a", ".b"))}, SPECIAL)
-    wanted = export(config, merge_lora(state, lora.scale), SPECIAL)[1]
+    expected = export(config, merge_lora(state, lora.scale), SPECIAL)[1]
     for module in settings["target_modules"]:
         a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
         rank = settings["rank_pattern"].get(module, settings["r"])
         scale = settings["alpha_pattern"].get(module, settings["lora_alpha"]) / rank
         assert len(a) == rank and torch.allclose(
-            base[f"{module}.weight"] + scale * b @ a, wanted[f"{module}.weight"], atol=1e-6
+            base[f"{module}.weight"] + scale * b @ a, expected[f"{module}.weight"], atol=1e-6
         )
-        base[f"{module}.weight"] = wanted[f"{module}.weight"]
-    assert all(torch.equal(base[n], wanted[n]) for n in wanted)
+        base[f"{module}.weight"] = expected[f"{module}.weight"]
+    assert all(torch.equal(base[n], expected[n]) for n in expected)
     assert (settings["modules_to_save"] is not None) == bool(config.labels)
 
     if find_spec("peft") is None:

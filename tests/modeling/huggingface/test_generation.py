@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.huggingface import decoding
 from trifold.modeling.huggingface.generation import write_generation
 
@@ -26,17 +26,17 @@ SETTINGS = st.builds(
 
 
 @given(SETTINGS)
-def test_settings_come_back_from_the_folder(how: Generation) -> None:
+def test_settings_come_back_from_the_folder(settings: Generation) -> None:
     drawn = (
-        {} if how.sample else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        {} if settings.sample else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     )  # without draws these say nothing
-    assert decoding({"bos_token_id": 1}, write_generation(how)) == how.model_copy(update=drawn)
+    assert decoding({"bos_token_id": 1}, write_generation(settings)) == settings.model_copy(update=drawn)
 
 
 def test_the_stock_class_knows_every_field_and_an_encoder_decoders_start_is_read() -> None:
     transformers = pytest.importorskip("transformers")
-    how = Generation(max_new=7, min_new=2, no_repeat=3, beams=4, length_penalty=0.5)
-    stock = transformers.GenerationConfig(**write_generation(how))
+    settings = Generation(max_new=7, min_new=2, no_repeat=3, beams=4, length_penalty=0.5)
+    stock = transformers.GenerationConfig(**write_generation(settings))
     assert (stock.max_new_tokens, stock.min_new_tokens, stock.no_repeat_ngram_size, stock.num_beams) == (
         7,
         2,
@@ -44,14 +44,14 @@ def test_the_stock_class_knows_every_field_and_an_encoder_decoders_start_is_read
         4,
     )
     assert stock.length_penalty == 0.5 and not stock.do_sample
-    said = {
+    message = {
         "is_encoder_decoder": True,
         "bos_token_id": 1,
         "decoder_start_token_id": 2,
         "forced_eos_token_id": 2,
         "forced_bos_token_id": 9,
     }
-    assert decoding(said, write_generation(how)) == how.model_copy(
+    assert decoding(message, write_generation(settings)) == settings.model_copy(
         update={"start": 2, "first": 9, "end": True}
     )
 

@@ -23,9 +23,9 @@ CHAINS = [(0, [0, 2, 3]), (0, [5, 6]), (1, [1, 2, 6, 7, 8])]  # row, places: the
 @pytest.fixture
 def crf() -> CRF:
     torch.manual_seed(0)
-    made = CRF(C).double()
-    torch.nn.init.normal_(made.between)
-    return made
+    created = CRF(C).double()
+    torch.nn.init.normal_(created.between)
+    return created
 
 
 def _score(crf: CRF, scores: Tensor, labels: tuple[int, ...]) -> Tensor:
@@ -39,21 +39,23 @@ def test_losses_of_a_chain_sum_to_minus_its_log_probability_among_all_sequences(
     scores = torch.randn(2, 9, C).double().requires_grad_()
     nll = crf(scores, TARGETS, SEGMENTS)
     total = torch.zeros(()).double()
-    for row, places in CHAINS:
+    for row, positions in CHAINS:
         every = torch.stack(
             [
-                _score(crf, scores[row, places], labels)
-                for labels in itertools.product(range(C), repeat=len(places))
+                _score(crf, scores[row, positions], labels)
+                for labels in itertools.product(range(C), repeat=len(positions))
             ]
         )
-        expected = every.logsumexp(0) - _score(crf, scores[row, places], tuple(TARGETS[row, places].tolist()))
-        torch.testing.assert_close(nll[row, places].sum(), expected, rtol=0, atol=1e-10)
+        expected = every.logsumexp(0) - _score(
+            crf, scores[row, positions], tuple(TARGETS[row, positions].tolist())
+        )
+        torch.testing.assert_close(nll[row, positions].sum(), expected, rtol=0, atol=1e-10)
         total = total + expected
     assert not nll[TARGETS == IGNORE].any()
-    found, wanted = (
+    result, required = (
         torch.autograd.grad(x, (scores, crf.between), retain_graph=True) for x in (nll.sum(), total)
     )
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(result, required, rtol=0, atol=1e-10)
 
 
 def test_the_best_labels_are_those_of_the_best_sequence(crf: CRF) -> None:
@@ -61,11 +63,11 @@ def test_the_best_labels_are_those_of_the_best_sequence(crf: CRF) -> None:
         torch.manual_seed(seed)
         scores = torch.randn(2, 9, C).double()
         best = crf(scores, TARGETS, SEGMENTS, best=True)
-        for row, places in CHAINS:
-            every = list(itertools.product(range(C), repeat=len(places)))
-            values = torch.stack([_score(crf, scores[row, places], labels) for labels in every])
-            assert tuple(best[row, places].argmax(-1).tolist()) == every[int(values.argmax())]
-            torch.testing.assert_close(best[row, places].amax(-1), values.max().expand(len(places)))
+        for row, positions in CHAINS:
+            every = list(itertools.product(range(C), repeat=len(positions)))
+            values = torch.stack([_score(crf, scores[row, positions], labels) for labels in every])
+            assert tuple(best[row, positions].argmax(-1).tolist()) == every[int(values.argmax())]
+            torch.testing.assert_close(best[row, positions].amax(-1), values.max().expand(len(positions)))
 
 
 def test_a_tagger_sums_what_it_says_per_token_and_learns_its_transitions() -> None:
@@ -75,9 +77,10 @@ def test_a_tagger_sums_what_it_says_per_token_and_learns_its_transitions() -> No
     row = replace(
         row, targets=torch.where((row.targets == IGNORE) | (row.tokens % 4 == 0), IGNORE, row.targets % 3)
     )
-    loss = model(row)
+    loss = model(row).total
     loss.backward()
-    nll, correct = model(row, per_token=True)
+    with torch.no_grad():
+        _, nll, correct = model(row)
     torch.testing.assert_close(nll.sum(), loss)
     assert (
         model.head.crf is not None
@@ -86,7 +89,6 @@ def test_a_tagger_sums_what_it_says_per_token_and_learns_its_transitions() -> No
     )
     assert torch.equal(correct, (model.logits(row).argmax(-1) == row.targets))
     model.zero_grad()
-    model(
-        replace(row, targets=torch.full_like(row.targets, IGNORE))
-    ).backward()  # a row that fills up a micro
+    filler = replace(row, targets=torch.full_like(row.targets, IGNORE))  # a row that fills up a micro batch
+    model(filler).total.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

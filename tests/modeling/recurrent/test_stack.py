@@ -62,9 +62,9 @@ def test_a_packed_row_is_what_the_equations_say_of_each_document(cell: str, fami
     model = build(_with(RECURRENT["lstm decoder"], cell=cell, family=family), seed=1).double()
     stack = model.encoder or model.decoder
     assert isinstance(stack, RecurrentStack)
-    parts, expected = documents(model.config, LENGTHS), []
-    for part in parts:
-        xs = list(model.embedded(part.tokens)[0])
+    singles, expected = documents(model.config, LENGTHS), []
+    for document in singles:
+        xs = list(model.embedded(document.tokens)[0])
         for layer in range(2):
             hs = _read(cell, xs, _layer(stack, layer))
             if family == "encoder":
@@ -72,8 +72,8 @@ def test_a_packed_row_is_what_the_equations_say_of_each_document(cell: str, fami
                 hs = [torch.cat(both) for both in zip(hs, back, strict=True)]
             xs = hs
         expected += xs
-    found = model.hidden(packed(parts, length=26, source_length=0))[0, :21]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-10)
+    result = model.hidden(packed(singles, length=26, source_length=0))[0, :21]
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-10)
 
 
 def test_additive_attention_is_the_hand_computed_one() -> None:
@@ -88,9 +88,9 @@ def test_additive_attention_is_the_hand_computed_one() -> None:
     ):
         parameter.data = value
     memory = torch.tensor([[[0.25, 1.25], [0.0, 0.5]]])
-    found = score(torch.tensor([[0.25, -0.25]]), score.key(memory))
+    result = score(torch.tensor([[0.25, -0.25]]), score.key(memory))
     by_hand = [math.tanh(0.5) + 2 * math.tanh(1.0), math.tanh(0.25) + 2 * math.tanh(0.25)]
-    torch.testing.assert_close(found, torch.tensor([by_hand]))
+    torch.testing.assert_close(result, torch.tensor([by_hand]))
 
 
 @pytest.mark.parametrize("alignment", ["none", "additive", "multiplicative"])
@@ -100,10 +100,10 @@ def test_a_decoder_reads_its_source_as_its_paper_says(cell: str, alignment: str)
     in.
     """
     model = build(_with(RECURRENT["lstm additive"], cell=cell, alignment=alignment), seed=2).double()
-    (part,) = documents(model.config, [(5, 4)])
+    (document,) = documents(model.config, [(5, 4)])
     encoder, decoder = model.encoder, model.decoder
     assert isinstance(encoder, RecurrentStack) and isinstance(decoder, RecurrentStack)
-    memory = encoder(model.embedded(part.source), part.source_segments)[0]
+    memory = encoder(model.embedded(document.source), document.source_segments)[0]
     context = torch.cat([memory[-1, :16], memory[0, 16:]])
     assert decoder.bridge is not None
     begin = torch.tanh(decoder.bridge.weight @ context + decoder.bridge.bias).view(-1, 2, 32)
@@ -121,7 +121,7 @@ def test_a_decoder_reads_its_source_as_its_paper_says(cell: str, alignment: str)
         return torch.stack(scores).softmax(0) @ memory
 
     out, expected = torch.zeros(32).double(), []
-    for y in model.embedded(part.tokens)[0]:
+    for y in model.embedded(document.tokens)[0]:
         seen = {
             "none": lambda: y[:0],  # noqa: B023
             "additive": lambda: look(states[-1]["h"]),
@@ -136,17 +136,23 @@ def test_a_decoder_reads_its_source_as_its_paper_says(cell: str, alignment: str)
             seen = look(x) if alignment == "multiplicative" else seen
             out = torch.tanh(decoder.combine.weight @ torch.cat([seen, x]) + decoder.combine.bias)
         expected.append(out)
-    torch.testing.assert_close(model.hidden(part)[0], torch.stack(expected), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.hidden(document)[0], torch.stack(expected), rtol=0, atol=1e-10)
 
 
 def _hard(batch_size: int) -> tuple[Transformer, Batch]:
     model = build(
         _with(RECURRENT["gru hard"], num_layers=1, dim=4, vocab_size=5, init_std=1.0), seed=3
     ).double()
-    (part,) = documents(model.config, [(2, 2)])
-    part = replace(part, source=torch.tensor([[1, 3]]))
-    assert part.source is not None and part.segments is not None
-    tensors = (part.tokens, part.segments, part.targets, part.source, part.source_segments)
+    (document,) = documents(model.config, [(2, 2)])
+    document = replace(document, source=torch.tensor([[1, 3]]))
+    assert document.source is not None and document.segments is not None
+    tensors = (
+        document.tokens,
+        document.segments,
+        document.targets,
+        document.source,
+        document.source_segments,
+    )
     return model, Batch(*(t.repeat(batch_size, 1) for t in tensors))
 
 
@@ -157,14 +163,14 @@ def test_hard_attention_has_the_gradient_of_its_expected_loss(monkeypatch: pytes
     model, one = _hard(1)
     assert isinstance(model.decoder, RecurrentStack) and model.decoder.align is not None
     expected: Any = 0.0
-    for places in itertools.product((0, 1), repeat=2):
-        wanted = iter(places)
+    for positions in itertools.product((0, 1), repeat=2):
+        required = iter(positions)
         with monkeypatch.context() as forced:
             forced.setattr(
-                torch, "multinomial", lambda p, n, wanted=wanted: torch.full((len(p), 1), next(wanted))
+                torch, "multinomial", lambda p, n, required=required: torch.full((len(p), 1), next(required))
             )
             forced.setattr("trifold.modeling.transformer.score_function", lambda *_: 0.0)
-            loss = model(one)
+            loss = model(one).total
         assert model.decoder.log_draws_BT is not None
         expected = expected + model.decoder.log_draws_BT.sum().exp() * loss
     exact = torch.autograd.grad(expected, list(model.parameters()))
@@ -173,13 +179,13 @@ def test_hard_attention_has_the_gradient_of_its_expected_loss(monkeypatch: pytes
     for seed in range(20):
         torch.manual_seed(seed)
         for total, square, g in zip(
-            sums, squares, torch.autograd.grad(model(few), list(model.parameters())), strict=True
+            sums, squares, torch.autograd.grad(model(few).total, list(model.parameters())), strict=True
         ):
             total += g / draws
             square += (g * 20 / draws) ** 2 / 20
-    for (name, _), mean, square, wanted in zip(model.named_parameters(), sums, squares, exact, strict=True):
+    for (name, _), mean, square, required in zip(model.named_parameters(), sums, squares, exact, strict=True):
         error = ((square - mean**2).clamp(min=0) / 20).sqrt()
-        assert ((mean - wanted).abs() <= 5 * error + 1e-9).all(), name
+        assert ((mean - required).abs() <= 5 * error + 1e-9).all(), name
     score = dict(zip([name for name, _ in model.named_parameters()], exact, strict=True))[
         "decoder.align.score.v.weight"
     ]
@@ -191,7 +197,7 @@ def test_hard_attention_draws_by_the_generator_in_training_and_takes_the_likelie
 
     def loss(seed: int) -> float:
         torch.manual_seed(seed)
-        return float(model(batch).detach())
+        return float(model(batch).total.detach())
 
     assert loss(1) == loss(1) != loss(2)
     model.eval()
@@ -207,13 +213,13 @@ def test_hard_attention_draws_by_the_generator_in_training_and_takes_the_likelie
 def test_a_fixed_vector_is_all_that_passes_without_an_alignment() -> None:
     for name, moved in (("rnn fixed vector", False), ("lstm additive", True)):
         model = build(RECURRENT[name], seed=1)
-        (part,) = documents(model.config, [(5, 6)])
+        (document,) = documents(model.config, [(5, 6)])
         assert model.encoder is not None and model.decoder is not None
-        memory = model.encoder(model.embedded(part.source), part.source_segments)
+        memory = model.encoder(model.embedded(document.source), document.source_segments)
         other = memory.clone()
         other[:, 1:5] += 1
-        args = (model.embedded(part.tokens), part.segments)
-        before, after = (model.decoder(*args, m, part.source_segments) for m in (memory, other))
+        args = (model.embedded(document.tokens), document.segments)
+        before, after = (model.decoder(*args, m, document.source_segments) for m in (memory, other))
         assert torch.equal(before, after) != moved
 
 
@@ -233,7 +239,7 @@ def test_what_generation_keeps_has_one_size_however_long_the_text_is() -> None:
 
 def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
     good: dict[str, Any] = RECURRENT["lstm additive"].model_dump()
-    for change, said in (
+    for change, message in (
         ({"num_heads": 4}, "num_heads: attention layers need each above 0"),
         (
             {"cell": "attention", "alignment": "none"},
@@ -244,7 +250,7 @@ def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
         ({"crf": True}, "crf is for the label heads"),
         ({"dim": 31}, r"dim \(31\) must be even"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ModelConfig(**good | change)
     with pytest.raises(UserError, match=r"engine\.recompute goes block by block"):
         build(RECURRENT["gru decoder"], 0).recompute(True)

@@ -18,8 +18,8 @@ from tests.pretrain.engine.small_engine import engine_of, reader
 from tests.processes import run_processes
 from trifold.launch.bench.rows import Micro, micros
 from trifold.modeling.block import Block
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig

@@ -185,7 +185,7 @@ def _plain_torch(rank_info: RankInfo) -> tuple[list[tuple[float, float]], list[S
     expected = []
     for step in range(6):
         batch = rows(step)
-        loss = model(batch) / (batch.targets != IGNORE).sum()
+        loss = model(batch).total / (batch.targets != IGNORE).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

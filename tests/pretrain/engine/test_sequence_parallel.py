@@ -18,8 +18,9 @@ from tests.recipes import model_config, recipe
 from tests.training import losses, quiet, train_run, train_until
 from trifold.launch.bench.rows import micros
 from trifold.launch.recipe.reader import resolve
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.transformer import build
 from trifold.pretrain.config import training
 from trifold.pretrain.config.pretraining import PretrainConfig
@@ -54,7 +55,7 @@ def _beside_plain_torch(rank_info: RankInfo) -> dict[Any, Any]:
             step = engine.train_step(batches, [1, 2], count, 1.0)
             moments = reader(all_gather(engine.slices()))
             model = build(model_config(config), 0)
-            (sum(model(batch) for batch in batches) / count).backward()
+            (sum(model(batch).total for batch in batches) / count).backward()
             expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             grads = {
                 n: moments(n, 0, None)["exp_avg"].view_as(grad) / (1 - config.optimizer.betas[0])
@@ -62,8 +63,8 @@ def _beside_plain_torch(rank_info: RankInfo) -> dict[Any, Any]:
             }
             with torch.no_grad():
                 fresh = build(model_config(config), 0)
-                wanted = (*fresh(batches[0], per_token=True), fresh.logits(batches[0]))
-                loss = float(sum(fresh(batch) for batch in batches) / count)
+                wanted = (*fresh(batches[0])[1:], fresh.logits(batches[0]))
+                loss = float(sum(fresh(batch).total for batch in batches) / count)
             found[name, stage] = (step, loss, grads, expected, scores, wanted, texts)
     return found
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.published import MODELS, random_model, tokenizer
-from trifold.modeling.config import Generation, ModelConfig
+from trifold.modeling.config import ModelConfig
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.transformer import Transformer
 from trifold.pretrain.checkpoint import lease
 from trifold.pretrain.checkpoint.slice import Slice

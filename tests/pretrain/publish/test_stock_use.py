@@ -10,8 +10,8 @@ import torch
 
 from tests.pretrain.publish.runs import make_run, no_event
 from tests.published import copy_published, failed, tokenizer, update_hashes
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.modeling.generation.generate import generate
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.publish import publish
