@@ -173,7 +173,7 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
     try:
         hf = architecture.complete(dict(hf_config))
         config = ModelConfig(**architecture.read(hf))
-        clauses = list(unexpressed(hf, architecture.write(config, token_roles(hf))))
+        clauses = list(unexpressed(hf, _rewritten(architecture, config, hf)))
     except KeyError as missing:
         raise UserError(f"config.json of {name} lacks {missing.args[0]}") from None
     except ValidationError as error:
@@ -189,3 +189,13 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
     if clauses:
         raise UserError(f"config.json of {name} {clauses[0]}")
     return architecture, config
+
+
+def _rewritten(architecture: Architecture, config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The stock config of a model that was read from `hf`."""
+    try:
+        return architecture.write(config, token_roles(hf))
+    except UserError as reason:
+        raise UserError(
+            f"config.json of {architecture.stock_class} describes a model whose {reason}"
+        ) from None

@@ -194,6 +194,8 @@ def other_dropouts(hf: Mapping[str, Any], ours: tuple[str, ...]) -> list[str]:
     unused = []
     for name, value in fields.items():
         is_dropout = "dropout" in name or name.endswith(("pdrop", "layerdrop"))
+        if name.startswith(_HEADS_OF_OTHERS):
+            continue
         if is_dropout and value and not (name in ours and value == main):
             unused.append(f"{name} = {value}")
     return unused

@@ -65,10 +65,10 @@ def test_the_closed_form_counts_what_is_built(name: str) -> None:
 def test_every_preset_has_the_parameters_its_header_says(path: Path) -> None:
     with torch.device("meta"):
         built = sum(p.numel() for p in Transformer(_preset(path)).parameters())
-    message = path.read_text().splitlines()[1].removeprefix("# ").split()[0]
-    unit = {"M": 1e6, "B": 1e9}[message[-1]]
+    size = path.read_text().splitlines()[0].removeprefix("# ").split()[0]
+    unit = {"M": 1e6, "B": 1e9}[size[-1]]
     assert num_parameters(_preset(path)) == built
-    assert math.isclose(built, float(message[:-1]) * unit, rel_tol=0.06 if built < 2e6 else 0.01)
+    assert math.isclose(built, float(size[:-1]) * unit, rel_tol=0.06 if built < 2e6 else 0.01)
 
 
 def test_flops_follow_the_convention_of_the_peers() -> None:

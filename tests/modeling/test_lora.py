@@ -31,6 +31,7 @@ def test_merged_weights_say_what_the_adapted_model_says(name: str) -> None:
 
 def test_a_target_that_is_not_there_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"lora\.targets names 'query'; the linear maps here are down, gate, k, o, q, up, v"
+        UserError,
+        match=r"lora\.targets names 'query'; this model's linear maps are down, gate, k, o, q, up, v",
     ):
         add_lora(build(MODELS["llama"], 0), Lora(targets=("query",)), 0)

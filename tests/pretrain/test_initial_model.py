@@ -136,7 +136,7 @@ def test_a_folders_dropout_is_trained_with_unless_the_recipe_sets_it(tmp_path: P
     config = MODELS["t5gemma"].model_copy(update={"vocab_size": marks.vocab_size, "dropout": 0.25})
     published_folder.write_folder(folder, config, random_model(config).state_dict(), marks)
     for start, expected in (({}, 0.25), ({"random": True}, 0.25), ({"dropout": 0.0}, 0.0)):
-        model = InitialModelConfig(**{"from": str(folder)}, **start)
+        model = InitialModelConfig.model_validate({"from": str(folder), **start})
         assert load_initial_model(model, tmp_path)[0].dropout == dropout_of(model) == expected
     assert dropout_of(InitialModelConfig(config=config)) == 0.25
 
@@ -147,10 +147,10 @@ def test_before_training_the_folders_dropout_is_reported_and_what_is_not_used_of
     (folder / "config.json").write_text(
         json.dumps(settings | {"dropout_rate": 0.2, "attention_dropout": 0.1})
     )
-    used, unused = start_notes(InitialModelConfig(**{"from": str(folder)}))
+    used, unused = start_notes(InitialModelConfig.model_validate({"from": str(folder)}))
     assert used.startswith("dropout 0.2, as in ")
     assert unused == f"{folder} sets attention_dropout = 0.1, which Trifold does not train with"
-    assert len(start_notes(InitialModelConfig(**{"from": str(folder)}, dropout=0.0))) == 1
+    assert len(start_notes(InitialModelConfig.model_validate({"from": str(folder), "dropout": 0.0}))) == 1
 
 
 KINDS = {

@@ -247,7 +247,7 @@ def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
         ),
         ({"position": "learned", "rope_theta": 5.0}, "cell lstm has no position, rope_theta"),
         ({"family": "decoder"}, r"alignment \(additive\) is for recurrent encoder-decoders"),
-        ({"crf": True}, "crf is for the label heads"),
+        ({"crf": True}, "crf is for label heads"),
         ({"dim": 31}, r"dim \(31\) must be even"),
     ):
         with pytest.raises(ValueError, match=message):
