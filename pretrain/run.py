@@ -4,6 +4,7 @@
 `train` continues from the newest checkpoint that verifies. What is common with fine-tuning is in session.py.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ from trifold.pretrain.initial_model import (
 )
 from trifold.pretrain.progress import Progress
 from trifold.pretrain.session import Run
+from trifold.pretrain.storage.atomic import replace_file
+from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.train import train as train_loop
+
+# in the run folder, also where data.cache is elsewhere: what each folder of token shards was made of
+SHARD_RECIPES = "shards/recipes.json"
 
 
 def prepare(
@@ -46,8 +52,9 @@ def prepare(
     cannot be used.
     """
     tokenizer = make_tokenizer(config, progress)
+    recipes = {}
     for source, folder, heldout_fraction in _sources(config):
-        preparation.prepare(
+        training, _ = preparation.prepare(
             source,
             tokenizer,
             folder,
@@ -55,6 +62,10 @@ def prepare(
             spread=spread or preparation.over_processes(workers),
             progress=lambda documents, _, folder=folder: progress(f"tokenizing {folder.name}", documents),  # type: ignore[misc]
         )
+        recipes[folder.name] = training.index["recipe"]
+    recipes_file = Path(config.run) / SHARD_RECIPES
+    recipes_file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(recipes_file, json.dumps(recipes))
     progress("packing rows", 0)
     open_rows(config, processes=workers)
 
@@ -161,9 +172,20 @@ def empty_micro(rows: Rows, micro_rows: int) -> Batch:
 
 
 def open_rows(config: PretrainConfig, processes: int = 1) -> tuple[list[Rows], Rows]:
-    """The rows of a prepared run: those to train on, for each of its stages, and the held-out ones."""
+    """The rows of a prepared run: those to train on, for each of its stages, and the held-out ones.
+
+    Raises UserError where the token shards are not those that `prepare` made: they were damaged, or another
+    run that shares data.cache has replaced them.
+    """
     tokenizer, cache = Tokenizer.open(Path(config.run) / "tokenizer"), shards_folder(config)
-    shards = [(Shards(folder / "train"), Shards(folder / "heldout")) for _, folder, _ in _sources(config)]
+    recipes = read_json_object(Path(config.run) / SHARD_RECIPES, "`prepare` writes it")
+    shards = []
+    for _, folder, _ in _sources(config):
+        pair = Shards(folder / "train"), Shards(folder / "heldout")
+        for half in pair:
+            half.check_made_with(tokenizer.fingerprint, recipes.get(folder.name))
+        shards.append(pair)
+
     num_sources = len(config.data.sources)
     training = [train for train, _ in shards[:num_sources]]
     if config.data.heldout:  # separate corpora: all of their documents

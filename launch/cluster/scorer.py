@@ -207,6 +207,8 @@ def _rows(config: PretrainRecipe, name: str, processes: int = 1) -> Rows:
     """A text's rows, under the recipe's objective: all of its documents, as of `data.heldout`."""
     vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
     shards = [Shards(folder / "train") for folder in _folders(config, name)]
+    for corpus in shards:
+        corpus.check_made_with(vocabulary.fingerprint, None)
     return Rows.heldout(config, vocabulary, shards, shards_folder(config), processes)
 
 

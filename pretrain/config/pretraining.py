@@ -1,7 +1,8 @@
-"""What a pretraining run is, as plain values: the recipe that launch/recipe/reader.py reads from YAML.
+"""The config of a pretraining run: typed, frozen values that launch/recipe/reader.py reads from YAML. The
+keys of a recipe are the names of the fields.
 
-One dial, the rest derived: the world size appears nowhere, accumulation follows from `step_rows` and
-`micro_rows`.
+The number of ranks appears nowhere: gradient accumulation follows from `step_rows`, `micro_rows` and the
+ranks there are.
 """
 
 import re
@@ -23,8 +24,8 @@ from trifold.pretrain.config.training import TrainingConfig
 
 
 class SourceConfig(Settings):
-    """One corpus. Exactly one of `path` (file, folder, glob, URL: .txt, .jsonl, .parquet, SQuAD's .json; also
-    .gz) and `hub` (an id).
+    """One corpus: either `path` (file, folder, glob or URL of .txt, .jsonl, .parquet or SQuAD's .json; also
+    .gz) or `hub` (an id).
     """
 
     path: str | None = None
@@ -32,28 +33,28 @@ class SourceConfig(Settings):
     hub_config: str | None = None
     split: str = "train"
     text_column: str = "text"  # JSONL, Parquet and hub sets
-    documents: Literal["blank_line", "line"] = "blank_line"  # plain text: what ends a document
+    documents: Literal["blank_line", "line"] = "blank_line"  # plain text: what separates documents
     weight: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
-    def _one_place(self) -> "SourceConfig":
+    def _check_one_location(self) -> "SourceConfig":
         if (self.path is None) == (self.hub is None):
-            raise ValueError("a source has either `path` or `hub`, and not both")
+            raise ValueError("a source has either `path` or `hub`, not both")
         return self
 
 
 class DataConfig(Settings):
-    """What is read, and how it is cut into rows."""
+    """The corpora, and how they are cut into rows."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    heldout: tuple[SourceConfig, ...] = ()  # corpora of their own ...
+    heldout: tuple[SourceConfig, ...] = ()  # separate corpora ...
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)  # ... or documents chosen by hash from `sources`
-    row_length: int = Field(gt=1)  # tokens of a row (of its source side for spans and continuations)
-    cache: str | None = None  # where token shards live; None: inside the run folder
+    row_length: int = Field(gt=1)  # tokens in a row (on its source side for spans and continuations)
+    cache: str | None = None  # the folder of token shards; None: inside the run folder
     prefetch: int = Field(default=4, ge=1)  # steps prepared ahead
 
     @model_validator(mode="after")
-    def _one_heldout(self) -> "DataConfig":
+    def _check_one_heldout(self) -> "DataConfig":
         if bool(self.heldout) == (self.heldout_fraction > 0):
             raise ValueError(
                 "give either `data.heldout` (corpora) or `data.heldout_fraction` (above 0), and not both"
@@ -61,40 +62,39 @@ class DataConfig(Settings):
         return self
 
 
-RESERVED_TOKENS = re.compile(
-    r"<(pad|s|/s|unk|mask|extra_id_\d\d?|0x[0-9A-F]{2})>"
-)  # what a tokenizer of ours holds in any case (tokenizer.py)
+# tokens of every tokenizer that is trained here (tokenizer.py)
+RESERVED_TOKENS = re.compile(r"<(pad|s|/s|unk|mask|extra_id_\d\d?|0x[0-9A-F]{2})>")
 
 
 class TokenizerConfig(Settings):
-    """A tokenizer to train (SentencePiece unigram with byte fallback), or a trained one's folder."""
+    """A tokenizer to train (SentencePiece unigram with byte fallback), or the folder of an existing one."""
 
     path: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size pieces
-    sample_bytes: int = Field(default=10_000_000, gt=0)  # how much text training reads
+    sample_bytes: int = Field(default=10_000_000, gt=0)  # of text that training reads
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
-    languages: tuple[
-        str, ...
-    ] = ()  # codes such as en_XX, each a special token of its own, for models like mBART
+    languages: tuple[str, ...] = ()  # codes such as en_XX, each a special token, for models like mBART
 
     @model_validator(mode="after")
-    def _codes(self) -> "TokenizerConfig":
+    def _check_codes(self) -> "TokenizerConfig":
         for code in self.languages:
-            if code.split() != [code] or re.search("[▁\0\ud800-\udfff]", code):  # words.py cuts text there
+            if code.split() != [code] or re.search(
+                "[▁\0\ud800-\udfff]", code
+            ):  # word_cache.py cuts text there
                 raise ValueError(
-                    f"languages: the code {code!r} must have a character, and no space, ▁, line end, zero or"
+                    f"languages: the code {code!r} must not be empty or contain a space, ▁, line end, zero or"
                     " lone surrogate"
                 )
             if RESERVED_TOKENS.fullmatch(code) or self.languages.count(code) > 1:
                 raise ValueError(
-                    f"languages: {code!r} is a token of every tokenizer, or twice in this list: take another"
-                    " code, as en_XX"
+                    f"languages: {code!r} is a token of every tokenizer, or occurs twice in this list: use"
+                    " another code, such as en_XX"
                 )
         return self
 
 
 class StageConfig(Settings):
-    """An earlier part of a run: its first steps, or those after the stage before. What is not given is the
-    recipe's own.
+    """The first steps of a run, or those after the previous stage. Values that are not given are the
+    recipe's.
     """
 
     steps: int = Field(gt=0)
@@ -108,53 +108,50 @@ class InitialModelConfig(Settings):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    folder: str | None = Field(
-        default=None, alias="from"
-    )  # a published folder: its shape, tokenizer and weights ...
-    random: bool = False  # ... or, when true, new weights in the same shape: what pretraining was worth
-    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's own `tokenizer`
+    # a published folder: its shape, tokenizer and weights ...
+    folder: str | None = Field(default=None, alias="from")
+    random: bool = False  # ... or new weights of the same shape, a baseline without pretraining
+    config: ModelConfig | None = None  # without a folder: new weights, and the recipe's `tokenizer`
     dropout: float | None = Field(default=None, ge=0, lt=1)  # None: that of the folder or of `config`
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _one_place(self) -> "InitialModelConfig":
+    def _check_one_origin(self) -> "InitialModelConfig":
         if (self.folder is None) == (self.config is None):
             raise ValueError(
-                "give either model.from (a published folder) or model.config (new weights), and not both"
+                "give either model.from (a published folder) or model.config (new weights), not both"
             )
         return self
 
 
-def _said(model: Any) -> str:
-    return (
-        "start"
-        if isinstance(model, InitialModelConfig) or (isinstance(model, dict) and "from" in model)
-        else "new"
-    )
+def _model_kind(model: Any) -> str:
+    has_origin = isinstance(model, InitialModelConfig) or (isinstance(model, dict) and "from" in model)
+    return "start" if has_origin else "new"
 
 
 Model = Annotated[
-    Annotated[ModelConfig, Tag("new")] | Annotated[InitialModelConfig, Tag("start")], Discriminator(_said)
+    Annotated[ModelConfig, Tag("new")] | Annotated[InitialModelConfig, Tag("start")],
+    Discriminator(_model_kind),
 ]
 
 
 class PretrainConfig(TrainingConfig):
-    """A run that learns from text."""
+    """A run that trains on text."""
 
-    model: Model  # its dials, for new weights, or `from`: a published folder to go on from
+    model: Model  # a configuration for new weights, or `from`: a published folder to continue from
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     objective: AnyObjective
-    stages: tuple[
-        StageConfig, ...
-    ] = ()  # short rows first, small steps first; after the last one the recipe's own values hold
+    # such as short rows first, or small steps first; after the last one the recipe's own values hold
+    stages: tuple[StageConfig, ...] = ()
     evaluate_rows: int = Field(default=256, gt=0)  # held-out rows during training; the end evaluates them all
 
     def fits(self, model: ModelConfig) -> None:
-        """Raises UserError where this model is of another family than the objective trains, shorter than the
-        rows, or cannot be shared.
+        """Raises UserError where this model is of another family than the objective trains, has fewer
+        positions than the rows, or cannot be shared among ranks as `engine` requires.
         """
-        if model.family != (family := objectives.family_of(self.objective)):
+        family = objectives.family_of(self.objective)
+        if model.family != family:
             raise UserError(
                 f"the {self.objective.kind} objective trains a model of family {family}, not {model.family}"
             )
@@ -176,22 +173,23 @@ class PretrainConfig(TrainingConfig):
             )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "PretrainConfig":
+    def _check_model(self) -> "PretrainConfig":
         if isinstance(self.model, ModelConfig):
             self.fits(self.model)
         return self
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> "PretrainConfig":
+    def _check_stages(self) -> "PretrainConfig":
         for number, stage in enumerate(self.stages):
             step_rows, micro_rows = stage.step_rows or self.step_rows, stage.micro_rows or self.micro_rows
             if micro_rows > step_rows:
                 raise ValueError(
                     f"stages.{number} has micro_rows {micro_rows}, which exceeds its step_rows {step_rows}"
                 )
-        if (earlier := sum(stage.steps for stage in self.stages)) >= self.steps:
+        earlier = sum(stage.steps for stage in self.stages)
+        if earlier >= self.steps:
             raise ValueError(
-                f"the stages take {earlier} steps together and leave none of `steps` ({self.steps}) to the"
-                " recipe's own values"
+                f"the stages take {earlier} steps together, which leaves none of `steps` ({self.steps}) for"
+                " the recipe's own values"
             )
         return self

@@ -1,33 +1,42 @@
-"""Text in, documents out, one at a time: the memory needed is that of one document (Parquet: of one row
-group).
+"""Text in, documents out, one at a time: the memory needed is that of one document (Parquet: of one batch of
+rows).
 
-Parquet files and hub sets are read through `datasets`. Plain text and JSON lines are read here, because
-`datasets` changes them: its text loader turns "\\r\\n" and a lone "\\r" into "\\n", its JSON loader turns a
-column of texts that look like dates into timestamps, and neither can name the byte or the line that is wrong.
+Hub sets are read through `datasets`. Everything else is read here, because `datasets` changes text: its text
+loader turns "\\r\\n" and a lone "\\r" into "\\n", its JSON loader turns a column of texts that look like
+dates into timestamps, and neither can name the byte or the line that is wrong. Its Parquet loader reads
+names as patterns and rejects files without rows.
 
 Cost: 48 MB of books from .gz in 0.5 s; importing `datasets` takes seconds, so it is imported where it is
-needed.
+needed. A line of 100 MB costs twice its size in memory while it is read.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from glob import escape, glob, has_magic
+from glob import has_magic, iglob
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.pretraining import SourceConfig
 from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.fingerprint import fingerprint
 from trifold.pretrain.storage.storage import location
 from trifold.pretrain.storage.storage_path import StoragePath
 
 _KINDS = (".txt", ".jsonl", ".parquet")
+_READ_BYTES = 1 << 20  # of a line that are read at once
+_MAX_EXPANSION = 200  # text expands to 2 to 20 times its .gz, a bomb to 1,000 times
+_BOMB_BYTES = 16 << 20  # a shorter line is not suspected
 
 
 def documents(source: SourceConfig) -> Iterator[str]:
@@ -39,15 +48,16 @@ def documents(source: SourceConfig) -> Iterator[str]:
     each; a null is an empty document. A .json file is SQuAD's: a document is a question and its context.
     Raises UserError for anything that cannot be read, and for a source in which no document has any text.
     """
-    found = False
-    for text in (
-        _hub(source)
-        if source.hub
-        else chain.from_iterable(_file(path, source) for path in corpus_files(source))
-    ):
-        found = found or bool(text)
+    if source.hub:
+        texts = _hub(source)
+    else:
+        texts = chain.from_iterable(_file(path, source) for path in corpus_files(source))
+    has_text = False
+    for text in texts:
+        has_text = has_text or bool(text)
         yield text
-    if not found:
+        del text  # a document of 100 MB is not held while the next is read
+    if not has_text:
         raise UserError(
             f"{source.path or source.hub} holds 0 documents with text; point the source at a corpus that is"
             " not empty"
@@ -55,48 +65,88 @@ def documents(source: SourceConfig) -> Iterator[str]:
 
 
 def corpus_files(source: SourceConfig) -> list[StoragePath]:
-    """The files a path or URL names, sorted: itself, those that match the glob, or all of a known kind below
-    the folder.
+    """The files a path or URL names, sorted: itself, those that match the pattern, or all of a known kind
+    below the folder (linked folders too; hidden files and folders not). Raises UserError where there are
+    none.
     """
     named = location(str(source.path))
     if not isinstance(named, DiskPath):
         return _objects(named)
-    path = named.path.expanduser()
+    return [DiskPath(Path(name)) for name, _ in _files_on_disk(named.path.expanduser())]
+
+
+def _files_on_disk(path: Path) -> list[tuple[str, os.stat_result]]:
+    """Names and stats. In strings and with one stat for each file: Path objects cost 20 us each."""
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and _kind(DiskPath(p)) in _KINDS]
-        if not found:
-            raise UserError(
-                f"the folder {path} has no file that ends in .txt, .jsonl or .parquet (also with .gz): name"
-                " the files by a glob"
-            )
+        names = [name for name in _walk(str(path)) if _kind(name) in _KINDS]
+        missing = f"the folder {path} has no file that ends in .txt, .jsonl or .parquet (also with .gz): name"
+        missing += " the files by a glob"
     elif path.exists():
-        found = [path]
+        names, missing = [str(path)], ""
     elif has_magic(str(path)):
-        found = [Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file()]
-        if not found:
-            raise UserError(
-                f"no file matches {path}: check the pattern and the folder it starts from ({Path.cwd()})"
-            )
+        names = list(iglob(str(path), recursive=True))
+        missing = f"no file matches {path}: check the pattern and the folder it starts from ({Path.cwd()})"
     else:
         raise UserError(f"there is no file or folder {path} (looked from {Path.cwd()})")
-    return [DiskPath(file) for file in sorted(found)]
+
+    files = []
+    for name in names:
+        try:
+            status = os.stat(name)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+                continue
+            raise
+        if not stat.S_ISDIR(status.st_mode):
+            check_regular(name, status)
+            files.append((name, status))
+    if not files:
+        raise UserError(missing)
+    files.sort(key=lambda file: file[0].split(os.sep))
+    if "**" in str(path):  # it follows a link to a folder above it again and again
+        by_inode: dict[tuple[int, int], tuple[str, os.stat_result]] = {}
+        for name, status in files:
+            by_inode.setdefault((status.st_dev, status.st_ino), (name, status))
+        files = list(by_inode.values())
+    return files
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below a folder, through links to folders, each folder once. Hidden names are left out."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+
+
+def check_regular(path: Path | str, status: os.stat_result) -> None:
+    """Raises UserError for what is no file of bytes: a device or a FIFO may never end."""
+    kinds = {stat.S_IFIFO: "a FIFO (pipe)", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    kinds[stat.S_IFSOCK] = "a socket"
+    if kind := kinds.get(stat.S_IFMT(status.st_mode)):
+        raise UserError(f"{path} is {kind}, not a file: write the text to a file and name that")
 
 
 def _objects(path: StoragePath) -> list[StoragePath]:
+    found: list[StoragePath]
     if has_magic(path.name):
-        found = [
-            each
-            for each in path.parent.files_below()
-            if each.parent == path.parent and fnmatchcase(each.name, path.name)
-        ]
+        siblings = [each for each in path.parent.files_below() if each.parent == path.parent]
+        found = [each for each in siblings if fnmatchcase(each.name, path.name)]
+    elif path.exists():
+        found = [path]
     else:
-        found = [path] if path.exists() else [each for each in path.files_below() if _kind(each) in _KINDS]
+        found = [each for each in path.files_below() if _kind(each.name) in _KINDS]
     if not found:
         raise UserError(
             f"no object is named {path}, matches it in its last part, or lies below it and ends in .txt or"
             " .jsonl (also with .gz)"
         )
-    return [*found]
+    return found
 
 
 def is_heldout(text: str, fraction: float) -> bool:
@@ -110,60 +160,81 @@ def corpus_fingerprint(source: SourceConfig) -> str:
     """Changes when the text may have changed: names, sizes and times of the files, or the hub id, and how
     they are read.
 
-    It decides only whether shards can be reused, in microseconds where hashing the text would take minutes. A
+    It decides only whether shards can be reused, at 5 us a file where hashing the text would take minutes. A
     copy with new times costs a new preparation but no exactness: what rows are keyed by, Shards.fingerprint,
-    hashes the tokens themselves. A hub set is taken to stay the same under its id.
+    hashes the tokens themselves. A hub set is assumed to stay the same under its id.
     """
-    read = source.model_dump(exclude={"weight", "path"})
-    stats = [(p.name, *p.version()) for p in corpus_files(source)] if source.path else []
-    return blake2b(json.dumps([read, stats]).encode(), digest_size=16).hexdigest()
+    settings = source.model_dump(exclude={"weight", "path"})
+    files: list[Any] = []
+    if source.path:
+        named = location(str(source.path))
+        if isinstance(named, DiskPath):
+            for name, status in _files_on_disk(named.path.expanduser()):
+                files.append((os.path.basename(name), status.st_size, status.st_mtime_ns))
+        else:
+            files = [(path.name, *path.version()) for path in _objects(named)]
+    return fingerprint([settings, files])
 
 
-def _kind(path: StoragePath) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
+def _kind(name: str) -> str:
+    return os.path.splitext(name.removesuffix(".gz"))[1]
 
 
 def _hub(source: SourceConfig) -> Iterator[str]:
     """Without a network `datasets` gives up after 23 s of retries, with HF_HUB_OFFLINE=1 at once."""
-    where = f"the hub's data set {source.hub} ({source.hub_config or 'default'} configuration, split {source.split})"
-    return _table(where, source, source.hub, source.hub_config, split=source.split)
+    import datasets
+
+    config = source.hub_config or "default"
+    where = f"the hub's data set {source.hub} ({config} configuration, split {source.split})"
+    column = source.text_column
+    try:
+        table = datasets.load_dataset(source.hub, source.hub_config, split=source.split, streaming=True)
+        if column in (table.column_names or ()):
+            table = table.select_columns([column])
+        for number, row in enumerate(table):
+            yield _text_of(row, column, where, f"{where}, row {number}")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
+        raise UserError(
+            f"{where} cannot be read ({first_line(error)}): check these names, the network and your"
+            " permission, or download it and set `path`"
+        ) from None
 
 
 def _file(path: StoragePath, source: SourceConfig) -> Iterator[str]:
-    match _kind(path):
+    match _kind(path.name):
         case ".jsonl":
             return _json_lines(path, source.text_column)
         case ".json":
             return _questions(path)
-        case ".parquet" if path.suffix == ".gz":
-            raise UserError(
-                f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)"
-            )
-        case ".parquet" if not isinstance(path, DiskPath):
-            raise UserError(
-                f"{path}: Parquet is read from disks alone: copy it to one, or give its text as .jsonl"
-            )
         case ".parquet":
-            return _table(str(path), source, "parquet", data_files=escape(str(path)), split="train")
+            return _parquet(path, source.text_column)
         case _:
             return _plain(path, source.documents)
 
 
 def _plain(path: StoragePath, rule: str) -> Iterator[str]:
-    block: list[str] = []
+    document: list[str] = []
     for line in lines(path):
-        if line not in ("\n", "\r\n"):
-            block.append(line)
-        if block and (rule == "line" or line in ("\n", "\r\n")):
-            yield _without_end(block)
-            block = []
-    if block:
-        yield _without_end(block)
+        is_empty = line in ("\n", "\r\n")
+        if not is_empty:
+            document.append(line)
+        del line
+        if document and (rule == "line" or is_empty):
+            yield _take(document)
+    if document:
+        yield _take(document)
 
 
-def _without_end(lines: list[str]) -> str:
+def _take(lines: list[str]) -> str:
+    """The document of these lines, without its last line end; the list is empty then."""
+    last = lines.pop()
+    lines.append(last[:-2] if last.endswith("\r\n") else last.removesuffix("\n"))
+    del last
     text = "".join(lines)
-    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+    lines.clear()
+    return text
 
 
 def _json_lines(path: StoragePath, column: str) -> Iterator[str]:
@@ -175,14 +246,63 @@ def _json_lines(path: StoragePath, column: str) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}, is not JSON ({error}): each line must hold one whole object") from None
-        if not isinstance(row, dict) or column not in row:
-            has = (
-                f"has the columns {', '.join(row)}"
-                if isinstance(row, dict)
-                else f"is a {type(row).__name__}, not an object"
+        del line
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where} has no column {column!r}: it is a {type(row).__name__}, not an object;"
+                " set text_column"
             )
-            raise UserError(f"{where}, has no column {column!r}: it {has}; set text_column")
-        yield _text(row[column], column, where)
+        text = _text_of(row, column, where, where)
+        del row
+        yield text
+        del text
+
+
+def _text_of(row: dict[str, Any], column: str, where: str, place: str) -> str:
+    """The text in a row's column. `where`: the file; `place`: the row in it."""
+    if column not in row:
+        has = ", ".join(row)
+        raise UserError(f"{where} has no column {column!r}: it has the columns {has}; set text_column")
+    value = row[column]
+    if not isinstance(value, str | None):
+        raise UserError(
+            f"{place}: the column {column!r} holds a {type(value).__name__}, not text; set text_column"
+        )
+    return check_unicode(value or "", place, f"the column {column!r}")
+
+
+def _parquet(path: StoragePath, column: str) -> Iterator[str]:
+    if path.suffix == ".gz":
+        raise UserError(f"{path} is Parquet inside gzip, which cannot be streamed: unpack it first (gunzip)")
+    if not isinstance(path, DiskPath):
+        raise UserError(
+            f"{path}: Parquet is read from disks alone: copy it to one, or give its text as .jsonl"
+        )
+    for number, row in enumerate(parquet_rows(path.path, column)):
+        yield _text_of(row, column, str(path), f"{path}, row {number}")
+
+
+def parquet_rows(path: Path, *columns: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file with these columns, all columns where one of them is missing or none is
+    named. A file without rows has none. Raises UserError where it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    check_regular(path, path.stat())
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            chosen = list(columns) if columns and set(columns) <= set(names) else None
+            for batch in file.iter_batches(batch_size=1024, columns=chosen):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _questions(path: StoragePath) -> Iterator[str]:
@@ -190,9 +310,11 @@ def _questions(path: StoragePath) -> Iterator[str]:
     other.
     """
     try:
-        whole = json.loads("".join(lines(path)))
-        for paragraph in (paragraph for article in whole["data"] for paragraph in article["paragraphs"]):
-            yield from (f"{asked['question']}\n{paragraph['context']}" for asked in paragraph["qas"])
+        content = json.loads("".join(lines(path)))
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield f"{question['question']}\n{paragraph['context']}"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is no SQuAD file, as which .json is read ({type(error).__name__} {error}): give other"
@@ -200,20 +322,13 @@ def _questions(path: StoragePath) -> Iterator[str]:
         ) from None
 
 
-def _text(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str | None):
-        raise UserError(
-            f"{where}: the column {column!r} holds a {type(value).__name__}, not text; set text_column"
-        )
-    return check_unicode(value or "", where, f"the column {column!r}")
-
-
 def check_unicode(text: str, where: str, what: str) -> str:
-    """The text. Raises UserError where UTF-8 cannot say it: JSON may hold half of a surrogate pair, and as such
-    Python reads stray bytes.
+    """The text. Raises UserError where UTF-8 cannot encode it: JSON may hold half of a surrogate pair, and
+    Python reads stray bytes as such.
     """
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: character {error.start} of {what} is half of a surrogate pair, or a byte that is not"
@@ -223,27 +338,27 @@ def check_unicode(text: str, where: str, what: str) -> str:
 
 
 def lines(path: StoragePath) -> Iterator[str]:
-    """Lines as they are, ended by "\\n" alone, without a byte order mark."""
+    """Lines as they are, ended by "\\n" alone, without a byte order mark. Raises UserError for what is no
+    text.
+    """
     offset = 0
     try:
+        if isinstance(path, DiskPath):
+            check_regular(path.path, path.path.stat())
         with path.open() as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
-            for raw in stream:
-                if b"\0" in raw:
-                    at = offset + raw.index(b"\0")
-                    raise UserError(
-                        f"{path} is not text: byte {at} is zero; name only text files, and convert UTF-16 to"
-                        " UTF-8"
-                    )
+            while raw := _read_line(stream, file, path, offset):
+                size = len(raw)
                 try:
                     line = raw.decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{path} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x};"
-                        " convert it, for example by"
-                        " `iconv -f LATIN1 -t UTF-8`"
+                        " convert it, for example by `iconv -f LATIN1 -t UTF-8`"
                     ) from None
+                del raw
                 yield line if offset else line.removeprefix("\ufeff")
-                offset += len(raw)
+                del line
+                offset += size
     except PermissionError:
         raise UserError(f"{path} may not be read: give this user permission") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -253,25 +368,29 @@ def lines(path: StoragePath) -> Iterator[str]:
         ) from None
 
 
-def _table(where: str, source: SourceConfig, *args: object, **kwargs: object) -> Iterator[str]:
-    """The text column of a data set that `datasets` streams, row by row."""
-    import datasets
+def _read_line(
+    stream: BinaryIO | gzip.GzipFile, file: BinaryIO, path: StoragePath, offset: int
+) -> bytes | bytearray:
+    """The next line, b"" at the end. `file`: the compressed one of `stream`; `offset`: where the line begins.
 
-    column = source.text_column
-    try:
-        table = datasets.load_dataset(*args, **kwargs, streaming=True)
-        if column in (table.column_names or ()):
-            table = table.select_columns([column])
-        for number, row in enumerate(table):
-            if column not in row:
-                raise UserError(f"{where} has no column {column!r}: it has {', '.join(row)}; set text_column")
-            yield _text(row[column], column, f"{where}, row {number}")
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # its own errors and Arrow's are all of these
-        advice = (
-            "check these names, the network and your permission, or download it and set `path`"
-            if source.hub
-            else "copy it again"
-        )
-        raise UserError(f"{where} cannot be read ({str(error).splitlines()[0]}): {advice}") from None
+    A line is checked while it grows, so that what is no text is rejected before it fills the memory.
+    """
+    line: bytes | bytearray = b""
+    while chunk := stream.readline(_READ_BYTES):
+        if b"\0" in chunk:
+            zero = offset + len(line) + chunk.index(b"\0")
+            raise UserError(
+                f"{path} is not text: byte {zero} is zero; name only text files, and convert UTF-16 to UTF-8"
+            )
+        if not line and (len(chunk) < _READ_BYTES or chunk.endswith(b"\n")):
+            return chunk
+        line = line or bytearray()
+        line += chunk
+        if stream is not file and len(line) > _BOMB_BYTES and len(line) > _MAX_EXPANSION * file.tell():
+            raise UserError(
+                f"{path} expands to more than {_MAX_EXPANSION} times its size in one line, which is no text:"
+                " if it is, unpack it first (gunzip)"
+            )
+        if chunk.endswith(b"\n"):
+            break
+    return line

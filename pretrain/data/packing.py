@@ -29,8 +29,9 @@ such documents, 0.8 % for spans (source and target together).
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
 from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from trifold.pretrain.storage.atomic import open_replacement
+from trifold.pretrain.storage.atomic import replace_file
 
 BLOCK_TOKENS = 2**20
 DOCUMENTS_AT_ONCE = 2**24  # lengths in memory while block starts are computed: 1e9 documents are too many
@@ -223,18 +224,30 @@ def block_table(
     """The BlockStats of every block (blocks, 4), read from `file` where it exists, else computed by
     `processes` processes and written there.
 
-    `file` must be named by the fingerprint of everything that the table follows from.
+    `file` must be named by the fingerprint of everything that the table follows from. It ends with a hash of
+    its content: one that was truncated or changed is computed again.
     """
-    if file is not None and file.exists():
-        with suppress(ValueError, EOFError):  # truncated when the machine died: computed again
-            return np.load(file, allow_pickle=False)
+    if file is not None and (table := _read_table(file)) is not None:
+        return table
 
     table = _compute_table(lengths, starts, chunker, processes)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open_replacement(file) as output:
-            np.save(output, table)
+        buffer = BytesIO()
+        np.save(buffer, table)
+        replace_file(file, buffer.getvalue() + sha256(buffer.getvalue()).digest())
     return table
+
+
+def _read_table(file: Path) -> np.ndarray | None:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    array, digest = content[:-32], content[-32:]
+    if sha256(array).digest() != digest:
+        return None
+    return np.load(BytesIO(array), allow_pickle=False)
 
 
 def _compute_table(lengths: np.ndarray, starts: np.ndarray, chunker: Chunker, processes: int) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""A source in, its token shards out (shards.py reads them): training and held-out documents apart, from one
-pass over the text.
+"""Token shards from text (the format: shards.py): a source comes in, training and held-out shards go out,
+from one pass over the text.
 
-This process reads, writes and hashes; batches of about a megabyte are tokenized wherever `spread` has it, and
-come back in order. So the bytes do not depend on where or how many, and memory is bounded by a few batches
-each. Everything is written into a folder of its own, which gets its name when it is complete. An interrupted
-preparation goes on after its last full shard: it reads the text before that again, a tenth of the work, and
-tokenizes none of it.
+This process reads, writes and hashes. Batches of about a megabyte are tokenized wherever `spread` runs them,
+and come back in order. So the bytes do not depend on where or how many, and memory is bounded by a few
+batches for each worker. Everything is written into a folder of its own, which gets its name when it is
+complete. An interrupted preparation continues after its last full shard: it reads the text before that
+again, a tenth of the work, and tokenizes none of it.
 
-Cost: 47.8 MB of books, 12.0M tokens: 2.7 s of one core, all told; 0.6 s of it is this process's share, so it
+Cost: 47.8 MB of books, 12.0M tokens: 2.7 s of one core in all; 0.6 s of it is this process's share, so it
 keeps three workers busy.
 """
 
@@ -22,28 +22,33 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from errno import ENOSPC
-from hashlib import blake2b
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.pretraining import SourceConfig
 from trifold.pretrain.data.corpus import corpus_fingerprint, documents, is_heldout
-from trifold.pretrain.data.shard_writer import FORMAT, ShardWriter
-from trifold.pretrain.data.shards import Shards
+from trifold.pretrain.data.shards import FORMAT, ChangedSinceSaved, Shards, ShardWriter
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.storage.atomic import replace_file
+from trifold.pretrain.storage.fingerprint import fingerprint
 
 _BATCH = 1 << 20  # characters of text that one worker tokenizes at a time
 _SHARD = 1 << 28  # bytes of text after which a shard is full
 _log = logging.getLogger(__name__)
 
-Tokenized = tuple[
-    np.ndarray, np.ndarray, np.ndarray, np.ndarray
-]  # ids of all documents; per document: tokens, bytes, held out
+
+class Tokenized(NamedTuple):
+    """A batch of N documents."""
+
+    ids: np.ndarray  # of all documents, one after another
+    lengths: np.ndarray  # (N,) tokens
+    sizes: np.ndarray  # (N,) bytes of UTF-8
+    heldout: np.ndarray  # (N,) bool
 
 
 class Tokenize:
@@ -54,14 +59,16 @@ class Tokenize:
 
     def __call__(self, texts: list[str]) -> Tokenized:
         ids = self.tokenizer.encode_batch(texts)
-        sizes = np.array([len(text.encode()) for text in texts], "<i8")
-        held = np.array([is_heldout(text, self.heldout_fraction) for text in texts], bool)
-        return np.concatenate(ids), np.array([len(i) for i in ids], "<i8"), sizes, held
+        return Tokenized(
+            ids=ids[0] if len(ids) == 1 else np.concatenate(ids),
+            lengths=np.array([len(i) for i in ids], "<i8"),
+            sizes=np.array([len(text.encode()) for text in texts], "<i8"),
+            heldout=np.array([is_heldout(text, self.heldout_fraction) for text in texts], bool),
+        )
 
 
-Spread = Callable[
-    [Tokenize, Iterable[list[str]]], Iterable[Tokenized]
-]  # like `map`, which is one: results in order, few batches at a time
+# like `map`, which is one: results in order, few batches at a time
+Spread = Callable[[Tokenize, Iterable[list[str]]], Iterable[Tokenized]]
 
 
 def prepare(
@@ -74,46 +81,50 @@ def prepare(
     progress: Callable[[int, int], None] = lambda documents, bytes: None,
     shard_bytes: int = _SHARD,
 ) -> tuple[Shards, Shards]:
-    """The (training, held-out) shards of a source, from one pass over its text into `folder`/train and
-    `folder`/heldout.
+    """The (training, held-out) shards of a source, in `folder`/train and `folder`/heldout.
 
-    Shards that are there are used when corpus, tokenizer and rules are the same, incomplete ones are
-    completed; others are made anew. Two callers do not disturb each other: the second waits and uses what the
-    first made. `progress` hears (documents, bytes of text) so far. `spread` says where batches are tokenized:
-    here, or `over_processes`. Raises UserError for a corpus that cannot be read or a disk that is full.
+    Complete shards are used again when corpus, tokenizer and rules are the same and every file is what was
+    written; incomplete ones are completed; others are made anew. Two callers do not disturb each other: the
+    second waits and uses what the first made. `progress` is called with (documents, bytes of text) so far.
+    `spread` runs the tokenizing of batches: here, or in `over_processes`. Raises UserError for a corpus that
+    cannot be read or a disk that is full.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rules = [FORMAT, corpus_fingerprint(source), tokenizer.fingerprint, heldout_fraction, shard_bytes]
-    recipe = blake2b(json.dumps(rules).encode(), digest_size=16).hexdigest()
+    recipe = fingerprint(
+        [FORMAT, corpus_fingerprint(source), tokenizer.fingerprint, heldout_fraction, shard_bytes]
+    )
     with folder.with_name(folder.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _made(folder, recipe):
-            fresh = folder.with_name(folder.name + ".incomplete")
+        shards = _open_complete(folder, recipe)
+        if shards is None:
+            incomplete = folder.with_name(folder.name + ".incomplete")
             shutil.rmtree(folder, ignore_errors=True)
             work = Tokenize(tokenizer, heldout_fraction)
             try:
-                _write(source, work, fresh, spread, progress, shard_bytes, recipe)
+                _write(source, work, incomplete, spread, progress, shard_bytes, recipe)
             except OSError as error:
                 if error.errno != ENOSPC:
                     raise
-                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(incomplete, ignore_errors=True)
                 raise UserError(
                     f"no space is left for token shards in {folder.parent}: free some, or move data.cache"
                 ) from None
-            fresh.rename(folder)
-    return Shards(folder / "train"), Shards(folder / "heldout")
+            incomplete.rename(folder)
+            shards = Shards(folder / "train"), Shards(folder / "heldout")
+    return shards
 
 
-def _made(folder: Path, recipe: str) -> bool:
-    """Whether the folder holds complete shards of this recipe."""
+def _open_complete(folder: Path, recipe: str) -> tuple[Shards, Shards] | None:
+    """The folder's shards, if they are complete and of this recipe."""
     if not folder.exists():
-        return False
+        return None
     try:
-        return all(Shards(folder / part).index["recipe"] == recipe for part in ("train", "heldout"))
+        shards = Shards(folder / "train"), Shards(folder / "heldout")
     except UserError as error:
         _log.warning("%s (doing so now)", error)
-        return False
+        return None
+    return shards if all(half.index["recipe"] == recipe for half in shards) else None
 
 
 def _write(
@@ -125,59 +136,63 @@ def _write(
     shard_bytes: int,
     recipe: str,
 ) -> None:
-    saved = _saved(folder, recipe)
+    saved = _read_saved(folder, recipe)
     if not saved:
         shutil.rmtree(folder, ignore_errors=True)
-    train, heldout = (
-        ShardWriter(folder / part, work.tokenizer, shard_bytes, saved.get(part, {}))
-        for part in ("train", "heldout")
-    )
-    batches, documents_done, bytes_done = saved.get("done", (0, 0, 0))
-    for ids, lengths, sizes, held in spread(work, islice(batched(documents(source)), batches, None)):
-        full = False
-        for writer, chosen in ((train, ~held), (heldout, held)):
-            full |= writer.add(ids[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
-        batches, documents_done, bytes_done = (
-            batches + 1,
-            documents_done + len(lengths),
-            bytes_done + int(sizes.sum()),
-        )
+    try:
+        train = ShardWriter(folder / "train", work.tokenizer, shard_bytes, saved.get("train", {}))
+        heldout = ShardWriter(folder / "heldout", work.tokenizer, shard_bytes, saved.get("heldout", {}))
+    except ChangedSinceSaved as error:
+        _log.warning("%s in %s changed after the preparation was interrupted: beginning again", error, folder)
+        shutil.rmtree(folder)
+        return _write(source, work, folder, spread, progress, shard_bytes, recipe)
+    num_batches, num_documents, num_bytes = saved.get("done", (0, 0, 0))
+
+    remaining = islice(batched(documents(source)), num_batches, None)
+    for ids, lengths, sizes, is_held in spread(work, remaining):
+        full = train.add(ids[np.repeat(~is_held, lengths)], lengths[~is_held], sizes[~is_held])
+        full |= heldout.add(ids[np.repeat(is_held, lengths)], lengths[is_held], sizes[is_held])
+        num_batches += 1
+        num_documents += len(lengths)
+        num_bytes += int(sizes.sum())
         if full:
-            done = (batches, documents_done, bytes_done)
+            done = (num_batches, num_documents, num_bytes)
             state = {"recipe": recipe, "done": done, "train": train.saved(), "heldout": heldout.saved()}
-            (folder / "state.fresh").write_text(json.dumps(state))
-            (folder / "state.fresh").replace(folder / "state.json")
-        progress(documents_done, bytes_done)
-    for writer in (train, heldout):
-        writer.close(recipe)
+            replace_file(folder / "state.json", json.dumps(state))
+        progress(num_documents, num_bytes)
+
+    train.close(recipe)
+    heldout.close(recipe)
     (folder / "state.json").unlink(missing_ok=True)
 
 
-def _saved(folder: Path, recipe: str) -> dict[str, Any]:
-    """How far an interrupted preparation of this recipe has come, where every byte that it tells of is there;
-    else nothing.
+def _read_saved(folder: Path, recipe: str) -> dict[str, Any]:
+    """How far an interrupted preparation of this recipe has come, if every byte that it speaks of is there;
+    else {}.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        whole = all(
-            (folder / part / name).stat().st_size >= size
-            for part in ("train", "heldout")
-            for name, size in state[part]["sizes"]
-        )
-    except (FileNotFoundError, ValueError, RecursionError):
+        if state["recipe"] != recipe:
+            return {}
+        for half in ("train", "heldout"):
+            for name, size in state[half]["sizes"]:
+                if (folder / half / name).stat().st_size < size:
+                    return {}
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
         return {}
-    return state if whole and state["recipe"] == recipe else {}
+    return dict(state)
 
 
 def batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts in lists of about `_BATCH` characters, so that a tokenizer's calls are worth their cost and its
-    arrays stay small.
+    """Texts in lists of about `_BATCH` characters: large enough for a tokenizer's calls to pay, small enough
+    for its arrays.
     """
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
         if size >= _BATCH:
+            del text  # a document of 100 MB is not held twice
             yield batch
             batch, size = [], 0
     if batch:
@@ -198,20 +213,20 @@ def over_processes(workers: int) -> Spread:
     return over if workers > 1 else map
 
 
-_work: Tokenize  # of a worker's process
+_work: Tokenize  # in a worker process
 
 
 def _start_process(work: Tokenize) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that was killed: the pool's own would wait for work
-    for ever.
+    """A worker leaves Ctrl-C to its parent, and exits when the parent was killed: a worker of the pool itself
+    would wait for work forever.
     """
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent_process(),), daemon=True).start()
     _work = work
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with(parent: Any) -> None:
     parent.join()
     os._exit(1)
 

@@ -1,12 +1,12 @@
-"""Text in, a SentencePiece unigram model out; then text to ids and back, by the very tokenizer.json that is
-published.
+"""Training a tokenizer (text comes in, a SentencePiece unigram model goes out), and text to ids and back by
+the same tokenizer.json that is published.
 
 Ids are 0-3 `<pad> <s> </s> <unk>`, 4 `<mask>`, 5-104 the sentinels `<extra_id_0..99>`, then the language
 codes that the recipe lists, the 256 bytes, and the pieces by score. A piece holds a space ("▁") at its start
-only and never a line end, so tokenizer.json cuts text before each space and around each line end. `words.py`
-cuts it further and remembers the ids of what lies between: 5M tokens/s per core over a corpus of books,
-Japanese too, and 7M on words seen before, where SentencePiece itself makes 4M and `tokenizers` without that
-memory 0.5-0.9M. Time is linear in the length of a document. Training on 10 MB takes 14 s of one core.
+only and never a line end, so tokenizer.json cuts text before each space and around each line end.
+`word_cache.py` cuts it further and caches the ids of what lies between: 5M tokens/s per core over a corpus of
+books, Japanese too, and 7M on words seen before, where SentencePiece itself makes 4M and `tokenizers` without
+that cache 0.5-0.9M. Time is linear in the length of a document. Training on 10 MB takes 14 s of one core.
 
 Two things are not reversible: a literal "▁" (U+2581) comes back as a space, and a special token written out
 in a text is that token.
@@ -16,8 +16,8 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConf
 from trifold.pretrain.data.tokenizer import special_tokens
 from trifold.pretrain.data.tokenizer.piece_tables import BYTE, sentence_ends, word_starts
 from trifold.pretrain.data.tokenizer.word_cache import WordCache, can_split_words
+from trifold.pretrain.storage.fingerprint import fingerprint
 
-_MARKS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+_SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _CUT = {
@@ -53,13 +54,16 @@ _CUT = {
     ],
 }
 _PASSES = 20  # training looks at no more than this many times the text that it samples
+# characters of a line that SentencePiece trains on: it looks at every substring that occurs twice before it
+# cuts at spaces, and two equal lines of n characters cost n**2 / 2
+_MAX_LINE = 2000
 
 
 class Tokenizer:
-    """An opened tokenizer folder, ours or a published one: the ids of special tokens as attributes, text to
-    ids and back.
+    """An opened tokenizer folder, one trained here or a published one: the ids of special tokens as
+    attributes (their roles: special_tokens.py), text to ids and back.
 
-    Which token plays which part: roles.py.
+    A tokenizer.json may make `tokenizers` panic, when it is opened or on some text: that is a UserError.
     """
 
     pad: int
@@ -68,9 +72,9 @@ class Tokenizer:
     unk: int | None
     mask: int | None
     start: int  # what a decoder reads first when it writes for an encoder
-    before: list[int]  # what stands before and after a text that an encoder reads
+    before: list[int]  # special tokens before and after a text that an encoder reads
     after: list[int]
-    sentinels: Sequence[int]  # 100 in a tokenizer of ours
+    sentinels: Sequence[int]  # 100 in a tokenizer trained here
     special: Sequence[int]  # all tokens that are no text
     word_starts: np.ndarray  # (V,) bool: the piece begins a word
     sentence_ends: np.ndarray  # (V,) bool: the piece ends a sentence
@@ -78,141 +82,172 @@ class Tokenizer:
     dtype: np.dtype[Any]  # of ids: the smallest unsigned one that holds them all
     fingerprint: str  # of all that decides ids, and of a published tokenizer's own template
 
-    def __init__(self, spec: dict[str, Any], settings: dict[str, Any], model: bytes | None) -> None:
-        """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file."""
-        self._spec, self._settings, self._model = spec, settings, model
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        settings: dict[str, Any],
+        model: bytes | None,
+        name: str = "tokenizer.json",
+    ) -> None:
+        """`spec` is tokenizer.json, `settings` tokenizer_config.json, `model` SentencePiece's own file;
+        `name` is the file's name in messages.
+        """
+        self._spec, self._settings, self._model, self._name = spec, settings, model, name
         self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
         self.is_trained_here = (spec["normalizer"], spec["pre_tokenizer"]) == (_SPACES, _CUT)
         ids = self._fast.get_vocab()
         pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self._words = (
-            WordCache(self._fast, spec, self.dtype)
-            if self.is_trained_here and can_split_words(spec)
-            else None
-        )
-        marks = {
-            role: ids[token]
-            for role, token in special_tokens.special_tokens(spec, settings).items()
-            if token is not None
-        }
-        self.pad, self.bos, self.eos, self.start = (marks[role] for role in ("pad", "bos", "eos", "start"))
-        self.unk, self.mask = marks.get("unk"), marks.get("mask")
+        self._words: WordCache | None = None
+        if self.is_trained_here and can_split_words(spec):
+            self._words = WordCache(self._fast, spec, self.dtype)
+
+        roles = special_tokens.special_tokens(spec, settings)
+        special = {role: ids[token] for role, token in roles.items() if token is not None}
+        self.pad, self.bos, self.eos, self.start = (special[role] for role in ("pad", "bos", "eos", "start"))
+        self.unk, self.mask = special.get("unk"), special.get("mask")
         self.before, self.after = self.special_prefix_suffix("encoder")
         self.sentinels = [ids[name] for name in _SENTINELS if name in ids]
         added = [token["id"] for token in spec["added_tokens"] if token["special"]]
-        self.special = sorted({*added, *marks.values()})
+        self.special = sorted({*added, *special.values()})
         self.word_starts, self.sentence_ends = word_starts(spec, pieces), sentence_ends(spec, pieces)
-        rules = (
-            [] if self.is_trained_here else [self.before, self.after, self.start]
-        )  # of ours they follow from the marks
-        self.fingerprint = _fingerprint(spec, [self.pad, self.bos, self.eos, self.unk, self.mask], rules)
+
+        deciding = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+        values: list[Any] = [deciding, [self.pad, self.bos, self.eos, self.unk, self.mask]]
+        if not self.is_trained_here:  # there they follow from the special tokens
+            values += [self.before, self.after, self.start]
+        self.fingerprint = fingerprint(values, sort_keys=True)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Tokenizer":
-        """Raises UserError where tokenizer.json or tokenizer_config.json is missing or broken, or names a
-        special token that there is not.
+        """Raises UserError where tokenizer.json or tokenizer_config.json is missing or damaged, or names a
+        special token that does not exist.
         """
         folder = Path(folder)
-        model = folder / "tokenizer.model"
+        model_file, name = folder / "tokenizer.model", folder / "tokenizer.json"
         try:
             spec, settings = special_tokens.read(folder)
-            return cls(spec, settings, model.read_bytes() if model.exists() else None)
+            model = model_file.read_bytes() if model_file.exists() else None
+            return cls(spec, settings, model, str(name))
         except (UserError, OSError):
             raise
-        except Exception as error:  # `tokenizers` raises nothing narrower for what it cannot read
-            said = f"{type(error).__name__}: {error}"
+        except BaseException as error:  # `tokenizers` raises nothing narrower for what it cannot read
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
             raise UserError(
-                f"{folder / 'tokenizer.json'} is JSON, but no tokenizer ({said}); train or copy the"
+                f"{name} is JSON, but no tokenizer ({type(error).__name__}: {error}); train or copy the"
                 " tokenizer again"
             ) from error
 
+    @contextmanager
+    def _panics_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise UserError(
+                f"{self._name} fails on this text ({error}): `tokenizers` cannot apply one of its rules, such"
+                " as a regular expression that takes exponential time; use another tokenizer"
+            ) from None
+
     def special_prefix_suffix(self, family: Family) -> tuple[list[int], list[int]]:
-        """What stands before and after a text that a model of this family reads: as the published tokenizer
-        puts it; of ours BOS, and EOS where there is an encoder.
+        """The special tokens before and after a text that a model of this family reads: as the published
+        tokenizer adds them; in one trained here BOS, and EOS where there is an encoder.
         """
         if self.is_trained_here:
             return [self.bos], [] if family == "decoder" else [self.eos]
         return self._template()
 
     def decoder_target(self, ids: Sequence[int]) -> list[int]:
-        """What a decoder that reads a source writes after `start`: the text as `around` marks it; a mark that
-        is the start comes once.
+        """What a decoder that reads a source writes after `start`: the text with its special tokens, without
+        a first one that is the start token.
         """
         before, after = self.special_prefix_suffix("encoder-decoder")
         return [*before[before[:1] == [self.start] :], *ids, *after]
 
     def _template(self) -> tuple[list[int], list[int]]:
-        encoding = self._fast.encode("a")
+        with self._panics_reported():
+            encoding = self._fast.encode("a")
         text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without begin and end
-        marks.
+        """The ids of each text, (T,) of `dtype`, as tokenizer.json gives them, without special tokens around
+        it.
         """
-        if self._words is None:
-            return [
-                np.array(e.ids, self.dtype)
-                for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)
-            ]
-        return self._words.encode(texts)
+        with self._panics_reported():
+            if self._words is not None:
+                return self._words.encode(texts)
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of one text, as `encode_batch` gives them, and the characters that each stands for: from,
-        up to (a space belongs to the piece after it; the bytes of one character all stand for it).
+        """The ids of one text, as `encode_batch` gives them, and the characters (start, end) of each: a space
+        belongs to the piece after it, and the bytes of one character all have that character.
         """
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        with self._panics_reported():
+            encoding = self._fast.encode(text, add_special_tokens=False)
+        has_bytes = bool(self._spec["model"].get("byte_fallback"))
         spans: list[tuple[int, int]] = []
         for piece, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-            byte = BYTE.fullmatch(piece) if self._spec["model"].get("byte_fallback") else None
-            if byte:  # `tokenizers` gives each byte the whole run of unknown characters
-                again = bool(spans) and start <= spans[-1][0] < end
-                at = spans[-1][0] + (int(byte[1], 16) < 0x80 or int(byte[1], 16) >= 0xC0) if again else start
-                start, end = at, at + 1
+            byte = BYTE.fullmatch(piece) if has_bytes else None
+            if byte:  # `tokenizers` gives each byte the full run of unknown characters
+                if spans and start <= spans[-1][0] < end:
+                    value = int(byte[1], 16)
+                    begins_character = value < 0x80 or value >= 0xC0
+                    start = spans[-1][0] + begins_character
+                end = start + 1
             spans.append((start, end))
         return encoding.ids, spans
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of ids that a model wrote, without the marks that stand around it."""
-        marks = {self.pad, self.bos, self.eos, self.start, *self.before, *self.after}
-        return self.decode([i for i in ids if i not in marks])
+        """The text of ids that a model wrote, without the special tokens around it."""
+        around = {self.pad, self.bos, self.eos, self.start, *self.before, *self.after}
+        return self.decode([i for i in ids if i not in around])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens written out."""
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: Path | str, family: Family) -> None:
-        """Write the published form: of a tokenizer of ours BOS text EOS for families with an encoder, BOS
-        text for a decoder; any other as it came.
+        """Write the published form. One trained here adds BOS and EOS to a text for families with an encoder,
+        BOS for a decoder; any other is written as it was read.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec = self._spec | {"truncation": None, "padding": None}  # training reads and pads texts by itself
-        spec |= {"post_processor": self._marking(family)} if self.is_trained_here else {}
+        if self.is_trained_here:
+            spec["post_processor"] = self._post_processor(family)
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
         if self._model:
             (folder / "tokenizer.model").write_bytes(self._model)
 
-    def _marking(self, family: Family) -> dict[str, Any]:
-        """The template of a tokenizer of ours, as tokenizer.json says it."""
-        bos, eos = _MARKS["bos"], _MARKS["eos"]
+    def _post_processor(self, family: Family) -> dict[str, Any]:
+        """The template of a tokenizer trained here, as tokenizer.json has it."""
+        bos, eos = _SPECIALS["bos"], _SPECIALS["eos"]
+        single, pair = [bos, "$A", eos], [bos, "$A", eos, "$B:1", f"{eos}:1"]
+        if family == "decoder":
+            single, pair = [bos, "$A"], [bos, "$A", "$B:1"]
         template = processors.TemplateProcessing(
-            single=[bos, "$A"] if family == "decoder" else [bos, "$A", eos],
-            pair=[bos, "$A", "$B:1"] if family == "decoder" else [bos, "$A", eos, "$B:1", f"{eos}:1"],
-            special_tokens=[(bos, self.bos), (eos, self.eos)],
+            single=single, pair=pair, special_tokens=[(bos, self.bos), (eos, self.eos)]
         )
         return dict(json.loads(template.__getstate__()))
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code of `tokenizers` panicked: its exception can be caught by no other name."""
+    return type(error).__name__ == "PanicException"
 
 
 def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder: Path | str) -> Tokenizer:
     """Train a unigram model (Kudo 2018) of exactly `vocab_size` pieces on a sample of the texts, and write it
     to `folder`.
 
-    The same texts give the same bytes. Raises UserError where the texts do not support that many pieces, or the
-    fixed ones need more.
+    The same texts give the same bytes. Raises UserError where the texts do not support that many pieces, or
+    the fixed ones need more.
     """
     lines = _sample(texts, config.sample_bytes)
     if not lines:
@@ -220,7 +255,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=_cut_lines(lines),
             model_writer=written,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -235,17 +270,17 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            pad_piece=_MARKS["pad"],
-            bos_piece=_MARKS["bos"],
-            eos_piece=_MARKS["eos"],
-            unk_piece=_MARKS["unk"],
-            user_defined_symbols=[_MARKS["mask"], *_SENTINELS, *config.languages],
+            pad_piece=_SPECIALS["pad"],
+            bos_piece=_SPECIALS["bos"],
+            eos_piece=_SPECIALS["eos"],
+            unk_piece=_SPECIALS["unk"],
+            user_defined_symbols=[_SPECIALS["mask"], *_SENTINELS, *config.languages],
             max_sentence_length=1 << 30,  # the default drops lines over 4,192 bytes
             num_threads=4,  # fixed: sums of probabilities depend on how the text is divided
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _refusal(error, vocab_size, lines) from None
+        raise _size_error(error, vocab_size, lines) from None
     tokenizer = _to_fast(written.getvalue(), [*_SENTINELS, *config.languages])
     tokenizer.save(folder, "encoder-decoder")
     return tokenizer
@@ -257,19 +292,37 @@ def _sample(texts: Iterable[str], budget: int) -> list[str]:
 
     Only the first `_PASSES * budget` bytes of text are looked at, so that an endless stream ends.
     """
-    draw, kept, size, seen = random.Random(0), [], 0, 0  # type: ignore[var-annotated]
-    for order, line in enumerate(line for text in texts for line in text.split("\n") if line):
+    rng = random.Random(0)
+    sample: list[tuple[float, int, int, str]] = []  # a heap by random key, the largest first
+    sample_bytes, bytes_seen = 0, 0
+    all_lines = (line for text in texts for line in text.split("\n") if line)
+    for order, line in enumerate(all_lines):
         length = len(line.encode())
-        heappush(kept, (-draw.random(), order, length, line))
-        size, seen = size + length, seen + length
-        while size > budget and len(kept) > 1:
-            size -= heappop(kept)[2]
-        if seen > _PASSES * budget:
+        heappush(sample, (-rng.random(), order, length, line))
+        sample_bytes += length
+        bytes_seen += length
+        while sample_bytes > budget and len(sample) > 1:
+            sample_bytes -= heappop(sample)[2]
+        if bytes_seen > _PASSES * budget:
             break
-    return [line for _, line in sorted((order, line) for _, order, _, line in kept)]
+    return [line for _, line in sorted((order, line) for _, order, _, line in sample)]
 
 
-def _refusal(error: RuntimeError, vocab_size: int, lines: list[str]) -> Exception:
+def _cut_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of at most _MAX_LINE characters: longer ones are cut before their last space that fits, else at
+    that length. No piece holds a space inside, so pieces lose nothing by a cut before one.
+    """
+    for line in lines:
+        start = 0
+        while len(line) - start > _MAX_LINE:
+            stop = line.rfind(" ", start + 1, start + _MAX_LINE)
+            stop = stop if stop > 0 else start + _MAX_LINE
+            yield line[start:stop]
+            start = stop
+        yield line[start:]
+
+
+def _size_error(error: RuntimeError, vocab_size: int, lines: list[str]) -> Exception:
     """SentencePiece's complaint about the vocabulary's size, as a sentence with both numbers."""
     text = f"{len(lines):,} lines of training text"
     if most := re.search(r"<= (\d+)", str(error)):
@@ -294,17 +347,12 @@ def _to_fast(model: bytes, additional: list[str]) -> Tokenizer:
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens(
-        [AddedToken(piece, normalized=False, special=True) for piece in [*_MARKS.values(), *additional]]
+        [AddedToken(piece, normalized=False, special=True) for piece in [*_SPECIALS.values(), *additional]]
     )
-    settings = {f"{role}_token": mark for role, mark in _MARKS.items()} | {
+    settings = {f"{role}_token": mark for role, mark in _SPECIALS.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": additional,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     return Tokenizer(json.loads(fast.to_str()) | {"pre_tokenizer": _CUT}, settings, model)
-
-
-def _fingerprint(spec: dict[str, Any], marks: list[int | None], rules: list[Any]) -> str:
-    deciding = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
-    return blake2b(json.dumps([deciding, marks, *rules], sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -76,8 +76,8 @@ def recipe(tmp_path) -> Path:
         ("objective.kind=masked", "the masked objective trains a model of family encoder, not decoder."),
         (
             "objective={kind: mixture, parts: [{kind: causal}, {kind: spans}]}",
-            "`objective`: the parts of a mixture train one model, and here causal a model of family decoder,"
-            " spans a model of family",
+            "`objective`: the parts of a mixture must train one family of models, but causal trains family"
+            " decoder, spans trains family",
         ),
         ("objective={kind: mixture, parts: [{kind: causal}]}", "`objective.parts` is [{"),
         (
@@ -106,7 +106,7 @@ def recipe(tmp_path) -> Path:
         ),
         ("model=3", "`model` is 3 (a whole number); it must be a mapping of keys to values."),
         ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
-        ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, and not both."),
+        ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, not both."),
         ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),
         ("run.x=1", 'goes through `run`, which holds "runs/x" (text)'),
         ("model.num_kv_heads=3", "`model`: num_heads (2) must be a multiple of num_kv_heads (3)."),

@@ -1,5 +1,8 @@
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -110,11 +113,11 @@ REFUSALS = [
     ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),
     ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1, is not JSON"),
     ("deep.json", b'{"data": ' + b"[" * 100_000, "no SQuAD file"),
-    ("list.jsonl", b"[1, 2]\n", "line 1, .* is a list"),
+    ("list.jsonl", b"[1, 2]\n", "line 1 has no column .* is a list"),
     (
         "column.jsonl",
         b'{"body": "x", "id": 1}\n',
-        "line 1, has no column 'text': it has the columns body, id",
+        "line 1 has no column 'text': it has the columns body, id",
     ),
     ("number.jsonl", b'{"text": 7}\n', "line 1: the column 'text' holds a int"),
     ("half.jsonl", b'{"text": "\\ud83d"}\n', "line 1: character 0 .* surrogate"),
@@ -144,7 +147,7 @@ def test_missing_places_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_parquet_column_is_refused_with_those_there_are(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column 'text': it has body, n"):
+    with pytest.raises(UserError, match="no column 'text': it has the columns body, n"):
         read(tmp_path)
 
 
@@ -181,3 +184,69 @@ def test_a_squad_file_is_read_as_questions_before_their_contexts(tmp_path: Path)
     file.write_text('{"rows": []}')
     with pytest.raises(UserError, match="is no SQuAD file"):
         list(documents(SourceConfig(path=str(file))))
+
+
+def test_folders_are_read_through_links_once_and_without_hidden_files(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus / ".ipynb_checkpoints", corpus / "sub", elsewhere):
+        folder.mkdir(parents=True)
+    written(corpus / "a.txt", b"one")
+    written(corpus / ".a.txt.swp.txt", b"hidden")
+    written(corpus / ".ipynb_checkpoints" / "a-checkpoint.txt", b"one")
+    written(elsewhere / "b.txt", b"two")
+    (corpus / "linked").symlink_to("../elsewhere")
+    (corpus / "sub" / "loop").symlink_to("..")
+    (corpus / "dangling.txt").symlink_to("nowhere")
+    assert read(corpus) == read(f"{corpus}/**/*.txt") == ["one", "two"]
+
+
+def test_devices_and_pipes_are_rejected_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name, kind in (("pipe.txt", "a FIFO"), ("zero.txt", "a device")):
+        for use in (read, lambda path: corpus_fingerprint(SourceConfig(path=str(path)))):
+            with pytest.raises(UserError, match=rf"{name} is {kind}.*, not a file"):
+                use(tmp_path / name)
+    with pytest.raises(UserError, match=r"zero.txt is a device|pipe.txt is a FIFO"):
+        read(tmp_path)
+
+
+def test_a_parquet_file_without_rows_adds_no_documents(tmp_path: Path) -> None:
+    for number, rows in enumerate((["one"], [], ["two", None])):
+        table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.string()), "n": range(len(rows))})
+        pyarrow.parquet.write_table(table, tmp_path / f"part-{number}.parquet")
+    assert read(tmp_path) == ["one", "two", ""]
+
+
+def peak_memory(path: Path, use: str) -> tuple[int, str]:
+    """Bytes by which the peak memory of a process grows while `use` runs with `source`, and its output."""
+    code = (
+        "import resource, pyarrow.parquet\n"
+        "from trifold.pretrain.config.pretraining import SourceConfig\n"
+        "from trifold.pretrain.data.corpus import *\n"
+        f"source = SourceConfig(path={str(path)!r})\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        f"try: {use}\n"
+        "except UserError as error: print(error)\n"
+        "print(peak() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *output, grown = result.stdout.splitlines()
+    return int(grown), "\n".join(output)
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_a_line_costs_less_than_four_bytes_of_memory_a_byte(tmp_path: Path, name: str) -> None:
+    size = 40_000_000
+    line = b"word " * (size // 5)
+    written(tmp_path / name, b'{"text": "' + line + b'"}' if name == "long.jsonl" else line)
+    grown, output = peak_memory(tmp_path / name, "print(sum(map(len, documents(source))))")
+    assert output == str(size) and grown < 4 * size
+
+
+def test_a_gzip_bomb_is_rejected_before_it_fills_the_memory(tmp_path: Path) -> None:
+    path = written(tmp_path / "bomb.txt.gz", b"a" * 200_000_000)
+    assert path.stat().st_size < 300_000
+    grown, output = peak_memory(path, "list(documents(source))")
+    assert "expands to more than 200 times its size in one line" in output and grown < 100_000_000

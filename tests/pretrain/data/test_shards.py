@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.paths import DATA
+from tests.pretrain.data.small_corpus import recipe
 from trifold.modeling.errors import UserError
-from trifold.pretrain.config.pretraining import SourceConfig
-from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
+from trifold.pretrain.config.objectives import CausalConfig
+from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig, TokenizerConfig
 from trifold.pretrain.data import prepare as module
-from trifold.pretrain.data import shard_writer
+from trifold.pretrain.data import shards as shards_module
 from trifold.pretrain.data.corpus import documents, is_heldout
 from trifold.pretrain.data.prepare import over_processes, prepare
 from trifold.pretrain.data.shards import Shards
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 from trifold.pretrain.data.tokenizer.word_cache import WordCache
+from trifold.pretrain.run import open_rows
+from trifold.pretrain.run import prepare as prepare_run
 
 
 def sentences(count: int) -> list[str]:
@@ -141,7 +144,7 @@ def test_an_interrupted_preparation_is_never_taken_for_a_whole_one(
             prepare(source, tokenizer, tmp_path / "s", **changes)
         with pytest.raises(UserError, match="no complete token shards"):
             Shards(tmp_path / "s" / "train")
-    prepare(source, tokenizer, tmp_path / "s")[0].verify()
+    prepare(source, tokenizer, tmp_path / "s")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.lock", "text.txt"]
 
 
@@ -197,7 +200,7 @@ def test_a_damaged_shard_is_named_and_made_again(
 
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(UserError, match=r"00000\.tokens is not what was written"):
-        Shards(shards.folder).verify()
+        Shards(shards.folder)
 
     path.write_bytes(good[:-2])
     with pytest.raises(
@@ -211,9 +214,107 @@ def test_a_damaged_shard_is_named_and_made_again(
     with pytest.raises(UserError, match=r"00000\.tokens has 0 bytes"):
         Shards(shards.folder)
 
-    (shards.folder / "index.json").write_text('{"sizes": ' + "[" * 100_000)
-    with pytest.raises(UserError, match=r"index\.json is missing or broken"):
+
+INDEX_DAMAGE = {
+    "nested": lambda index: '{"sizes": ' + "[" * 100_000,
+    "list": lambda index: "[]",
+    "empty": lambda index: "",
+    "binary": lambda index: b"\xff\xfe",
+    "count": lambda index: json.dumps({**json.loads(index), "bytes": 7}),
+    "dtype": lambda index: json.dumps({**json.loads(index), "dtype": "<u1"}),
+    "keys": lambda index: json.dumps({"checksum": "0"}),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
+def test_a_damaged_index_is_named_and_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig, damage: Callable[[str], str | bytes]
+) -> None:
+    shards, _ = prepare(source, tokenizer, tmp_path / "s")
+    index = shards.folder / "index.json"
+    content = damage(index.read_text())
+    index.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"index\.json is missing, damaged"):
         Shards(shards.folder)
+    assert prepare(source, tokenizer, tmp_path / "s")[0].fingerprint == shards.fingerprint
+
+
+@pytest.mark.parametrize("name", ["00000.tokens", "lengths.int64", "starts.int64"])
+@pytest.mark.parametrize("half", ["train", "heldout"])
+def test_an_edit_of_the_same_size_is_found_although_it_restores_the_time(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    source: SourceConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    half: str,
+    name: str,
+) -> None:
+    prepare(source, tokenizer, tmp_path / "s", heldout_fraction=0.3)
+    monkeypatch.setattr(shards_module, "CLOCK_NANOSECONDS", -(10**9))  # files just written count as settled
+    folder = tmp_path / "s" / half
+    Shards(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_check_hash", None)
+        Shards(folder)  # verified before: no file is read again
+
+    path = folder / name
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=rf"{name} is not what was written"):
+        Shards(folder)
+
+
+def test_files_that_were_just_written_are_hashed_again(
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
+) -> None:
+    shards, _ = prepare(source, tokenizer, tmp_path / "s")
+    Shards(shards.folder)
+    assert not (shards.folder / "verified.json").exists()  # an edit within the clock's tick would not show
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(
+    tmp_path: Path, tokenizer: Tokenizer, source: SourceConfig
+) -> None:
+    shards, _ = prepare(source, tokenizer, tmp_path / "s")
+    path = shards.folder / "00000.tokens"
+    path.write_bytes(bytes(path.stat().st_size))  # another run prepared there before a document was read
+    with pytest.raises(UserError, match=r"00000\.tokens is not what was written"):
+        shards.document(0)
+
+
+def test_two_runs_in_one_cache_never_read_each_others_text(tmp_path: Path) -> None:
+    def config(name: str, count: int) -> PretrainConfig:
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(sentences(count)))
+        config = recipe(CausalConfig(), row_length=32)
+        data = config.data.model_copy(
+            update={
+                "sources": (SourceConfig(path=str(tmp_path / f"{name}.txt")),),
+                "cache": str(tmp_path / "cache"),
+            }
+        )
+        model = config.model.model_copy(update={"vocab_size": 600})
+        changes = {"run": str(tmp_path / name), "data": data, "model": model, "tokenizer": tokenizers[name]}
+        return config.model_copy(update=changes)
+
+    train(sentences(500), TokenizerConfig(), 600, tmp_path / "same")
+    same = TokenizerConfig(path=str(tmp_path / "same"))
+    tokenizers = {"a": same, "b": same, "c": TokenizerConfig()}
+    first, second, third = config("a", 300), config("b", 301), config("c", 300)
+
+    def quiet(what: str, done: int) -> None: ...
+
+    prepare_run(first, 1, quiet)
+    open_rows(first)
+    prepare_run(second, 1, quiet)  # before the ranks of the first run have opened their rows
+    with pytest.raises(UserError, match=r"source-0/train were made with the recipe .* another run"):
+        open_rows(first)
+    prepare_run(third, 1, quiet)
+    with pytest.raises(UserError, match=r"source-0/train were made with the tokenizer .* another run"):
+        open_rows(first)
+    open_rows(third)
 
 
 def test_a_document_is_a_view_of_the_file_and_wide_vocabularies_take_four_bytes(
@@ -243,7 +344,7 @@ def test_a_bad_file_in_the_middle_and_a_full_disk_are_refused(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer._Hashed, "write", full)
+    monkeypatch.setattr(shards_module._HashedFile, "write", full)
     with pytest.raises(UserError, match="no space is left"):
         prepare(source, tokenizer, tmp_path / "s")
     assert not (tmp_path / "s.incomplete").exists()  # it would fill the disk that is full

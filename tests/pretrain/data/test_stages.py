@@ -73,7 +73,7 @@ def test_every_row_and_micro_comes_once_and_in_order(stages: list[StageConfig], 
             r"stages\.1\.row_length \(33\) exceeds model\.max_positions \(32\)",
         ),
         (StageConfig(steps=3, step_rows=3), r"stages\.1 has micro_rows 4, which exceeds its step_rows 3"),
-        (StageConfig(steps=98), r"the stages take 100 steps together and leave none of `steps` \(100\)"),
+        (StageConfig(steps=98), r"the stages take 100 steps together, which leaves none of `steps` \(100\)"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused_with_both_numbers(stage: StageConfig, said: str) -> None:

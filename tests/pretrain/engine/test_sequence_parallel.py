@@ -190,20 +190,26 @@ def test_ranks_that_share_rows_are_dealt_the_same_and_one_of_them_counts(dials: 
             ["stages=[{steps: 1, row_length: 31}]"],
             r"stages\.0\.row_length \(31\) must be a multiple of engine\.sequence_parallel \(2\)",
         ),
-        (["cluster.workers=3"], r"parallel \(2\) ranks share each row, and 3 ranks are no multiple of that"),
+        (
+            ["cluster.workers=3"],
+            r"parallel \(2\) ranks share each row, and 3 ranks are not a multiple of that",
+        ),
         (
             ["cluster.workers=4", "cluster.min_workers=1"],
-            r"parallel \(2\) ranks share each row, and 1 ranks are no multiple of that",
+            r"parallel \(2\) ranks share each row, and 1 ranks are not a multiple of that",
         ),
-        (["cluster.workers=0"], r"parallel \(2\) ranks share each row, and 1 ranks are no multiple of that"),
+        (
+            ["cluster.workers=0"],
+            r"parallel \(2\) ranks share each row, and 1 ranks are not a multiple of that",
+        ),
         (
             ["engine.compile=true", "engine.cuda_graphs=true"],
-            r"no exchange between sequence_parallel \(2\) ranks: set it to false",
+            r"capture the communication of sequence_parallel \(2\) ranks: set it to false",
         ),
         (
             LSTM,
-            r"parallel \(2\) ranks share each row, and a model of cell lstm reads it step by step: set it to"
-            r" 1",
+            r"parallel \(2\) ranks share each row, and a model of cell lstm reads it position by"
+            r" position: set it to 1",
         ),
     ],
     ids=lambda given: given[0] if isinstance(given, list) else "",
@@ -218,7 +224,7 @@ def test_what_cannot_be_shared_is_refused_with_both_numbers(changes: list[str], 
 def test_a_head_of_spans_is_not_shared() -> None:
     with pytest.raises(
         UserError,
-        match=r"parallel \(2\) ranks share each row, and a head of spans compares all of a row: set it to 1",
+        match=r"parallel \(2\) ranks share each row, and a span head compares all positions of a row: set it",
     ):
         TWO.check_model(CONFIGS["modernbert"].model_copy(update={"spans": True}))
 

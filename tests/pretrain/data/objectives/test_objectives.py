@@ -163,7 +163,7 @@ def test_of_a_million_tokens_the_stated_shares_are_masked_replaced_and_kept(rate
     assert np.abs(by_place / 1000 - rate).max() < 5 * np.sqrt(rate * (1 - rate) / 1000)
 
 
-def test_pick_words_are_hidden_whole_and_as_often_as_asked():
+def test_whole_words_are_hidden_completely_and_as_often_as_asked():
     made = [s for _, s in segments_of(MaskedConfig(whole_words=True), 512, [700, 300, 40] * 300)]
     picked = total = 0
     for segment in made:
@@ -641,9 +641,7 @@ def test_a_missing_mask_is_refused_by_the_objective_that_needs_it(config, messag
 
 
 def test_a_mixture_of_families_is_refused():
-    with pytest.raises(
-        ValueError, match="causal a model of family decoder, spans a model of family encoder-decoder"
-    ):
+    with pytest.raises(ValueError, match="causal trains family decoder, spans trains family encoder-decoder"):
         MixtureConfig(parts=(CausalConfig(), SpansConfig()))
 
 

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.pretrain.data.tokenizer.stock_tokenizers import HARD
 from trifold.modeling.errors import UserError
-from trifold.pretrain.config.pretraining import RESERVED_TOKENS
-from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
+from trifold.pretrain.config.pretraining import RESERVED_TOKENS, TokenizerConfig
 from trifold.pretrain.data.tokenizer import tokenizer as module
 from trifold.pretrain.data.tokenizer import word_cache
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
@@ -125,7 +125,7 @@ def test_language_codes_are_special_tokens_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", ["en XX", "en\nXX", "", "en▁XX", "\0", "\ud800"])
 def test_a_language_code_in_which_text_would_be_cut_is_refused(code: str) -> None:
     with pytest.raises(
-        ValueError, match=f"the code {re.escape(repr(code))} must have a character, and no space"
+        ValueError, match=f"the code {re.escape(repr(code))} must not be empty or contain a space"
     ):
         TokenizerConfig(languages=(code,))
 
@@ -135,7 +135,8 @@ def test_a_language_code_in_which_text_would_be_cut_is_refused(code: str) -> Non
 )
 def test_a_language_code_that_is_another_token_already_is_refused(codes: tuple[str, ...]) -> None:
     with pytest.raises(
-        ValueError, match=f"{re.escape(repr(codes[0]))} is a token of every tokenizer, or twice in this list"
+        ValueError,
+        match=f"{re.escape(repr(codes[0]))} is a token of every tokenizer, or occurs twice in this list",
     ):
         TokenizerConfig(languages=codes)
 
@@ -177,6 +178,37 @@ def test_the_sample_is_spread_over_the_text_and_within_its_bytes() -> None:
     assert 400 < sum(line < "05000" for line in sample) < 600
     endless = (f"line {i}" for i in iter(int, 1))
     assert sum(map(len, module._sample(endless, 1000))) <= 1000
+
+
+def test_a_long_line_that_occurs_twice_costs_twice_as_much_to_train_on(tmp_path: Path) -> None:
+    line = " ".join(sentences(2000))[:100_000]
+    seconds = []
+    for name, texts in (("once", [line]), ("twice", [line, line]), ("inside", [line[:50_000] * 2])):
+        began = time.process_time()
+        train(texts, TokenizerConfig(), 600, tmp_path / name)
+        seconds.append(time.process_time() - began)
+    assert max(seconds) < 3 * seconds[0] + 1
+
+
+def test_training_cuts_long_lines_before_spaces_and_loses_nothing() -> None:
+    line = " ".join(sentences(100))
+    for text in (line, "x" * 5000, "short", line[:1990] + "日本語" * 1000):
+        cut = list(module._cut_lines([text]))
+        assert "".join(cut) == text and max(map(len, cut)) <= module._MAX_LINE
+    assert all(part.startswith(" ") for part in list(module._cut_lines([line]))[1:])
+    assert list(module._cut_lines(["one", "two"])) == ["one", "two"]
+
+
+def test_a_rule_that_makes_tokenizers_panic_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    rule = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": rule}))
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.open(tmp_path)
+    text = "a" * 40 + "b"
+    for use in (lambda: tokenizer.encode_batch([text]), lambda: tokenizer.offsets(text)):
+        with pytest.raises(UserError, match=r"tokenizer\.json fails on this text .*another tokenizer"):
+            use()
 
 
 def test_words_forgotten_are_encoded_again_alike(

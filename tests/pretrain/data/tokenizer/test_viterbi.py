@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models
 
-from trifold.pretrain.data.tokenizer.viterbi import LONGEST, Viterbi
+from trifold.pretrain.data.tokenizer.viterbi import MAX_CHARACTERS, Viterbi
 
 SCORES = st.sampled_from([-0.1, -0.3, -1.0, -2.0, -3.0])  # of which many sums are equal, or nearly
 PIECES = st.dictionaries(st.text("▁ab東", min_size=2, max_size=4), SCORES, max_size=20)
@@ -16,7 +16,7 @@ def encode(viterbi: Viterbi, words: list[str]) -> tuple[np.ndarray, np.ndarray, 
     )
 
 
-@given(PIECES, st.lists(st.text("▁abc東", min_size=1, max_size=LONGEST), min_size=1, max_size=8))
+@given(PIECES, st.lists(st.text("▁abc東", min_size=1, max_size=MAX_CHARACTERS), min_size=1, max_size=8))
 @settings(max_examples=300, deadline=None)
 def test_the_best_pieces_are_those_of_tokenizers_and_ties_fall_alike(
     pieces: dict[str, float], words: list[str]
@@ -30,9 +30,9 @@ def test_the_best_pieces_are_those_of_tokenizers_and_ties_fall_alike(
 
 
 def test_words_that_are_long_or_hold_other_characters_are_left_alone() -> None:
-    words = ["▁a", "é", "a" * (LONGEST + 1), "a" * LONGEST, "▁", "ab", "🙂", "\na", "<s>"]
+    words = ["▁a", "é", "a" * (MAX_CHARACTERS + 1), "a" * MAX_CHARACTERS, "▁", "ab", "🙂", "\na", "<s>"]
     which, ids, sizes = encode(Viterbi(SINGLE, {"b"}), words)
-    assert which.tolist() == [3, 0, 4] and sizes.tolist() == [LONGEST, 2, 1]
-    assert ids.tolist() == [*[3] * LONGEST, 2, 3, 2]
+    assert which.tolist() == [3, 0, 4] and sizes.tolist() == [MAX_CHARACTERS, 2, 1]
+    assert ids.tolist() == [*[3] * MAX_CHARACTERS, 2, 3, 2]
     which, ids, sizes = encode(Viterbi(SINGLE, {"b"}), ["é"])
     assert len(which) == len(ids) == len(sizes) == 0

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from tests.paths import DATA
-from trifold.pretrain.config.pretraining import SourceConfig
-from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
+from trifold.pretrain.config.pretraining import SourceConfig, TokenizerConfig
 from trifold.pretrain.data.corpus import documents
+from trifold.pretrain.data.tokenizer import word_cache
 from trifold.pretrain.data.tokenizer.tokenizer import _CUT, _SPACES, Tokenizer, train
 from trifold.pretrain.data.tokenizer.word_cache import WordCache
 
@@ -47,6 +47,17 @@ def same(tokenizer: Tokenizer, plain: tokenizers.Tokenizer, texts: list[str]) ->
     ]
 
 
+@given(PIECES, TEXTS, st.integers(2, 6))
+@settings(max_examples=100, deadline=None)
+def test_long_texts_have_the_same_ids_in_stretches(
+    pieces: dict[str, float], texts: list[str], characters: int
+) -> None:
+    tokenizer, plain = opened(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_cache, "AT_ONCE", characters)
+        assert same(tokenizer, plain, texts)
+
+
 @given(PIECES, TEXTS, TEXTS)
 @settings(max_examples=100, deadline=None)
 def test_words_cut_between_pieces_have_the_ids_of_the_whole_text(
@@ -60,7 +71,7 @@ def test_words_cut_between_pieces_have_the_ids_of_the_whole_text(
 def test_texts_are_cut_at_spaces_and_line_ends_and_wherever_no_piece_goes_on() -> None:
     tokenizer, _ = opened({"ab": -1.0, "▁b": -1.0, "b東": -1.0})
     assert tokenizer._words is not None
-    words, counts = tokenizer._words._cut(["abba b東🙂\n\nab", "", "▁ xy"])
+    words, counts = tokenizer._words._split(["abba b東🙂\n\nab", "", "▁ xy"])
     found = [word.decode("utf-32-le") for word in words.to_pylist()]
     assert found == [
         "ab",
