@@ -55,7 +55,7 @@ HOMES = {
     "obstore": ("pretrain/storage/object_store.py",),
     "torchao": ("pretrain/engine/fp8.py",),
     "datasets": ("pretrain/data/corpus.py", "finetune/"),
-    "pyarrow": ("pretrain/data/tokenizer/",),
+    "pyarrow": ("pretrain/data/",),
     "transformers": ("pretrain/publish/verify.py", "launch/bench/contenders.py"),
     "matplotlib": ("launch/compare/report.py", "launch/bench/report.py"),
     "mlflow": ("launch/watch/trackers.py",),
