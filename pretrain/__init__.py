@@ -13,6 +13,6 @@ run.py wires one pretraining run: `prepare` on the driver, then `train` on every
     storage       disks and object stores behind one protocol
 
 initial_model.py says where a run starts (new weights or a published folder), evaluate.py scores held-out
-text, and distributed.py is the only place that knows how ranks meet. finetune/ uses all of it, with examples in
-place of text.
+text, and distributed.py is the only place that knows how ranks meet. finetune/ uses all of it, with examples
+in place of text.
 """

@@ -140,8 +140,8 @@ def _check_content(folder: StoragePath, files: dict[str, FileDigest]) -> None:
 
 
 def open_checkpoint(folder: StoragePath) -> Checkpoint:
-    """Open a checkpoint that was verified elsewhere. The marker and the table of slices are checked here again,
-    tensors by their size alone.
+    """Open a checkpoint that was verified elsewhere. The marker and the table of slices are checked here
+    again, tensors by their size alone.
     """
     marker = read_marker(folder)
     _check_sizes(folder, marker.files)

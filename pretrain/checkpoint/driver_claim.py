@@ -2,11 +2,11 @@
 
     RUN/lease/driver-000003    the third driver's claim: host, process, since when, and a count of renewals
 
-A second driver watches the newest claim. One that is renewed meanwhile is alive: the second one is told who it
-is, and ends. One that was released, whose process is gone from this host, or that is silent for SILENT_SECONDS
-is taken over by creating the next number, which succeeds for one process only. No clocks are compared. A driver
-that was taken over, because its host hung, finds the later claim when it renews its own. On a disk and in an
-object store alike; cost: one tiny write each RENEW_SECONDS.
+A second driver watches the newest claim. One that is renewed meanwhile is alive: the second one is told who
+it is, and ends. One that was released, whose process is gone from this host, or that is silent for
+SILENT_SECONDS is taken over by creating the next number, which succeeds for one process only. No clocks are
+compared. A driver that was taken over, because its host hung, finds the later claim when it renews its own.
+On a disk and in an object store alike; cost: one tiny write each RENEW_SECONDS.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class DriverClaim:
             elif seen is None:
                 seen, since = (number, content), time.monotonic()
                 self.on_wait(
-                    f"{self.run} is held by {_describe(holder)}: waiting up to {self.silent_seconds:g} s to see"
-                    " whether it is alive"
+                    f"{self.run} is held by {_describe(holder)}: waiting up to {self.silent_seconds:g} s"
+                    " to see whether it is alive"
                 )
             elif (number, content) != seen:
                 raise RunIsDriven(
@@ -187,8 +187,8 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty where there is none, or only its exit code. Numbers
-    of processes are reused.
+    """When a process started, in the kernel's ticks; empty where there is none, or only its exit code.
+    Numbers of processes are reused.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

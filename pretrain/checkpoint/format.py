@@ -1,12 +1,12 @@
 """The files of a checkpoint: their names and what is in them. This is format 1.
 
     RUN/checkpoints/step-00000010-g0001/      step 10, saved by generation 1 (lease.py)
-        rank-00000.safetensors   tensors "NAME/KEY": this rank's flat range of a parameter's fp32 master and of
-                                 its optimizer state (exp_avg, exp_avg_sq, ...)
+        rank-00000.safetensors   tensors "NAME/KEY": this rank's flat range of a parameter's fp32 master
+                                 and of its optimizer state (exp_avg, exp_avg_sq, ...)
         rank-00000.json          its manifest: size, sha256, and which range of which parameter it holds
         slices.json              the ranges of all ranks, merged: which file holds which range
-        commit.json              the marker, written last: the run's state, where the checkpoint comes from, and
-                                 the size and sha256 of every file
+        commit.json              the marker, written last: the run's state, where the checkpoint comes from,
+                                 and the size and sha256 of every file
 
 Markers, claims and lists are sealed: they hold the sha256 of the rest of their content, so that every changed
 bit shows. Whoever changes anything here raises FORMAT: a checkpoint of another format is rejected by name.
@@ -120,8 +120,8 @@ class Manifest:
 class ParameterSlices:
     """A parameter's ranges in all files, in order: rank `ranks[i]` saved [starts[i], starts[i + 1]).
 
-    A parameter of 10 elements, saved by two ranks: starts [0, 6], ranks [0, 1]. Its elements 4 to 8 (excluded)
-    are 4 to 6 of what rank 0's file holds and 0 to 2 of what rank 1's file holds.
+    A parameter of 10 elements, saved by two ranks: starts [0, 6], ranks [0, 1]. Its elements 4 to 8
+    (excluded) are 4 to 6 of what rank 0's file holds and 0 to 2 of what rank 1's file holds.
     """
 
     shape: list[int]
@@ -146,8 +146,8 @@ class ParameterSlices:
 
 
 def merge_slices(manifests: list[Manifest]) -> dict[str, ParameterSlices]:
-    """Each parameter's ranges of all ranks; ValueError unless they cover it exactly once and agree on its shape
-    and keys.
+    """Each parameter's ranges of all ranks; ValueError unless they cover it exactly once and agree on its
+    shape and keys.
     """
     pieces: dict[str, list[tuple[int, int, int, RankSlice]]] = {}
     for manifest in manifests:
@@ -222,14 +222,15 @@ class Marker:
         if fields is None:
             raise CorruptCheckpoint(
                 COMMIT,
-                f"its {len(content)} bytes do not agree with the sha256 inside: cut short, or bits have changed",
+                f"its {len(content)} bytes do not agree with the sha256 inside: cut short,"
+                " or bits have changed",
             )
         number = fields.pop("format", None)
         if number != FORMAT:
             has = "no format number" if number is None else f"format {number}"
             raise OtherFormat(
-                f"{folder} has {has}, and this version of Trifold reads format {FORMAT}: continue the run with"
-                " the version that saved it, or name another run folder"
+                f"{folder} has {has}, and this version of Trifold reads format {FORMAT}: continue the run"
+                " with the version that saved it, or name another run folder"
             )
         files = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
         state = CheckpointState.from_json(fields["state"])

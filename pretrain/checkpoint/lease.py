@@ -1,11 +1,11 @@
 """Who may commit: each attempt of a run takes the next generation, and closes the generations before it.
 
     RUN/lease/000002          generation 2's claim: run, holder, time
-    RUN/lease/000001.closed   the checkpoints of generation 1 that stay valid, written once, by whoever claimed a
-                              later generation
+    RUN/lease/000001.closed   the checkpoints of generation 1 that stay valid, written once, by the claim
+                              of a later generation
 
-A checkpoint is valid when it has its marker and its generation is open, or was closed with it. So a group that
-was cut off and still writes a marker commits nothing, however the two interleave: claiming comes before
+A checkpoint is valid when it has its marker and its generation is open, or was closed with it. So a group
+that was cut off and still writes a marker commits nothing, however the two interleave: claiming comes before
 closing, closing before the new generation reads.
 
 These files are sealed and name their run (format.py). One that is damaged, or of another run, never makes a
@@ -119,8 +119,8 @@ def newest_generation(run: StoragePath) -> int:
 
 
 def valid_folders(run: P) -> list[P]:
-    """The checkpoint folders that are valid, oldest first: by generation, then by step (a later generation may
-    have gone back). Their content is not looked at.
+    """The checkpoint folders that are valid, oldest first: by generation, then by step (a later generation
+    may have gone back). Their content is not looked at.
     """
     folders = [path for path in all_folders(run) if (path / COMMIT).exists()]
     closed = {number: _closed_with(run, number) for number in {_generation(path) for path in folders}}

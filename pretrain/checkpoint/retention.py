@@ -1,4 +1,5 @@
-"""Which checkpoints stay: the recipe's `checkpoints` decides, and the last one that verifies is never deleted.
+"""Which checkpoints stay: the recipe's `checkpoints` decides, and the last one that verifies is never
+deleted.
 
 Cost: before anything is deleted the newest checkpoint is read back and hashed (1.4 GB/s per core, in the
 saving thread). With 2,000 checkpoints a save spends the time in LOG.md here; markers are read once.

@@ -1,9 +1,10 @@
-"""Saving, off the critical path: a thread writes and hashes host copies of the slices while training continues.
+"""Saving, off the critical path: a thread writes and hashes host copies of the slices while training
+continues.
 
-A save ends as a valid checkpoint, or as an event that says why not; the run continues to its next save, unless
-the storage is full or refuses writes. Cost, 0.5 GB on 2 cores that other work kept busy: `save` returns in 0.3
-ms, the thread takes 1.2-5 s (95-415 MB/s; a plain write and fsync reached 900, save_file 285), 2 MB beyond the
-slices themselves. Hashing alone is 1.4 GB/s.
+A save ends as a valid checkpoint, or as an event that says why not; the run continues to its next save,
+unless the storage is full or refuses writes. Cost, 0.5 GB on 2 cores that other work kept busy: `save`
+returns in 0.3 ms, the thread takes 1.2-5 s (95-415 MB/s; a plain write and fsync reached 900, save_file 285),
+2 MB beyond the slices themselves. Hashing alone is 1.4 GB/s.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Checkpointer:
     rank, reason) when there will be no such checkpoint.
 
     After `wait`, `failed` is that reason, or None when this rank's last save succeeded: a run whose last save
-    failed has not finished. With `permanent_failure` the next save would fail too (a full disk, a storage that
-    refuses writes), so there is no use in training on.
+    failed has not finished. With `permanent_failure` the next save would fail too (a full disk, a storage
+    that refuses writes), so there is no use in training on.
     """
 
     def __init__(
@@ -158,8 +159,8 @@ class Checkpointer:
         return "".join(traceback.format_exception(error))
 
     def _clear_away(self, folder: StoragePath, reason: str) -> None:
-        """Free the disk of a failed save. Rank 0 removes the folder; another rank leaves a note, so that rank 0
-        need not wait for its timeout.
+        """Free the disk of a failed save. Rank 0 removes the folder; another rank leaves a note, so that rank
+        0 need not wait for its timeout.
 
         A manifest is a promise, which rank 0 may be committing by now: what failed after it changes nothing.
         """

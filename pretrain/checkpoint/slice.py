@@ -14,10 +14,10 @@ class Slice:
     """The elements [start, start + n) of a flattened parameter, as flat host copies of n elements under each
     key: "fp32", its moments unless it is frozen, and "ema" where averaged weights are kept.
 
-    ZeRO puts all parameters into one flat buffer and gives each rank an equal part of it. With a parameter `a`
-    of 3 elements, `b` of shape (3, 4), and two ranks, the buffer has 15 elements and one of padding, 8 for each
-    rank: rank 0 saves a: Slice(start=0, shape=(3,)) and b: Slice(start=0, shape=(3, 4)) with 5 elements, and
-    rank 1 saves b: Slice(start=5, shape=(3, 4)) with the other 7.
+    ZeRO puts all parameters into one flat buffer and gives each rank an equal part of it. With a parameter
+    `a` of 3 elements, `b` of shape (3, 4), and two ranks, the buffer has 15 elements and one of padding, 8
+    for each rank: rank 0 saves a: Slice(start=0, shape=(3,)) and b: Slice(start=0, shape=(3, 4)) with 5
+    elements, and rank 1 saves b: Slice(start=5, shape=(3, 4)) with the other 7.
     """
 
     start: int

@@ -63,8 +63,8 @@ def write_rank(
 
 
 class _ReportingBuffers(list[memoryview]):
-    """Buffers of a file; `on_written` is called for each one when the next is taken, so that a rank with a slow
-    storage is not taken for one that hangs.
+    """Buffers of a file; `on_written` is called for each one when the next is taken, so that a rank with a
+    slow storage is not taken for one that hangs.
     """
 
     def __init__(self, buffers: list[memoryview], on_written: Callable[[], object]) -> None:
@@ -80,8 +80,8 @@ class _ReportingBuffers(list[memoryview]):
 def commit(
     folder: StoragePath, lease: Lease, world: int, state: CheckpointState, origin: Origin, timeout: float
 ) -> int:
-    """Wait for all manifests, check that they cover every parameter exactly once, and write the marker. Returns
-    the tensor files' bytes.
+    """Wait for all manifests, check that they cover every parameter exactly once, and write the marker.
+    Returns the tensor files' bytes.
 
     Raises Superseded, TimeoutError, ValueError (gap, overlap), RuntimeError (another rank gave up).
     """

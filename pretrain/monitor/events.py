@@ -1,7 +1,7 @@
 """All events of events.jsonl: their names, the facts that each carries, and how a person reads them.
 
-A line is {"time", "event", "generation" where a rank wrote it, facts}. `Recorder.event` (ranks) and `log_event`
-(the driver) write them; launch/watch shows those that have a text.
+A line is {"time", "event", "generation" where a rank wrote it, facts}. `Recorder.event` (ranks) and
+`log_event` (the driver) write them; launch/watch shows those that have a text.
 """
 
 from collections.abc import Mapping
@@ -75,7 +75,8 @@ EVENTS: dict[EventName, EventKind] = {
     "stepping": EventKind("step"),
     "bad_step": EventKind(
         "step rows reason policy in_a_row",
-        "step {step} (rows {rows}) was skipped on all ranks: {reason} ({in_a_row} in a row; policy: {policy})",
+        "step {step} (rows {rows}) was skipped on all ranks: {reason}"
+        " ({in_a_row} in a row; policy: {policy})",
         bad=True,
     ),
     "terminated": EventKind("rank step", "rank {rank} received SIGTERM: saving", every_rank=True),

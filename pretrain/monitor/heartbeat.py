@@ -1,7 +1,7 @@
 """What each rank is doing, in files that outlive it, for the report of why a run ended.
 
-    RUN/workers/rank-00001.json    who it is (rank, host, pid, log) and where (step, rows, micro, phase), with a
-                                   count of its phases, and of the buffers that its saves have written
+    RUN/workers/rank-00001.json    who it is (rank, host, pid, log) and where (step, rows, micro, phase), with
+                                   a count of its phases, and of the buffers that its saves have written
     RUN/workers/rank-00001.stack   the Python stacks of its threads, once it made no progress for `patience`
                                    seconds
 

@@ -1,5 +1,5 @@
-"""What is read from and written to a run folder by anybody but the ranks: events, the last metrics, scores that
-wait for rank 0.
+"""What is read from and written to a run folder by anybody but the ranks: events, the last metrics, scores
+that wait for rank 0.
 
 The files are read backwards, as far as is needed. A line without the key that every line of its file has is
 passed over, as other damage is.

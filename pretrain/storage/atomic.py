@@ -44,8 +44,8 @@ def open_replacement(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replace_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends. An error leaves `folder` as
-    it was. With `overwrite=False` a `folder` that is not empty by then is an OSError.
+    """A new folder to fill, which takes the place of `folder` when the block ends. An error leaves `folder`
+    as it was. With `overwrite=False` a `folder` that is not empty by then is an OSError.
     """
     temporary = hidden_sibling(folder)
     try:
@@ -57,7 +57,7 @@ def replace_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def move_folder(source: Path, target: Path, overwrite: bool = True) -> None:
-    """Give a finished folder its name: force its files to disk, set their permissions by the umask, rename."""
+    """Name a finished folder: force its files to disk, set their permissions by the umask, rename."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             _apply_umask(path)

@@ -59,7 +59,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_regular_file(path: Path, purpose: str = "") -> None:
-    """Raise UserError where a path is missing, or is a folder, device, FIFO or socket (a link is followed)."""
+    """Raise UserError for a missing path, a folder, device, FIFO or socket (a link is followed)."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -84,8 +84,8 @@ class ObjectPath:
             _store(_root(url))
         except (BaseError, ValueError) as error:
             raise UserError(
-                f"{url} is no place of an object store ({_message(error)}): give s3://, gs:// or abfs://, or a"
-                " path"
+                f"{url} is no place of an object store ({_message(error)}): give s3://, gs:// or abfs://,"
+                " or a path"
             ) from None
         return cls(url.rstrip("/"))
 

@@ -4,9 +4,9 @@
     header: JSON, name -> dtype, shape, data_offsets
     the tensors' bytes
 
-`file_buffers` turns named tensors into buffers, which `StoragePath.write` writes and hashes; `SafetensorsFile`
-reads ranges of tensors back from a disk or an object store. safetensors' own save_file does not hash and hides
-that the disk is full, and its reader requires a local file.
+`file_buffers` turns named tensors into buffers, which `StoragePath.write` writes and hashes;
+`SafetensorsFile` reads ranges of tensors back from a disk or an object store. safetensors' own save_file does
+not hash and hides that the disk is full, and its reader requires a local file.
 
 Cost: a read fetches READ_AHEAD bytes at once and keeps them, because slices are read in file order; from an
 object store that is one request for each 16 MiB.
@@ -56,7 +56,7 @@ def file_buffers(tensors: dict[str, Tensor]) -> list[memoryview]:
 
 
 class SafetensorsFile:
-    """A file of flat tensors, open for range reads. Its content was verified before and is not checked again."""
+    """A file of flat tensors, open for range reads. Its content was verified before, not again."""
 
     def __init__(self, file: StoragePath) -> None:
         self.file = file

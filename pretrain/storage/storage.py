@@ -9,8 +9,8 @@ from trifold.pretrain.storage.storage_path import StoragePath
 
 
 def location(name: str) -> StoragePath:
-    """The path, or the object store's path of a URL such as s3://bucket/prefix. Raises UserError for a URL that
-    no store has.
+    """The path, or the object store's path of a URL such as s3://bucket/prefix. Raises UserError for a URL
+    that no store has.
     """
     if "://" not in name:
         return DiskPath(Path(name))

@@ -1,5 +1,5 @@
-"""What a run's safety requires of a storage, as one Protocol: a file is there complete or not at all, and only
-one of several creators succeeds.
+"""What a run's safety requires of a storage, as one Protocol: a file is there complete or not at all, and
+only one of several creators succeeds.
 
 `DiskPath` (disk.py) and `ObjectPath` (object_store.py) answer it; callers use the methods and need not know
 which one they have. Both name files as pathlib.Path does.

@@ -18,7 +18,7 @@ FIXTURES = Path(__file__).with_name("fixtures")
 
 
 def make_run(folder: Path) -> DiskPath:
-    """Generation 1 saves steps 10 and 20 with two ranks, generation 2 closes it and saves step 30 with one."""
+    """Generation 1 saves steps 10 and 20 on two ranks, generation 2 closes it, saves step 30 on one."""
     run = DiskPath(folder)
     origin = Origin("a-host", {"python": "3.11.7", "torch": "2.7.1"}, None)
     for steps, world in (((10, 20), 2), ((30,), 1)):

@@ -1,5 +1,5 @@
-"""The format of checkpoints: one that was saved by this format's first version still loads, and a change of what
-is saved is noticed.
+"""The format of checkpoints: one that was saved by this format's first version still loads, and a change of
+what is saved is noticed.
 """
 
 import json

@@ -137,7 +137,8 @@ def test_a_bucket_that_refuses_writes_ends_the_run_at_that_save_and_the_last_che
     when(lambda: events(config, "save_committed"), lambda: server.faults(deny=True))
     with pytest.raises(
         AssertionError,
-        match=r"UserError: step \d+ was trained but could not be saved: .*AccessDenied.*; the checkpoint before stays",
+        match=r"UserError: step \d+ was trained but could not be saved: .*AccessDenied.*;"
+        " the checkpoint before stays",
     ):
         run_processes(1, train_run, config)
     server.faults()
