@@ -99,7 +99,7 @@ def kept(engine: Engine, config: PretrainConfig) -> int:
         for block in engine._engine.module.modules()
         if isinstance(block, Block)
     ]
-    loss = engine._engine(micros(config, 301, 3, 1, "cpu")[0].batch)
+    loss = engine._engine(micros(config, 301, 3, 1, "cpu")[0].batch).total
     found = sum(storage.nbytes() for made in storages if (storage := made()) is not None)
     engine._engine.set_gradient_accumulation_boundary(False)
     engine._engine.backward(loss)
