@@ -169,7 +169,7 @@ def understand(hf_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]
     if not isinstance(name, str) or name not in known:
         raise UserError(f"config.json names the architecture {name}; Trifold reads {', '.join(known)}")
     architecture = known[name]
-    check_sizes(hf_config)
+    check_sizes(hf_config, allow_zero=architecture is RECURRENT)  # its sizes of attention are 0
     try:
         hf = architecture.complete(dict(hf_config))
         config = ModelConfig(**architecture.read(hf))

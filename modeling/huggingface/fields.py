@@ -48,13 +48,13 @@ _LIMITS = {
 }
 
 
-def check_sizes(hf: Mapping[str, Any]) -> None:
+def check_sizes(hf: Mapping[str, Any], allow_zero: bool = False) -> None:
     """Raises UserError naming the field of a size that no model has, before it is used."""
     for name, value in flat(hf):
         limits = _LIMITS.get(name.rpartition(".")[2])
         if limits is None or value is None:
             continue
-        low, high = limits
+        low, high = (0 if allow_zero else limits[0]), limits[1]
         if type(value) is not int or not low <= value <= high:
             raise UserError(
                 f"config.json sets {name} = {value!r}, which must be a number from {low} to {high}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.modeling.families import RECURRENT
 from tests.modeling.huggingface.stock import MARKS, config_of, folder_of, read_folder, saved
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface import decoding, express, recognise, restore, understand
@@ -310,6 +311,16 @@ def test_dropout_that_trifold_does_not_have_is_named_with_its_value(name: str, f
     architecture, config = understand(hf)
     assert config.dropout == 0
     assert other_dropouts(hf, architecture.dropout) == [f"{field} = 0.15"]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_config_is_read_back_with_its_dropout_and_its_sizes_are_limited(name: str) -> None:
+    config = RECURRENT[name].model_copy(update={"dropout": 0.3})
+    _, hf = express(config, MARKS)
+    assert understand(hf)[1] == config
+    for field, value in (("num_layers", 10**7), ("dim", 0), ("vocab_size", -1)):
+        with pytest.raises(UserError, match=field):
+            understand(hf | {field: value})
 
 
 def test_several_end_tokens_are_all_ends_and_the_first_is_the_role() -> None:
