@@ -115,8 +115,8 @@ import sys
 import time
 from pathlib import Path
 from trifold.launch.cluster.tokenize_tasks import over_cluster
-from pretrain import prepare as module
-from trifold.pretrain.config.pretraining import Source
+from trifold.pretrain.config.pretraining import SourceConfig
+from trifold.pretrain.data import prepare as module
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 
 folder, address = Path(sys.argv[1]), sys.argv[2]
@@ -132,7 +132,7 @@ def counted(work, batches):
             yield batch
     return over(work, noted())
 
-source, tokenizer = Source(path=str(folder / "text.txt")), Tokenizer.open(folder / "tokenizer")
+source, tokenizer = SourceConfig(path=str(folder / "text.txt")), Tokenizer.open(folder / "tokenizer")
 module.prepare(source, tokenizer, folder / "ray", heldout_fraction=0.1, shard_bytes=10_000, spread=counted)
 """
 
