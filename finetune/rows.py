@@ -1,9 +1,9 @@
-"""Packed rows of examples, by number: in, segments; out, `Rows.row(i)`, a pure function of (fingerprint,
-seed, i), as in pretraining.
+"""Packed rows of examples, by number: segments come in, `TaskRows.row(i)` goes out, a pure function of
+(fingerprint, seed, i), as in pretraining.
 
 The examples of a set are packed once (best fit), and each epoch visits the rows in an order drawn from (seed,
-epoch). Several sets take turns by weight. Examples never see each other. Cost: 30,000 pairs pack in 0.1 s;
-all of them stand in memory.
+epoch). Several sets alternate by weight. Examples never see each other. Cost: 30,000 pairs pack in 0.1 s;
+all of them are kept in memory.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from trifold.pretrain.data.row_order import RowOrder, mixture_schedule
 
 
 class TaskRows:
-    """With a seed: endless, shuffled, the sets taking turns by weight. Without: the only set's rows once, in
-    order.
+    """With a seed: endless and shuffled, the sets alternating by weight. Without: the only set's rows once,
+    in order.
     """
 
     targets_per_byte: float | None = None
@@ -28,23 +28,22 @@ class TaskRows:
     def __init__(
         self,
         sets: Sequence[Sequence[Segment]],
-        room: RowCapacity,
+        capacity: RowCapacity,
         pad: int,
         weights: Sequence[float],
         seed: int | None,
     ) -> None:
-        self.sets, self.capacity, self.pad = sets, room, pad
-        self.packed = [pack_chunks(_pieces(segments), room) for segments in sets]
+        self.sets, self.capacity, self.pad = sets, capacity, pad
+        self.packed = [pack_chunks(_chunks(segments), capacity) for segments in sets]
         sizes = [len(packed.offsets) - 1 for packed in self.packed]
         self.num_rows = sum(sizes)
         keys = [None if seed is None else (seed, 2, number) for number in range(len(sets))]
         self.orders = [RowOrder(np.array([size]), key) for size, key in zip(sizes, keys, strict=True)]
-        self._turns = mixture_schedule(weights)
-        used = sum(
-            len(s.tokens) + (0 if s.source is None else len(s.source)) for segments in sets for s in segments
-        )
-        self.padding_fraction = 1 - used / (self.num_rows * (room.tokens + room.source))
-        self.fingerprint = _fingerprint(sets, room, weights)
+        self._schedule = mixture_schedule(weights)
+
+        used = sum(_num_tokens(segment) for segments in sets for segment in segments)
+        self.padding_fraction = 1 - used / (self.num_rows * (capacity.tokens + capacity.source))
+        self.fingerprint = _fingerprint(sets, capacity, weights)
 
     def row(self, i: int) -> Row:
         """Row i of the run."""
@@ -52,54 +51,60 @@ class TaskRows:
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Several rows."""
-        places = [self._place(i) for i in numbers]
-        return assemble(
-            [[self.sets[number][j] for j in members] for number, members in places], self.capacity, self.pad
-        )
+        located = [self._locate(i) for i in numbers]
+        members = [[self.sets[number][j] for j in indices] for number, indices in located]
+        return assemble(members, self.capacity, self.pad)
 
     def empty_row(self) -> Row:
-        """A row of padding, to fill up a micro: no targets."""
+        """A row of padding, to fill up a micro-batch: no targets."""
         return assemble([[]], self.capacity, self.pad)[0]
 
     def members(self, i: int) -> list[int]:
-        """Which examples stand in row i, in the order of their segments (which count from 1)."""
-        return self._place(i)[1]
+        """Indices of the examples of row i, in the order of their segments (which count from 1)."""
+        return self._locate(i)[1]
 
-    def _place(self, i: int) -> tuple[int, list[int]]:
-        """The set that row i is made of, and which of its examples."""
-        streams, before, counts = self._turns
-        period, turn = divmod(i, len(streams))
-        number = int(streams[turn])
-        _, _, _, row = self.orders[number].locate(period * int(counts[number]) + int(before[turn]))
+    def _locate(self, i: int) -> tuple[int, list[int]]:
+        """The set that row i is made of, and the indices of its examples."""
+        streams, before, counts = self._schedule
+        period, position = divmod(i, len(streams))
+        number = int(streams[position])
+        _, _, _, row = self.orders[number].locate(period * int(counts[number]) + int(before[position]))
         packed = self.packed[number]
         return number, packed.document[packed.row(row)].tolist()
 
 
 def row_capacity(sets: Sequence[Sequence[Segment]], row_length: int) -> RowCapacity:
     """What a row holds: `row_length` positions; where there are sources, those, and as many target positions
-    as go with them on average.
+    as they have on average.
     """
     segments = [segment for segments in sets for segment in segments]
     if segments[0].source is None:
         return RowCapacity(row_length)
     targets = [len(segment.tokens) for segment in segments]
     sources = sum(len(segment.source) for segment in segments if segment.source is not None)
-    return RowCapacity(-(-max(*targets, round(row_length * sum(targets) / sources)) // 8) * 8, row_length)
+    needed = max(*targets, round(row_length * sum(targets) / sources))
+    return RowCapacity(-(-needed // 8) * 8, row_length)  # rounded up to a multiple of 8
 
 
-def _pieces(segments: Sequence[Segment]) -> Chunks:
+def _num_tokens(segment: Segment) -> int:
+    return len(segment.tokens) + (0 if segment.source is None else len(segment.source))
+
+
+def _chunks(segments: Sequence[Segment]) -> Chunks:
     index = np.arange(len(segments))
     tokens = np.array([len(segment.tokens) for segment in segments])
     sources = np.array([0 if segment.source is None else len(segment.source) for segment in segments])
     return Chunks(index, np.zeros_like(index), tokens, tokens, sources)
 
 
-def _fingerprint(sets: Sequence[Sequence[Segment]], room: RowCapacity, weights: Sequence[float]) -> str:
-    digest = hashlib.blake2b(
-        repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16
-    )
-    for segment in (segment for segments in sets for segment in segments):
-        for array in (segment.tokens, segment.targets, segment.source):
-            if array is not None:
-                digest.update(len(array).to_bytes(4, "little") + np.ascontiguousarray(array).tobytes())
+def _fingerprint(
+    sets: Sequence[Sequence[Segment]], capacity: RowCapacity, weights: Sequence[float]
+) -> str:
+    settings = (capacity, list(weights), [len(segments) for segments in sets])
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for segments in sets:
+        for segment in segments:
+            for array in (segment.tokens, segment.targets, segment.source):
+                if array is not None:
+                    digest.update(len(array).to_bytes(4, "little") + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
