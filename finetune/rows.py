@@ -7,6 +7,7 @@ all of them are kept in memory.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,10 +66,8 @@ class TaskRows:
 
     def _locate(self, i: int) -> tuple[int, list[int]]:
         """The set that row i is made of, and the indices of its examples."""
-        streams, before, counts = self._schedule
-        period, position = divmod(i, len(streams))
-        number = int(streams[position])
-        _, _, _, row = self.orders[number].locate(period * int(counts[number]) + int(before[position]))
+        number, index = self._schedule.locate(i)
+        row = self.orders[number].locate(index).row
         packed = self.packed[number]
         return number, packed.document[packed.row(row)].tolist()
 
@@ -97,11 +96,9 @@ def _chunks(segments: Sequence[Segment]) -> Chunks:
     return Chunks(index, np.zeros_like(index), tokens, tokens, sources)
 
 
-def _fingerprint(
-    sets: Sequence[Sequence[Segment]], capacity: RowCapacity, weights: Sequence[float]
-) -> str:
-    settings = (capacity, list(weights), [len(segments) for segments in sets])
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+def _fingerprint(sets: Sequence[Sequence[Segment]], capacity: RowCapacity, weights: Sequence[float]) -> str:
+    settings = [list(capacity), list(weights), [len(segments) for segments in sets]]
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for segments in sets:
         for segment in segments:
             for array in (segment.tokens, segment.targets, segment.source):

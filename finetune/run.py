@@ -16,12 +16,12 @@ from torch import Tensor
 
 from trifold.finetune.config import FinetuneConfig, NerConfig, SummarizationConfig, TranslationConfig
 from trifold.finetune.evaluation.model_selection import DevEvaluator
-from trifold.finetune.examples.conll import read_tagged_sentences
-from trifold.finetune.examples.pairs import read_pairs
-from trifold.finetune.examples.squad import read_questions
 from trifold.finetune.rows import TaskRows, row_capacity
 from trifold.finetune.tasks import open_tasks
+from trifold.finetune.tasks.ner import read_sentences
+from trifold.finetune.tasks.qa import read_all
 from trifold.finetune.tasks.task import Task
+from trifold.finetune.tasks.translation import read_split
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.huggingface.generation import check_expressible
@@ -114,6 +114,8 @@ class FinetuningRun(Run):
             fingerprint=rows.fingerprint,
             heldout_fingerprint=heldout.fingerprint,
         )
+        for note in self.task.notes:
+            self.recorder.event("note", text=note)
 
     def evaluate(self, progress: Progress, complete: bool) -> dict[str, Any]:
         """Scores of some dev examples; those of all are computed by `finish`, of the best checkpoint."""
@@ -132,10 +134,12 @@ class FinetuningRun(Run):
 
     def extra_state(self) -> dict[str, Any]:
         """The scores so far, and what publishing needs of the task."""
+        settings = self.task.settings()
         task = TaskState(
             kind=self.dev.config.task.kind,
-            prompt=getattr(self.task, "prompt", None),
-            picks=getattr(self.task, "number", None),
+            prompt=settings.get("prompt"),
+            picks=settings.get("picks"),
+            threshold=settings.get("threshold"),
             best=self.dev.best,
             history=list(self.dev.history),
         )
@@ -199,13 +203,11 @@ def _texts(config: FinetuneConfig) -> Iterator[str]:
     """The texts that a tokenizer is trained on: those of all training examples, of both sides."""
     for task in (config.task, *config.more):
         if isinstance(task, TranslationConfig | SummarizationConfig):
-            for pair in read_pairs(task.train, task.columns.source, task.columns.target):
+            for pair in read_split(task, "train", []):
                 yield from (pair.source, *pair.targets)
         elif isinstance(task, NerConfig):
-            yield from (sentence.text for spec in task.train for sentence in read_tagged_sentences(spec))
+            yield from (sentence.text for sentence in read_sentences(task, task.train))
         else:
-            questions = [question for spec in task.train for question in read_questions(spec)]
-            yield from (
-                *(question.question for question in questions),
-                *dict.fromkeys(question.context for question in questions),
-            )
+            questions = read_all(task.train)
+            yield from (question.question for question in questions)
+            yield from dict.fromkeys(question.context for question in questions)

@@ -260,7 +260,7 @@ def generate(
     ] = None,
 ) -> None:
     """Run a published model: generates text, entities or answer spans, depending on its task."""
-    from trifold.finetune.examples.pairs import existing, text_lines
+    from trifold.finetune.examples.records import existing, text_lines
     from trifold.launch.commands.finetune import generate
 
     if text is not None:

@@ -1,7 +1,7 @@
-"""How well a model does a task: in, a model that answers and a task; out, scores, their intervals, and what a
-trivial system scores.
+"""How well a model does a task: a model and a task come in; scores, their intervals, and those of a baseline
+go out.
 
-Inside training the model is the engine, all ranks side by side; `Opened` is a published folder in one
+During training the model is the engine, on all ranks side by side; `LoadedModel` is a published folder in one
 process.
 """
 
@@ -23,16 +23,15 @@ from trifold.pretrain.publish import published_folder
 
 
 class LoadedModel:
-    """A published folder, answering alone on the CPU. Raises UserError where it is not whole."""
+    """A published folder that predicts alone on the CPU. Raises UserError where it is not complete."""
 
     rank, world = 0, 1
 
     def __init__(self, folder: Path) -> None:
         self.config, state = published_folder.load_model(folder)
         self.tokenizer = published_folder.open_tokenizer(folder)
-        self.task: dict[str, Any] = (
-            published_folder.read_record(folder).get("task") or {}
-        )  # its kind, and the prompt it was taught with
+        # The task's kind, prompt, number of sentences and threshold
+        self.task: dict[str, Any] = published_folder.read_record(folder).get("task") or {}
         self.model = Transformer(self.config).eval()
         self.model.load_state_dict(state)
 
@@ -41,12 +40,12 @@ class LoadedModel:
         return self.model.logits(batch)
 
     def generate(
-        self, prompts: list[list[int]], how: Generation, *, bos: int, eos: int, pad: int
+        self, prompts: list[list[int]], generation: Generation, *, bos: int, eos: int, pad: int
     ) -> list[list[int]]:
-        return generate(self.model, prompts, how, bos=bos, eos=eos, pad=pad)
+        return generate(self.model, prompts, generation, bos=bos, eos=eos, pad=pad)
 
-    def gather(self, mine: list[Any]) -> list[list[Any]]:
-        return [mine]
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        return [values]
 
 
 def evenly_spaced(examples: Sequence[Any], number: int) -> list[Any]:
@@ -55,17 +54,18 @@ def evenly_spaced(examples: Sequence[Any], number: int) -> list[Any]:
 
 
 def score_predictions(task: Task, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, float]:
+    """The scores of predictions for these examples."""
     return task.scores(task.statistics(predictions, examples).sum(axis=0))
 
 
-def report(task: Task, predictions: Sequence[Any]) -> dict[str, Any]:
-    """Scores of predictions for all of `dev`, with intervals, beside the trivial system's."""
-    statistics = task.statistics(predictions, task.dev)
-    name, guesses = task.baseline()
+def report(task: Task, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, Any]:
+    """Scores of predictions for all of `dev` or `test`, with intervals, beside the baseline's."""
+    statistics = task.statistics(predictions, examples)
+    name, guesses = task.baseline(examples)
     return {
-        "examples": len(task.dev),
+        "examples": len(examples),
         "scores": task.scores(statistics.sum(axis=0)),
         "intervals": bootstrap_intervals(statistics, task.scores),
         "signatures": task.signatures(),
-        "trivial": {"system": name, "scores": score_predictions(task, guesses, task.dev)},
+        "trivial": {"system": name, "scores": score_predictions(task, guesses, examples)},
     }

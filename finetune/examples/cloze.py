@@ -1,8 +1,8 @@
 """Questions made of contexts alone (cloze questions: Dhingra et al. 2018, Lewis et al. 2019): asked questions
 come in, more questions to learn from go out.
 
-A span of a sentence is hidden, and the rest of the sentence, with some of its words dropped, asks for it. So a
-model learns to find one text in the other, which asked questions are too few to teach. A hidden span looks
+A span of a sentence is hidden, and the rest of the sentence, with some of its words dropped, asks for it. So
+a model learns to find one text in the other, which asked questions are too few to teach. A hidden span looks
 like an asked answer, and its question begins and ends like that answer's question: no rule depends on a
 language.
 """

@@ -1,5 +1,5 @@
-"""Sentences of tagged words: CoNLL files and hub sets come in, words with tags in IOB2 go out, whatever scheme
-the tags came in.
+"""Sentences of tagged words: CoNLL files and hub sets come in, words with tags in IOB2 go out, whatever
+scheme the tags came in.
 """
 
 from collections.abc import Iterator, Sequence
@@ -115,10 +115,10 @@ def _column(columns: Sequence[str], number: int, where: str, separator: str) -> 
     needed = max(abs(number), 2)
     if len(columns) < needed:
         name = "tab" if separator == "\t" else "space"
+        count = f"{len(columns)} column{'s' if len(columns) > 1 else ''}"
+        missing = "a word and its tag are" if needed == 2 else f"column {number} is"
         raise UserError(
-            f"{where}, has {len(columns)} column{'s' if len(columns) > 1 else ''}, {separator.join(columns)!r}:"
-            f" {'a word and its tag are' if needed == 2 else f'column {number} is'} needed, separated by a"
-            f" {name}."
+            f"{where}, has {count}, {separator.join(columns)!r}: {missing} needed, separated by a {name}."
         )
     return columns[number - 1 if number > 0 else number]
 

@@ -1,9 +1,9 @@
 """Where the words and graphemes of a text begin and end, in every script: a text comes in, spans go out.
 
-Words follow Unicode (UAX 29, by the `regex` package). What taggers' training files have as one word stays one:
-words joined by a hyphen, @name and #tag, an address, a run of one punctuation mark. Scripts that are written
-without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into graphemes: a base character with
-its combining marks. No span begins or ends inside a grapheme. Cost: 1 MB of text in 0.5 s.
+Words follow Unicode (UAX 29, by the `regex` package). What taggers' training files have as one word stays
+one: words joined by a hyphen, @name and #tag, an address, a run of one punctuation mark. Scripts that are
+written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into graphemes: a base character
+with its combining marks. No span begins or ends inside a grapheme. Cost: 1 MB of text in 0.5 s.
 """
 
 import regex

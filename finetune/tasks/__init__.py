@@ -1,15 +1,16 @@
-"""The tasks that a published model can be fine-tuned on, by the `kind` of the recipe.
+"""The tasks that a published model can be fine-tuned on, by the `kind` of the recipe (`TASKS`).
 
-    task.py             what the training run asks of a task (`Task`), and text-to-text tasks
+    task.py             what training asks of a task (`Task`), and what tasks from text to text share
     translation.py      text to text, scored by BLEU and chrF
-    summarization.py    text to text, or picking sentences of the text
-    ner.py              a label for each word
+    summarization.py    text to text, or picking sentences of the text, scored by ROUGE
+    ner.py              a label for each word; tagging.py finds the token that carries it
     qa.py               a span of the context
-    matching.py         the sentence that was taken out of a text
-    scores.py           the scores of all of them
+    matching.py         which tokens of a context stand in its question
+    scores.py           the scores of all of them; languages.py chooses their tokenization
 
-A task is made of the examples of its files (finetune/examples). It cuts them into segments, which finetune/rows.py
-packs into rows, and turns what a model answers into predictions and scores (finetune/evaluation).
+A task is made of the examples of its files (finetune/examples). It cuts them into segments, which
+finetune/rows.py packs into rows, and turns a model's output into predictions and scores
+(finetune/evaluation).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Matching: which tokens of a context stand in its question too, scored by F1. Trivial: all of them.
+"""Matching: which tokens of a context stand in its question too, scored by F1. Baseline: all of them.
 
 Nobody needs the answer: it is the first lesson of a model that is to find answers. A span head gives two
 targets an example, and from random weights a small model learns from them what answers look like and never to
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from trifold.finetune import config
+from trifold.finetune.config import MatchingConfig
 from trifold.finetune.examples.cloze import cloze
-from trifold.finetune.examples.squad import Question, read_questions
-from trifold.finetune.tasks.qa import Pointer, Window
-from trifold.finetune.tasks.task import Model, label_logits
+from trifold.finetune.examples.squad import Question
+from trifold.finetune.tasks.qa import Pointer, Window, read_all
+from trifold.finetune.tasks.task import Model, TaskDefaults, label_logits
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.generation.config import Generation
@@ -25,66 +25,63 @@ from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 LABELS = ("O", "B-shared")
 
 
-class Matching:
+class Matching(TaskDefaults):
+    """A label for each token of a context: shared with the question, or not."""
+
     best = "f1"
 
-    def __init__(
-        self, dials: config.MatchingConfig, tokenizer: Tokenizer, family: Family, row_length: int
-    ) -> None:
-        self.train, self.dev = (
-            [q for place in places for q in read_questions(place)] for places in (dials.train, dials.dev)
+    def __init__(self, config: MatchingConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        self.notes: list[str] = []
+        self.train, self.dev, self.test = (
+            read_all(files) for files in (config.train, config.dev, config.test)
         )
-        self.train += cloze(self.train, dials.cloze)
+        self.train += cloze(self.train, config.cloze)
         self.tokenizer, self.row_length = tokenizer, row_length
-        self.pointer = Pointer(tokenizer, family, row_length, dials.stride)
+        self.pointer = Pointer(tokenizer, family, row_length, config.stride)
 
     def with_head(self, config: ModelConfig) -> ModelConfig:
         """Of an encoder-decoder the encoder alone."""
         family = "decoder" if config.family == "decoder" else "encoder"
-        return config.model_copy(
-            update={"family": family, "alignment": "none", "labels": LABELS, "crf": False, "spans": False}
-        )
+        head = {"labels": LABELS, "crf": False, "spans": False}
+        return config.model_copy(update={"family": family, "alignment": "none", **head})
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         """The windows that a question is answered from."""
-        return [Segment(window.tokens, self._targets(window)) for _, window in self.pointer.windows(examples)]
+        return [Segment(window.tokens, _targets(window)) for _, window in self.pointer.windows(examples)]
 
     def predict(
-        self, model: Model, examples: Sequence[Question], how: Generation, tokens: int
+        self, model: Model, examples: Sequence[Question], generation: Generation, tokens: int
     ) -> list[np.ndarray]:
         """For each question, which of its tokens are shared, in all its windows."""
         windows = self.pointer.windows(examples)
-        segments = [Segment(window.tokens, self._targets(window)) for _, window in windows]
-        found: list[list[np.ndarray]] = [[] for _ in examples]
-        read = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
-        for (i, _), segment, logits in zip(windows, segments, read, strict=True):
-            found[i].append(logits.argmax(-1)[segment.targets != IGNORE])
-        return [np.concatenate(parts) for parts in found]
+        segments = [Segment(window.tokens, _targets(window)) for _, window in windows]
+        all_logits = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
+        labels: list[list[np.ndarray]] = [[] for _ in examples]
+        for (i, _), segment, logits in zip(windows, segments, all_logits, strict=True):
+            labels[i].append(logits.argmax(-1)[segment.targets != IGNORE])
+        return [np.concatenate(of_windows) for of_windows in labels]
 
     def statistics(self, predictions: Sequence[np.ndarray], examples: Sequence[Question]) -> np.ndarray:
-        """(examples, 3): tokens that are said to be shared, that are, and both."""
-        true = [self._shared(question) for question in examples]
-        return np.array(
-            [
-                (said.sum(), are.sum(), (said & are).sum())
-                for said, are in zip(predictions, true, strict=True)
-            ],
-            np.float64,
-        )
+        """(examples, 3): tokens that are predicted to be shared, that are, and both."""
+        rows = []
+        for predicted, question in zip(predictions, examples, strict=True):
+            true = self._shared(question)
+            rows.append((predicted.sum(), true.sum(), (predicted & true).sum()))
+        return np.array(rows, np.float64)
 
     def scores(self, total: np.ndarray) -> dict[str, float]:
-        said, are, both = total
+        predicted, true, both = total
         return {
-            "f1": 200 * both / max(said + are, 1),
-            "precision": 100 * both / max(said, 1),
-            "recall": 100 * both / max(are, 1),
+            "f1": 200 * both / max(predicted + true, 1),
+            "precision": 100 * both / max(predicted, 1),
+            "recall": 100 * both / max(true, 1),
         }
 
     def signatures(self) -> dict[str, str]:
         return {"f1": "tokens of the context, micro-averaged"}
 
-    def baseline(self) -> tuple[str, list[np.ndarray]]:
-        return "every token", [np.ones_like(self._shared(question)) for question in self.dev]
+    def baseline(self, examples: Sequence[Question]) -> tuple[str, list[np.ndarray]]:
+        return "every token", [np.ones_like(self._shared(question)) for question in examples]
 
     def record(self, example: Question, prediction: np.ndarray) -> dict[str, Any]:
         return {
@@ -95,12 +92,14 @@ class Matching:
         }
 
     def _shared(self, question: Question) -> np.ndarray:
-        return np.concatenate(
-            [segment.targets[segment.targets != IGNORE] for segment in self.segments([question])]
-        )
+        """0 or 1 for each token of the context, window by window."""
+        targets = [segment.targets for segment in self.segments([question])]
+        return np.concatenate([of_window[of_window != IGNORE] for of_window in targets])
 
-    def _targets(self, window: Window) -> np.ndarray:
-        targets = np.full(len(window.tokens), IGNORE)
-        context = slice(window.first, window.first + len(window.spans))
-        targets[context] = np.isin(window.tokens[context], window.tokens[1 : window.first - 1])
-        return targets
+
+def _targets(window: Window) -> np.ndarray:
+    targets = np.full(len(window.tokens), IGNORE)
+    context = slice(window.first, window.first + len(window.spans))
+    question = window.tokens[1 : window.first - 1]
+    targets[context] = np.isin(window.tokens[context], question)
+    return targets

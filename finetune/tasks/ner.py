@@ -1,12 +1,10 @@
-"""Named entities: words with tags in, a tag for each word out, scored by entity F1 as seqeval finds entities.
-Trivial: a word's usual tag.
+"""Named entities: words with tags come in, a tag for each word goes out, scored by entity F1 as seqeval finds
+entities. Baseline: a word's usual tag.
 
 A label head tags words. A decoder or an encoder-decoder can write the entities instead (`written`).
 
-Words are joined by spaces and encoded as one text, so that a stock pipeline sees what training saw. A word's
-first piece, found by character offsets, carries its label; the other pieces carry none, but for a piece that
-is only the space before a word: it is outside, or inside as the word is, so that a stock pipeline, which
-takes it for a word, sees no entity in it.
+Words are joined by spaces and encoded as one text, so that a stock pipeline reads what training read. A
+word's first token, found by character offsets, carries its label (finetune/tasks/tagging.py).
 """
 
 import re
@@ -17,45 +15,41 @@ from typing import Any
 
 import numpy as np
 
-from trifold.finetune import config
-from trifold.finetune.examples.conll import Sentence, iob2, read_tagged_sentences, starts
+from trifold.finetune.config import NerConfig
+from trifold.finetune.examples.conll import Sentence, iob2, read_tagged_sentences, word_spans
 from trifold.finetune.examples.pairs import Pair
 from trifold.finetune.tasks.scores import entities, entity_scores, entity_statistics
-from trifold.finetune.tasks.task import Model, Task, TextToText, align_to_tokens, label_logits
-from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Family, ModelConfig
+from trifold.finetune.tasks.tagging import TaggingWindow, tagging_windows, tags_in_iob2, tags_of_words
+from trifold.finetune.tasks.task import Model, Task, TaskDefaults, TextToText, label_logits
+from trifold.modeling.config import Family, Generation, ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 
 
-def open_ner(dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
-    return (WrittenNer if dials.written else Ner)(dials, tokenizer, family, row_length)
+def open_ner(config: NerConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> Task:
+    if config.written:
+        return WrittenNer(config, tokenizer, family, row_length)
+    return Ner(config, tokenizer, family, row_length)
 
 
-class _Entities:
-    """What both ways of tagging share: the examples, the scores and the trivial system."""
+class _Entities(TaskDefaults):
+    """What both ways of tagging share: the examples, the scores and the baseline."""
 
     best = "f1"
 
-    def __init__(self, dials: config.NerConfig) -> None:
-        self.train, self.dev = (
-            [sentence for place in places for sentence in read_tagged_sentences(place)]
-            for places in (dials.train, dials.dev)
+    def __init__(self, config: NerConfig) -> None:
+        self.notes: list[str] = []
+        self.train, self.dev, self.test = (
+            read_sentences(config, files) for files in (config.train, config.dev, config.test)
         )
-        kinds = sorted({tag[2:] for sentence in self.train for tag in sentence.tags if tag != "O"})
-        if not kinds:
+        self.kinds = sorted(_kinds(self.train))
+        if not self.kinds:
             raise UserError(
-                f"{', '.join(dials.train)}: no word has a tag other than O; the last column must be the tag."
+                f"{', '.join(config.train)}: no word has a tag other than O; name the column of the tags by"
+                " task.columns.tag."
             )
-        self.kinds = kinds
-        for sentence in self.dev:
-            for kind in {tag[2:] for tag in sentence.tags if tag != "O"} - set(kinds):
-                raise UserError(
-                    f"{sentence.where}: the type {kind} was never seen in the training files, which have"
-                    f" {', '.join(kinds)}."
-                )
+        self._check_kinds()
 
     def statistics(self, predictions: Sequence[Sequence[str]], examples: Sequence[Sentence]) -> np.ndarray:
         return entity_statistics(predictions, [sentence.tags for sentence in examples], self.kinds)
@@ -66,15 +60,14 @@ class _Entities:
     def signatures(self) -> dict[str, str]:
         return {"f1": f"seqeval {version('seqeval')}, exact spans and types, micro-averaged"}
 
-    def baseline(self) -> tuple[str, list[tuple[str, ...]]]:
-        seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    def baseline(self, examples: Sequence[Sentence]) -> tuple[str, list[tuple[str, ...]]]:
+        counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for sentence in self.train:
             for word, tag in zip(sentence.words, sentence.tags, strict=True):
-                seen[word][tag] += 1
-        usual = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
-        return "usual tag", [
-            tuple(iob2([usual.get(word, "O") for word in sentence.words])) for sentence in self.dev
-        ]
+                counts[word][tag] += 1
+        usual = {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
+        predictions = [[usual.get(word, "O") for word in sentence.words] for sentence in examples]
+        return "usual tag", [tuple(iob2(tags)) for tags in predictions]
 
     def record(self, example: Sentence, prediction: Sequence[str]) -> dict[str, Any]:
         return {
@@ -84,23 +77,30 @@ class _Entities:
             "references": list(example.tags),
         }
 
+    def _check_kinds(self) -> None:
+        for sentence in (*self.dev, *self.test):
+            for kind in _kinds([sentence]) - set(self.kinds):
+                raise UserError(
+                    f"{sentence.where}: the type {kind} was never seen in the training files, which have"
+                    f" {', '.join(self.kinds)}."
+                )
+
 
 class Ner(_Entities):
     """A label for each word."""
 
-    def __init__(
-        self, dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int
-    ) -> None:
-        super().__init__(dials)
+    def __init__(self, config: NerConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        super().__init__(config)
         self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
-        self.crf = dials.crf
-        self.space = tokenizer.encode_batch([" "])[0][
-            -1:
-        ].tolist()  # none where the tokenizer drops spaces (WordPiece)
+        self.crf = config.crf
+        # The token of a space alone: none where the tokenizer drops spaces (WordPiece)
+        self.space = tokenizer.encode_batch([" "])[0][-1:].tolist()
         self.labels = ("O", *(f"{prefix}-{kind}" for kind in self.kinds for prefix in "BI"))
+        self._index = {label: index for index, label in enumerate(self.labels)}
+        self._inside = {index for label, index in self._index.items() if label[0] == "I"}
 
     def with_head(self, config: ModelConfig) -> ModelConfig:
-        """Of an encoder-decoder the encoder alone: labels need nothing written."""
+        """Of an encoder-decoder the encoder alone: labels are not written."""
         if self.crf and config.cell == "attention":
             raise UserError(
                 "task.crf is for recurrent models: no stock class of the others has a CRF. Leave it out."
@@ -110,47 +110,33 @@ class Ner(_Entities):
         return config.model_copy(update={"family": family, "alignment": "none", **head})
 
     def segments(self, examples: Sequence[Sentence]) -> list[Segment]:
-        made = []
+        """The windows of each sentence: one, unless it is longer than a row."""
+        segments = []
         for sentence in examples:
-            tokens, places = align_to_tokens(
-                self.tokenizer, self.family, sentence.text, list(starts(sentence.words))
-            )
-            if len(tokens) > self.row_length:
-                raise UserError(
-                    f"{sentence.where}: the sentence has {len(tokens)} tokens, and row_length is"
-                    f" {self.row_length}: raise it."
-                )
-            targets = np.full(len(tokens), IGNORE)
-            for place, tag in zip(
-                places, sentence.tags, strict=True
-            ):  # an empty word stands at the next one's piece, which then wins
-                targets[place] = self.labels.index(tag)
-                if place and tokens[place - 1] in self.space:
-                    targets[place - 1] = self.labels.index(tag if tag[0] == "I" else "O")
-            made.append(Segment(tokens, targets))
-        return made
+            labels = [self._index[tag] for tag in sentence.tags]
+            for window in self._windows(sentence):
+                targets = window.targets(labels, self._index["O"], self.space, self._inside)
+                segments.append(Segment(window.tokens, targets))
+        return segments
 
     def predict(
-        self, model: Model, examples: Sequence[Sentence], how: Generation, tokens: int
+        self, model: Model, examples: Sequence[Sentence], generation: Generation, tokens: int
     ) -> list[tuple[str, ...]]:
-        logits = label_logits(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
-        tags = []
-        for sentence, scores in zip(examples, logits, strict=True):
-            _, places = align_to_tokens(
-                self.tokenizer, self.family, sentence.text, list(starts(sentence.words))
-            )
-            best = [self.labels[i] for i in scores.argmax(-1)]
-            tags.append(
-                tuple(
-                    iob2(
-                        [
-                            best[place] if word.strip() else "O"
-                            for place, word in zip(places, sentence.words, strict=True)
-                        ]
-                    )
-                )
-            )
-        return tags
+        logits = iter(
+            label_logits(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
+        )
+        predictions = []
+        for sentence in examples:
+            windows = self._windows(sentence)
+            labels = [[self.labels[i] for i in next(logits).argmax(-1)] for _ in windows]
+            tags = tags_of_words(windows, labels, len(sentence.words))
+            visible = [tag if word.strip() else None for tag, word in zip(tags, sentence.words, strict=True)]
+            predictions.append(tags_in_iob2(visible))
+        return predictions
+
+    def _windows(self, sentence: Sentence) -> list[TaggingWindow]:
+        spans = list(word_spans(sentence.words))
+        return tagging_windows(self.tokenizer, self.family, sentence.text, spans, self.row_length)
 
 
 class WrittenNer(_Entities, TextToText):  # type: ignore[misc]  # sentences in place of pairs
@@ -158,38 +144,51 @@ class WrittenNer(_Entities, TextToText):  # type: ignore[misc]  # sentences in p
 
     decoder_prompt = "{source}\nEntities:\n"
 
-    def __init__(
-        self, dials: config.NerConfig, tokenizer: Tokenizer, family: Family, row_length: int
-    ) -> None:
-        TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, truncate=False)
-        _Entities.__init__(self, dials)
+    def __init__(self, config: NerConfig, tokenizer: Tokenizer, family: Family, row_length: int) -> None:
+        TextToText.__init__(self, tokenizer, family, row_length, config.prompt, truncate=False)
+        _Entities.__init__(self, config)
 
     def segments(self, examples: Sequence[Sentence]) -> list[Segment]:  # type: ignore[override]
         return super().segments([_pair(sentence) for sentence in examples])
 
     def predict(  # type: ignore[override]
-        self, model: Model, examples: Sequence[Sentence], how: Generation, tokens: int
+        self, model: Model, examples: Sequence[Sentence], generation: Generation, tokens: int
     ) -> list[tuple[str, ...]]:
-        said = super().predict(model, [_pair(sentence) for sentence in examples], how, tokens)
-        return [read_back(text, sentence.words) for text, sentence in zip(said, examples, strict=True)]
+        outputs = super().predict(model, [_pair(sentence) for sentence in examples], generation, tokens)
+        return [parse_entities(text, example.words) for text, example in zip(outputs, examples, strict=True)]
 
 
-def _pair(sentence: Sentence) -> Pair:
-    found = sorted(entities(sentence.tags), key=lambda entity: entity[1])
-    said = [f"{' '.join(sentence.words[first : last + 1])} ({kind})" for kind, first, last in found]
-    return Pair(sentence.where, sentence.text, (" | ".join(said) or "none",))
-
-
-def read_back(text: str, words: Sequence[str]) -> tuple[str, ...]:
+def parse_entities(text: str, words: Sequence[str]) -> tuple[str, ...]:
     """The tags that written entities mean. Each is looked for after the one before, then from the start; what
-    is not there is left out.
+    is not among the words is left out.
     """
     tags, after = ["O"] * len(words), 0
     for name, kind in re.findall(r"(.+?) \((\S+?)\)(?: \| |$)", text):
         for first in (*range(after, len(words)), *range(after)):
             last = first + name.count(" ")
-            if " ".join(words[first : last + 1]) == name and set(tags[first : last + 1]) == {"O"}:
+            free = set(tags[first : last + 1]) == {"O"}
+            if free and " ".join(words[first : last + 1]) == name:
                 tags[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]
                 after = last + 1
                 break
     return tuple(tags)
+
+
+def read_sentences(config: NerConfig, files: Sequence[str]) -> list[Sentence]:
+    """The sentences of several files and hub sets."""
+    columns = config.columns
+    sentences: list[Sentence] = []
+    for file in files:
+        sentences += read_tagged_sentences(file, columns.word, columns.tag)
+    return sentences
+
+
+def _kinds(sentences: Sequence[Sentence]) -> set[str]:
+    return {tag[2:] for sentence in sentences for tag in sentence.tags if tag != "O"}
+
+
+def _pair(sentence: Sentence) -> Pair:
+    written = []
+    for kind, first, last in sorted(entities(sentence.tags), key=lambda entity: entity[1]):
+        written.append(f"{' '.join(sentence.words[first : last + 1])} ({kind})")
+    return Pair(sentence.where, sentence.text, (" | ".join(written) or "none",))

@@ -1,23 +1,24 @@
-"""Summaries: documents in, a summary out, scored by ROUGE. Trivial: the first three sentences.
+"""Summaries: documents come in, a summary goes out, scored by ROUGE. Baseline: the first three sentences.
 
-A decoder or an encoder-decoder writes the summary. An encoder picks sentences: a sentence's first piece is
+A decoder or an encoder-decoder writes the summary. An encoder picks sentences: a sentence's first token is
 labelled by whether it is one of those that together are most like the summary, found greedily (Nallapati et
 al. 2017); it picks as many as that takes on average.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from trifold.finetune import config
-from trifold.finetune.examples.pairs import Pair, read_pairs
+from trifold.finetune.config import SummarizationConfig
+from trifold.finetune.examples.pairs import Pair
 from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.tasks.scores import Rouge, words
-from trifold.finetune.tasks.task import Model, Task, TextToText, align_to_tokens, label_logits
+from trifold.finetune.tasks.tagging import first_tokens
+from trifold.finetune.tasks.task import Model, Task, TaskDefaults, TextToText, label_logits
+from trifold.finetune.tasks.translation import read_split
 from trifold.modeling.batch import IGNORE
 from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
@@ -29,22 +30,24 @@ MAX_SENTENCES = 5  # sentences of a summary
 
 
 def open_summarization(
-    dials: config.SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
+    config: SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
 ) -> Task:
-    return (Extraction if family == "encoder" else Summarization)(dials, tokenizer, family, row_length)
+    if family == "encoder":
+        return Extraction(config, tokenizer, family, row_length)
+    return Summarization(config, tokenizer, family, row_length)
 
 
-class _Summaries:
+class _Summaries(TaskDefaults):
     """What both ways of summarizing share."""
 
     best = "rouge1"
 
-    def __init__(self, dials: config.SummarizationConfig) -> None:
-        self.train, self.dev = (
-            read_pairs(places, dials.columns.source, dials.columns.target)
-            for places in (dials.train, dials.dev)
-        )
-        self.rouge = Rouge()
+    def __init__(self, config: SummarizationConfig) -> None:
+        self.notes: list[str] = []
+        self.train = read_split(config, "train", self.notes)
+        self.dev = read_split(config, "dev", self.notes)
+        self.test = read_split(config, "test", self.notes)
+        self.rouge = Rouge(config.language)
 
     def statistics(self, predictions: Sequence[str], examples: Sequence[Pair]) -> np.ndarray:
         return self.rouge.statistics(predictions, [pair.targets for pair in examples])
@@ -53,71 +56,69 @@ class _Summaries:
         return self.rouge.score(total)
 
     def signatures(self) -> dict[str, str]:
-        return {
-            "rouge": f"rouge-score {version('rouge-score')}, F-measure, Porter stemming, the best of several"
-            " references"
-        }
+        return {"rouge": self.rouge.signature}
 
-    def baseline(self) -> tuple[str, list[str]]:
-        return "lead-3", [
-            " ".join(pair.source[a:b] for a, b in split_sentences(pair.source)[:3]) for pair in self.dev
-        ]
+    def baseline(self, examples: Sequence[Pair]) -> tuple[str, list[str]]:
+        return "lead-3", [_first_sentences(pair.source, 3) for pair in examples]
 
     def record(self, example: Pair, prediction: str) -> dict[str, Any]:
         return {"where": example.where, "prediction": prediction, "references": list(example.targets)}
 
 
 class Summarization(_Summaries, TextToText):
+    """A model writes the summary."""
+
     decoder_prompt = "{source}\nSummary:\n"
 
     def __init__(
-        self, dials: config.SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
+        self, config: SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
     ) -> None:
-        TextToText.__init__(self, tokenizer, family, row_length, dials.prompt, dials.truncate)
-        _Summaries.__init__(self, dials)
+        TextToText.__init__(self, tokenizer, family, row_length, config.prompt, config.truncate)
+        _Summaries.__init__(self, config)
 
 
 class Extraction(_Summaries):
+    """An encoder picks the sentences of the summary."""
+
     def __init__(
-        self, dials: config.SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
+        self, config: SummarizationConfig, tokenizer: Tokenizer, family: Family, row_length: int
     ) -> None:
-        super().__init__(dials)
-        self.tokenizer, self.family, self.row_length, self.truncate = (
-            tokenizer,
-            family,
-            row_length,
-            dials.truncate,
-        )
+        super().__init__(config)
+        self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
+        self.truncate = config.truncate
         picks = [len(most_similar(pair)) for pair in self.train]
         self.number = max(1, round(sum(picks) / len(picks)))
 
     def with_head(self, config: ModelConfig) -> ModelConfig:
         return config.model_copy(update={"labels": ("leave", "pick"), "crf": False, "spans": False})
 
+    def settings(self) -> dict[str, Any]:
+        return {"picks": self.number}
+
     def segments(self, examples: Sequence[Pair]) -> list[Segment]:
-        made = []
+        segments = []
         for pair in examples:
-            tokens, places = self._placed(pair)
+            tokens, positions = self._positions(pair)
             targets = np.full(len(tokens), IGNORE)
             picked = most_similar(pair)
-            for number, place in enumerate(places):
-                targets[place] = number in picked
-            made.append(Segment(tokens, targets))
-        return made
+            for sentence, position in positions.items():
+                targets[position] = sentence in picked
+            segments.append(Segment(tokens, targets))
+        return segments
 
-    def predict(self, model: Model, examples: Sequence[Pair], how: Generation, tokens: int) -> list[str]:
+    def predict(
+        self, model: Model, examples: Sequence[Pair], generation: Generation, tokens: int
+    ) -> list[str]:
         logits = label_logits(model, self.segments(examples), self.row_length, self.tokenizer.pad, tokens)
         summaries = []
-        for pair, scores in zip(examples, logits, strict=True):
-            _, places = self._placed(pair)
-            summaries.append(pick_sentences(pair.source, scores[places], self.number))
+        for pair, pair_logits in zip(examples, logits, strict=True):
+            _, positions = self._positions(pair)
+            summaries.append(pick_sentences(pair.source, pair_logits, positions, self.number))
         return summaries
 
-    def _placed(self, pair: Pair) -> tuple[np.ndarray, list[int]]:
-        """A document's tokens, and the place of the first piece of every sentence that begins in them."""
-        tokens, places = align_to_tokens(
-            self.tokenizer, self.family, pair.source, [begin for begin, _ in split_sentences(pair.source)]
-        )
+    def _positions(self, pair: Pair) -> tuple[np.ndarray, dict[int, int]]:
+        """A document's tokens, and the position of the first token of every sentence that begins in them."""
+        tokens, positions = sentence_positions(self.tokenizer, self.family, pair.source)
         if len(tokens) > self.row_length:
             if not self.truncate:
                 raise UserError(
@@ -125,38 +126,53 @@ class Extraction(_Summaries):
                     f" {self.row_length}: set task.truncate."
                 )
             tokens = np.append(tokens[: self.row_length - 1], self.tokenizer.eos)
-        return tokens, [place for place in places if place < len(tokens) - 1]
+        last = len(tokens) - 1
+        return tokens, {sentence: position for sentence, position in positions.items() if position < last}
 
 
-def pick_sentences(text: str, logits: np.ndarray, number: int) -> str:
-    """The `number` sentences that are rather to be picked than left, in the text's order; logits (sentences,
-    2).
+def sentence_positions(tokenizer: Tokenizer, family: Family, text: str) -> tuple[np.ndarray, dict[int, int]]:
+    """A text's tokens, and by sentence the position of its first token; a sentence without one is missing."""
+    tokens, positions = first_tokens(tokenizer, family, text, split_sentences(text))
+    return tokens, {sentence: position for sentence, position in enumerate(positions) if position >= 0}
+
+
+def pick_sentences(text: str, logits: np.ndarray, positions: dict[int, int], number: int) -> str:
+    """The `number` sentences with the highest odds of being picked, in the text's order; logits (T, 2) of the
+    text's tokens.
     """
     spans = split_sentences(text)
-    return " ".join(text[slice(*spans[i])] for i in sorted(np.argsort(logits[:, 0] - logits[:, 1])[:number]))
+    sentences = list(positions)
+    scores = logits[list(positions.values())]
+    best = np.argsort(scores[:, 0] - scores[:, 1])[:number]
+    return " ".join(text[slice(*spans[sentences[i]])] for i in sorted(best))
 
 
 def most_similar(pair: Pair) -> set[int]:
     """The sentences that together share most words and pairs of words with the summary, found one by one
     while the overlap grows.
     """
-    wanted = _counts(pair.targets[0])
-    parts = [_counts(pair.source[begin:end]) for begin, end in split_sentences(pair.source)]
+    summary = _counts(pair.targets[0])
+    sentences = [_counts(pair.source[begin:end]) for begin, end in split_sentences(pair.source)]
     chosen: set[int] = set()
-    have: Counter[Any] = Counter()
+    total: Counter[Any] = Counter()
     best = 0.0
-    while len(chosen) < min(MAX_SENTENCES, len(parts)):
-        score, i = max((_f1(have + part, wanted), -i) for i, part in enumerate(parts) if i not in chosen)
+    while len(chosen) < min(MAX_SENTENCES, len(sentences)):
+        left = [i for i in range(len(sentences)) if i not in chosen]
+        score, negative = max((_f1(total + sentences[i], summary), -i) for i in left)
         if score <= best:
             break
-        best, have = score, have + parts[-i]
-        chosen.add(-i)
+        best, total = score, total + sentences[-negative]
+        chosen.add(-negative)
     return chosen
 
 
+def _first_sentences(text: str, number: int) -> str:
+    return " ".join(text[begin:end] for begin, end in split_sentences(text)[:number])
+
+
 def _counts(text: str) -> Counter[Any]:
-    said = words(text)
-    return Counter(said) + Counter(pairwise(said))
+    tokens = words(text)
+    return Counter(tokens) + Counter(pairwise(tokens))
 
 
 def _f1(a: Counter[Any], b: Counter[Any]) -> float:

@@ -1,8 +1,8 @@
-"""What a task is: examples in, segments to train on; a model in, predictions and their scores out.
+"""What a task is: examples come in, segments to train on go out; a model comes in, predictions and their
+scores go out.
 
-`Task` is what every task answers. `TextToText` is the half that tasks from text to text share. A model is
-whoever answers alike (`Model`): the engine in the middle of training, all ranks side by side, or a published
-folder in one process.
+`Task` is what every task has. `TextToText` is the half that tasks from text to text share. `Model` is what
+predicts: the engine during training, on all ranks side by side, or a published folder in one process.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +26,29 @@ R = TypeVar("R")
 
 
 class Model(Protocol):
-    """What answers. Every rank makes the same calls in the same order."""
+    """What predicts. Every rank makes the same calls in the same order."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This process among `world`."""
+        ...
+
     @property
     def world(self) -> int: ...
-    def logits(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, outputs) of the model's head."""
+        ...
+
     def generate(
-        self, prompts: list[list[int]], how: Generation, *, bos: int, eos: int, pad: int
-    ) -> list[list[int]]: ...
-    def gather(self, mine: list[Any]) -> list[list[Any]]: ...
+        self, prompts: list[list[int]], generation: Generation, /, *, bos: int, eos: int, pad: int
+    ) -> list[list[int]]:
+        """The tokens written after each prompt."""
+        ...
+
+    def gather(self, values: list[Any], /) -> list[list[Any]]:
+        """The values of every rank, on every rank."""
+        ...
 
 
 class Task(Protocol):
@@ -44,24 +56,57 @@ class Task(Protocol):
 
     @property
     def best(self) -> str:
-        """The score by which models are chosen: the highest."""
+        """The name of the score that chooses the checkpoint: the highest wins."""
         ...
 
     @property
-    def train(self) -> Sequence[Any]: ...
+    def train(self) -> Sequence[Any]:
+        """The examples to learn from."""
+        ...
+
     @property
-    def dev(self) -> Sequence[Any]: ...
+    def dev(self) -> Sequence[Any]:
+        """The examples that choose the checkpoint."""
+        ...
+
+    @property
+    def test(self) -> Sequence[Any]:
+        """The examples that are scored once, with the chosen checkpoint; may be empty."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the examples that the user should read, such as how many were left out."""
+        ...
 
     def with_head(self, config: ModelConfig) -> ModelConfig:
         """The model with this task's head. Raises UserError for a family that cannot do the task."""
         ...
 
     def segments(self, examples: Sequence[Any]) -> list[Segment]:
-        """What is packed into rows."""
+        """What is packed into rows: one or several segments of each example."""
         ...
 
-    def predict(self, model: Model, examples: Sequence[Any], how: Generation, tokens: int) -> list[Any]:
+    def predict(
+        self, model: Model, examples: Sequence[Any], generation: Generation, tokens: int
+    ) -> list[Any]:
         """A prediction for each example, on every rank; `tokens` positions at a time."""
+        ...
+
+    def calibrate(self, predictions: Sequence[Any], examples: Sequence[Any]) -> None:
+        """Choose by these dev examples what turns predictions into answers, such as a threshold; most tasks
+        have nothing of that kind.
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What a published folder must record so that it predicts as it was scored: prompt, number of
+        sentences, threshold.
+        """
+        ...
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Predict by the settings that a published folder has recorded."""
         ...
 
     def statistics(self, predictions: Sequence[Any], examples: Sequence[Any]) -> np.ndarray:
@@ -78,18 +123,33 @@ class Task(Protocol):
         """
         ...
 
-    def baseline(self) -> tuple[str, list[Any]]:
-        """The name of a system that knows nothing of language, and its predictions for `dev`."""
+    def baseline(self, examples: Sequence[Any]) -> tuple[str, list[Any]]:
+        """The name of a system that knows nothing of language, and its predictions for examples."""
         ...
 
     def record(self, example: Any, prediction: Any) -> dict[str, Any]:
-        """A line of predictions.jsonl."""
+        """A line of predictions.jsonl: values that JSON has, no infinity."""
         ...
 
 
-class TextToText:
+class TaskDefaults:
+    """What a task has that has nothing to choose and nothing to record."""
+
+    notes: list[str]
+
+    def calibrate(self, predictions: Sequence[Any], examples: Sequence[Any]) -> None:
+        """Nothing to choose."""
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class TextToText(TaskDefaults):
     """Source in, target out: an encoder-decoder reads the source; a decoder continues the prompt, and only
-    the target is its loss.
+    the target has a loss.
     """
 
     decoder_prompt = "{source}\n"
@@ -97,7 +157,8 @@ class TextToText:
     def __init__(
         self, tokenizer: Tokenizer, family: Family, row_length: int, prompt: str | None, truncate: bool
     ) -> None:
-        self.tokenizer, self.family, self.row_length, self.truncate = tokenizer, family, row_length, truncate
+        self.tokenizer, self.family, self.row_length = tokenizer, family, row_length
+        self.truncate = truncate
         self.prompt = prompt or (self.decoder_prompt if family == "decoder" else "{source}")
 
     def with_head(self, config: ModelConfig) -> ModelConfig:
@@ -108,45 +169,47 @@ class TextToText:
             )
         return config.model_copy(update={"labels": (), "crf": False, "spans": False})
 
+    def settings(self) -> dict[str, Any]:
+        return {"prompt": self.prompt}
+
     def segments(self, examples: Sequence[Pair]) -> list[Segment]:
-        marks = self.tokenizer
         targets = self.tokenizer.encode_batch([pair.targets[0] for pair in examples])
-        made: list[Segment] = []
-        for pair, prompt, target in zip(examples, self.prompts(examples), targets, strict=True):
+        prompts = self.prompts(examples)
+        segments = []
+        for pair, prompt, target in zip(examples, prompts, targets, strict=True):
             if self.family == "decoder":
-                whole = np.array([*prompt, *target, marks.eos], np.int64)
-                wanted = whole[1:].copy()
-                wanted[: len(prompt) - 1] = IGNORE
-                segment = Segment(whole[:-1], wanted)
+                segment = self._continuation(prompt, target)
             else:
-                wanted = np.array(marks.decoder_target(target.tolist()), np.int64)
-                segment = Segment(
-                    np.array([marks.start, *wanted[:-1]], np.int64), wanted, source=np.array(prompt, np.int64)
-                )
-            made.append(self._fitted(segment, pair, len(prompt)))
-        return made
+                segment = self._answer(prompt, target)
+            segments.append(self._fit(segment, pair, len(prompt)))
+        return segments
 
     def prompts(self, examples: Sequence[Pair]) -> list[list[int]]:
         """What the model reads before it writes."""
-        ids = self.tokenizer.encode_batch([self.prompt.replace("{source}", pair.source) for pair in examples])
+        texts = [self.prompt.replace("{source}", pair.source) for pair in examples]
         before, after = self.tokenizer.special_prefix_suffix(self.family)
-        longest = self.row_length - len(before) - len(after)
-        return [[*before, *map(int, i[:longest] if self.truncate else i), *after] for i in ids]
+        capacity = self.row_length - len(before) - len(after) if self.truncate else None
+        encoded = self.tokenizer.encode_batch(texts)
+        return [[*before, *ids[:capacity].tolist(), *after] for ids in encoded]
 
-    def predict(self, model: Model, examples: Sequence[Pair], how: Generation, tokens: int) -> list[str]:
-        marks = self.tokenizer
+    def predict(
+        self, model: Model, examples: Sequence[Pair], generation: Generation, tokens: int
+    ) -> list[str]:
+        tokenizer = self.tokenizer
         prompts = self.prompts(examples)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        batches = batched(longest_first, [len(prompts[i]) for i in longest_first], tokens)
 
-        def work(batch: list[int]) -> list[list[int]]:
+        def write(batch: list[int]) -> list[list[int]]:
+            of_batch = [prompts[i] for i in batch]
             return model.generate(
-                [prompts[i] for i in batch], how, bos=marks.start, eos=marks.eos, pad=marks.pad
+                of_batch, generation, bos=tokenizer.start, eos=tokenizer.eos, pad=tokenizer.pad
             )
 
-        written: dict[int, list[int]] = {}
-        for batch, rows in run_batches(model, batched(order, [len(prompts[i]) for i in order], tokens), work):
-            written |= zip(batch, rows, strict=True)
-        return [marks.text(written[i]).strip() for i in range(len(prompts))]
+        outputs: dict[int, list[int]] = {}
+        for batch, rows in run_batches(model, batches, write):
+            outputs |= zip(batch, rows, strict=True)
+        return [tokenizer.text(outputs[i]).strip() for i in range(len(prompts))]
 
     def record(self, example: Pair, prediction: str) -> dict[str, Any]:
         return {
@@ -156,14 +219,28 @@ class TextToText:
             "references": list(example.targets),
         }
 
-    def _fitted(self, segment: Segment, pair: Pair, prompt: int) -> Segment:
+    def _continuation(self, prompt: list[int], target: np.ndarray) -> Segment:
+        """A decoder's: the prompt and the target in one row, where the prompt has no loss."""
+        tokens = np.array([*prompt, *target, self.tokenizer.eos], np.int64)
+        targets = tokens[1:].copy()
+        targets[: len(prompt) - 1] = IGNORE
+        return Segment(tokens[:-1], targets)
+
+    def _answer(self, prompt: list[int], target: np.ndarray) -> Segment:
+        """An encoder-decoder's: the prompt as its source."""
+        targets = np.array(self.tokenizer.decoder_target(target.tolist()), np.int64)
+        tokens = np.array([self.tokenizer.start, *targets[:-1]], np.int64)
+        return Segment(tokens, targets, source=np.array(prompt, np.int64))
+
+    def _fit(self, segment: Segment, pair: Pair, prompt_length: int) -> Segment:
         """A segment that a row can hold; what is cut off is cut off at the end."""
-        size = (
-            len(segment.tokens) if segment.source is None else max(len(segment.source), len(segment.tokens))
-        )
+        size = len(segment.tokens)
+        if segment.source is not None:
+            size = max(len(segment.source), size)
         if size <= self.row_length:
             return segment
-        if not self.truncate or (segment.source is None and prompt > self.row_length):
+        source_too_long = segment.source is None and prompt_length > self.row_length
+        if not self.truncate or source_too_long:
             raise UserError(
                 f"{pair.where}: source and target need {size} tokens, and row_length is {self.row_length}:"
                 " raise it, set task.truncate, or"
@@ -175,12 +252,12 @@ class TextToText:
 def run_batches(
     model: Model, batches: Sequence[list[T]], work: Callable[[list[T]], R]
 ) -> list[tuple[list[T], R]]:
-    """`work` done on every batch, dealt out round by round; all ranks make as many calls and get all results,
-    in the batches' order.
+    """`work` done on every batch, distributed over ranks round by round. All ranks make as many calls and get
+    all results, in the batches' order.
     """
     rounds = -(-len(batches) // model.world)
-    mine = [work(batches[min(i * model.world + model.rank, len(batches) - 1)]) for i in range(rounds)]
-    everyone = model.gather(mine)
+    indices = [min(i * model.world + model.rank, len(batches) - 1) for i in range(rounds)]
+    everyone = model.gather([work(batches[index]) for index in indices])
     return [(batch, everyone[i % model.world][i // model.world]) for i, batch in enumerate(batches)]
 
 
@@ -204,33 +281,21 @@ def label_logits(
 ) -> list[np.ndarray]:
     """The logits (T, outputs) of each segment under a task's head, read in packed rows."""
     rows = TaskRows([segments], row_capacity([segments], row_length), pad, [1.0], seed=None)
-    at_once = max(1, tokens // row_length)
-    batches = [list(range(i, min(i + at_once, rows.num_rows))) for i in range(0, rows.num_rows, at_once)]
+    batch_rows = max(1, tokens // row_length)
+    batches = [
+        list(range(i, min(i + batch_rows, rows.num_rows))) for i in range(0, rows.num_rows, batch_rows)
+    ]
 
-    def work(batch: list[int]) -> list[tuple[int, np.ndarray]]:
+    def read(batch: list[int]) -> list[tuple[int, np.ndarray]]:
         packed = rows.rows(batch)
         logits = model.logits(stack(packed)).float().cpu().numpy()
-        return [
-            (member, logits[at][row.segments == number])
-            for at, (i, row) in enumerate(zip(batch, packed, strict=True))
-            for number, member in enumerate(rows.members(i), 1)
-        ]
+        results = []
+        for i, row, row_logits in zip(batch, packed, logits, strict=True):
+            for number, member in enumerate(rows.members(i), 1):
+                results.append((member, row_logits[row.segments == number]))
+        return results
 
-    found = {member: logits for _, parts in run_batches(model, batches, work) for member, logits in parts}
-    return [found[i] for i in range(len(segments))]
-
-
-def align_to_tokens(
-    tokenizer: Tokenizer, family: Family, text: str, begins: Sequence[int]
-) -> tuple[np.ndarray, list[int]]:
-    """A text's tokens with their marks, and for each of these characters the place of the piece that it
-    stands in.
-    """
-    ids, spans = tokenizer.offsets(text)
-    ends = np.array([end for _, end in spans], np.int64)
-    before, after = tokenizer.special_prefix_suffix(family)
-    tokens = np.array([*before, *ids, *after], np.int64)
-    places = np.minimum(
-        np.searchsorted(ends, np.array(begins, np.int64), side="right"), max(len(ids) - 1, 0)
-    ) + len(before)
-    return tokens, np.minimum(places, len(tokens) - 1).tolist()  # of a text without a piece: its mark
+    by_segment: dict[int, np.ndarray] = {}
+    for _, results in run_batches(model, batches, read):
+        by_segment |= dict(results)
+    return [by_segment[i] for i in range(len(segments))]

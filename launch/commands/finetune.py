@@ -14,6 +14,7 @@ from rich.table import Table
 from trifold.finetune import run
 from trifold.finetune.evaluation import predict
 from trifold.finetune.evaluation.evaluate import LoadedModel, report
+from trifold.finetune.evaluation.model_selection import write_predictions
 from trifold.finetune.evaluation.seeds import seed_configs, summarise_seeds
 from trifold.finetune.tasks import TASKS
 from trifold.launch.commands.run import drive
@@ -67,12 +68,11 @@ def evaluate(folder: Path, config: FinetuneRecipe, out: Path | None, console: Te
             " (trifold finetune)."
         )
 
+    task.restore(model.task)
     predictions = task.predict(model, task.dev, config.generation, config.micro_rows * config.row_length)
     if out is not None:
-        records = [task.record(*pair) for pair in zip(task.dev, predictions, strict=True)]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        out.write_text("".join(lines), encoding="utf-8")
-    show_scores({"task": config.task.kind, **report(task, predictions)}, console)
+        write_predictions(out, task, task.dev, predictions)
+    show_scores({"task": config.task.kind, **report(task, predictions, task.dev)}, console)
 
 
 def generate(folder: Path, texts: Iterator[str], overrides: list[str], as_json: bool) -> Iterator[str]:
@@ -82,7 +82,7 @@ def generate(folder: Path, texts: Iterator[str], overrides: list[str], as_json: 
     """
     settings = apply_overrides(published_folder.read_generation(folder), overrides)
     for output in predict.predict(LoadedModel(folder), texts, settings):
-        yield json.dumps(output, ensure_ascii=False) if as_json else predict.as_text(output)
+        yield json.dumps(output, ensure_ascii=False, allow_nan=False) if as_json else predict.as_text(output)
 
 
 def show_seeds(summary: dict[str, Any], console: Terminal) -> None:
@@ -104,7 +104,17 @@ def show_scores(result: dict[str, Any], console: Terminal) -> None:
     """Print a table of scores with their confidence intervals, next to the trivial baseline's."""
     step = f", step {result['step']}" if "step" in result else ""
     perplexity = f", perplexity {result['perplexity']:.2f}" if "perplexity" in result else ""
-    table = Table(title=f"{result['task']}: {result['examples']:,} dev examples{step}{perplexity}")
+    title = f"{result['task']}: {result['examples']:,} dev examples{step}{perplexity}"
+    _show_table(title, result, console)
+    if "test" in result:
+        _show_table(f"{result['task']}: {result['test']['examples']:,} test examples", result["test"], console)
+    for name, signature in result["signatures"].items():
+        console.print_line(f"{name}: {signature}", style="dim")
+
+
+def _show_table(title: str, result: dict[str, Any], console: Terminal) -> None:
+    """Print the scores of one split."""
+    table = Table(title=title)
     table.add_column("score")
     for heading in ("", "95 % interval", result["trivial"]["system"]):
         table.add_column(heading, justify="right")
@@ -114,5 +124,3 @@ def show_scores(result: dict[str, Any], console: Terminal) -> None:
         baseline = result["trivial"]["scores"][name]
         table.add_row(name, f"{score:.2f}", f"{low:.2f} to {high:.2f}", f"{baseline:.2f}")
     console.print(table)
-    for name, signature in result["signatures"].items():
-        console.print_line(f"{name}: {signature}", style="dim")

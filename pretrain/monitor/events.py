@@ -19,6 +19,7 @@ EventName = Literal[
     "stopped",
     "finished",
     "scored",
+    "note",
     # checkpoints
     "save_started",
     "save_written",
@@ -83,6 +84,7 @@ EVENTS: dict[EventName, EventKind] = {
     "stopped": EventKind("step", "stopped at step {step}"),
     "finished": EventKind("step", "finished: all {step} steps are done"),
     "scored": EventKind("step *scores"),
+    "note": EventKind("text", "{text}", bad=True),
     "save_started": EventKind("step bytes waited"),
     "save_written": EventKind("step rank bytes seconds"),
     "save_committed": EventKind("step checkpoint bytes seconds", "saved {checkpoint}"),

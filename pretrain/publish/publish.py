@@ -178,6 +178,12 @@ def _origin(source: Checkpoint, weights: Weights) -> dict[str, Any]:
         "weights": weights,
         "code": marker.origin.code,
         "versions": marker.origin.versions,
-        "task": task and {"kind": task.kind, "prompt": task.prompt, "picks": task.picks},
+        "task": task
+        and {
+            "kind": task.kind,
+            "prompt": task.prompt,
+            "picks": task.picks,
+            "threshold": task.threshold,
+        },
         "generation": source.state.config.get("generation"),
     }

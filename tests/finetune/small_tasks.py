@@ -1,18 +1,27 @@
 """Tiny published folders and task files for the tests of finetune/: a tokenizer, random models of each
-family, tags and pairs.
+family, tags, pairs and questions; and models that know the right answer.
 """
 
 import json
 import random
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
 from tests.published import MODELS
 from trifold.finetune.config import FinetuneConfig
+from trifold.modeling.batch import Batch
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.transformer import build
-from trifold.pretrain.config.pretraining import TokenizerConfig as TokenizerConfig
+from trifold.pretrain.config.pretraining import TokenizerConfig
+from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, train
 from trifold.pretrain.publish import published_folder
 
@@ -95,3 +104,113 @@ def recipe(run: Path, folder: Path, task: dict[str, Any], **changes: Any) -> Fin
         "generation": {"max_new": 24},
     }
     return FinetuneConfig.model_validate_json(json.dumps(values | changes))
+
+
+def write_lines(path: Path, text: str) -> str:
+    """A file of this text, and its name as recipes have it."""
+    path.write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+CONTEXT = (
+    "Ada and Bob met by the river in town number 7. " * 6
+    + "Then Éva came to 東京 by train. "
+    + "Who knows why? " * 5
+)
+
+
+def write_squad(path: Path, context: str, *questions: tuple[str, list[tuple[int, str]]]) -> str:
+    """A SQuAD file of one context; a question without answers is impossible."""
+    entries = []
+    for i, (question, answers) in enumerate(questions):
+        spans = [{"answer_start": start, "text": text} for start, text in answers]
+        entry = {"id": str(i), "question": question, "answers": spans, "is_impossible": not answers}
+        entries.append(entry)
+    content = {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": entries}]}]}
+    return write_lines(path, json.dumps(content))
+
+
+def question_vocabulary(folder: Path) -> Tokenizer:
+    """A tokenizer with tokens of several letters that begin with a space."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abdeghiklmnorstuwy", k=5)) for _ in range(40)]
+    words += [word for word in re.findall(r"\w+", CONTEXT) if word.isascii()]
+    texts = [" ".join(draw.choices(words, k=8)) for _ in range(300)]
+    return train(texts, TokenizerConfig(), 440, folder / "vocabulary")
+
+
+def wordpiece(folder: Path, words: Sequence[str], uncased: bool) -> Tokenizer:
+    """A WordPiece tokenizer as BERT has it, which drops invisible characters; uncased it strips accents."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = dict.fromkeys([*special, *words, *(f"##{word}" for word in words)])
+    fast = tokenizers.Tokenizer(
+        models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]")
+    )
+    fast.normalizer = normalizers.BertNormalizer(lowercase=uncased, strip_accents=uncased)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    fast.add_special_tokens(special)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    roles = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    settings = {f"{role}_token": token for role, token in roles.items()} | {
+        "tokenizer_class": "BertTokenizer"
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.open(folder)
+
+
+class OracleModel:
+    """A model that knows the segments it was made with: `outputs` of a token's head are `answer`s."""
+
+    rank, world = 0, 1
+
+    def __init__(self, segments: Sequence[Segment], outputs: int) -> None:
+        self.targets = {bytes(segment.tokens): segment.targets for segment in segments}
+        self.outputs = outputs
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        assert batch.segments is not None
+        out = torch.zeros(*batch.tokens.shape, self.outputs)
+        for row, (tokens, segments) in enumerate(
+            zip(batch.tokens.numpy(), batch.segments.numpy(), strict=True)
+        ):
+            for number in range(1, segments.max() + 1):
+                positions = np.flatnonzero(segments == number)
+                self.answer(out[row], positions, self.targets[bytes(tokens[positions])])
+        return out
+
+    def answer(self, out: torch.Tensor, positions: np.ndarray, targets: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        raise NotImplementedError
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        return [values]
+
+
+class OracleTagger(OracleModel):
+    """Gives labelled positions their label, and all others a wrong one."""
+
+    def __init__(self, segments: Sequence[Segment], outputs: int, wrong: int) -> None:
+        super().__init__(segments, outputs)
+        self.wrong = wrong
+
+    def answer(self, out: torch.Tensor, positions: np.ndarray, targets: np.ndarray) -> None:
+        labels = np.where(targets < 0, self.wrong, targets)
+        out[positions, labels] = 1
+
+
+class OraclePointer(OracleModel):
+    """Points where the targets of a span head are."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(segments, 2)
+
+    def answer(self, out: torch.Tensor, positions: np.ndarray, targets: np.ndarray) -> None:
+        out[positions[targets[0]], 0] = out[positions[targets[1]], 1] = 9

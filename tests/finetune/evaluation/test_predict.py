@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.finetune.small_tasks import folder_of
 from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.evaluation.predict import as_text, predict
-from trifold.finetune.tasks.task import align_to_tokens
+from trifold.finetune.tasks.tagging import first_tokens
 from trifold.launch.cli import app
 from trifold.launch.commands.finetune import generate
 from trifold.modeling.errors import UserError
@@ -18,37 +18,37 @@ from trifold.modeling.generation.config import Generation
 
 
 def test_entities_come_with_their_spans_and_types(tmp_path: Path) -> None:
-    opened = LoadedModel(folder_of(tmp_path, "encoder", labels=("O", "B-PER", "I-PER")))
+    model = LoadedModel(folder_of(tmp_path, "encoder", labels=("O", "B-PER", "I-PER")))
     text = "yes, Ada sees (Bob)."
-    _, places = align_to_tokens(opened.tokenizer, "encoder", text, [5, 15])
+    _, positions = first_tokens(model.tokenizer, "encoder", text, [(5, 8), (15, 18)])
 
     def logits(batch):
-        hit = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor(places))[None]
+        hit = torch.isin(torch.arange(batch.tokens.shape[1]), torch.tensor(positions))[None]
         return torch.stack([~hit, hit, torch.zeros_like(hit)], dim=-1).float()
 
-    opened.logits = logits
-    [said] = predict(opened, [text], Generation())
-    assert said == {
+    model.logits = logits
+    [output] = predict(model, [text], Generation())
+    assert output == {
         "entities": [
             {"text": t, "type": "PER", "start": s, "end": s + 3} for t, s in (("Ada", 5), ("Bob", 15))
         ]
     }
-    assert as_text(said) == "Ada [PER 5-8]  Bob [PER 15-18]"
-    opened.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)
-    [said] = predict(opened, [text], Generation())
-    assert said == {"entities": []} and as_text(said) == "(no entities)"
+    assert as_text(output) == "Ada [PER 5-8]  Bob [PER 15-18]"
+    model.logits = lambda batch: torch.eye(3)[0].expand(1, batch.tokens.shape[1], 3)
+    [output] = predict(model, [text], Generation())
+    assert output == {"entities": []} and as_text(output) == "(no entities)"
 
 
 def test_a_span_head_answers_with_place_and_score_and_wants_a_context(tmp_path: Path) -> None:
-    opened = LoadedModel(folder_of(tmp_path, "decoder", spans=True))
-    [said] = predict(opened, ["Who?\tMr Ada sees Bob."], Generation())
+    model = LoadedModel(folder_of(tmp_path, "decoder", spans=True))
+    [output] = predict(model, ["Who?\tMr Ada sees Bob."], Generation())
     assert (
-        said["answer"]
-        and "Mr Ada sees Bob."[said["start"] :].startswith(said["answer"])
-        and isinstance(said["score"], float)
+        output["answer"]
+        and "Mr Ada sees Bob."[output["start"] :].startswith(output["answer"])
+        and isinstance(output["score"], float)
     )
     with pytest.raises(UserError, match="give `question<TAB>context`"):
-        list(predict(opened, ["Who?"], Generation()))
+        list(predict(model, ["Who?"], Generation()))
 
 
 def test_the_command_line_reads_a_file_and_writes_a_line_for_each(tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ def test_another_tokenizer_of_as_many_pieces_is_refused(tmp_path: Path) -> None:
 
 def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_path: Path) -> None:
     """Of the same weights: without a task the text goes on, with one the prompt surrounds it and only what is
-    new is said.
+    new is output.
     """
     folder = folder_of(tmp_path, "decoder")
-    opened = LoadedModel(folder)
+    model = LoadedModel(folder)
     asked = "Ada sees Bob.\n=>\n"
-    [plain] = predict(opened, [asked], Generation(max_new=12))
+    [plain] = predict(model, [asked], Generation(max_new=12))
     record = json.loads((folder / "trifold.json").read_text())
     (folder / "trifold.json").write_text(
         json.dumps(record | {"task": {"kind": "translation", "prompt": "{source}\n=>\n"}})
@@ -112,10 +112,10 @@ def test_a_decoder_is_asked_as_it_was_taught_and_writes_as_its_folder_says(tmp_p
     (folder / "generation_config.json").write_text(
         json.dumps({"max_new_tokens": 12, "num_beams": 1, "do_sample": False})
     )
-    [said] = generate(folder, iter(["Ada sees Bob."]), [], as_json=True)
-    assert plain["text"] == asked + json.loads(said)["text"] and json.loads(said)["text"]
+    [output] = generate(folder, iter(["Ada sees Bob."]), [], as_json=True)
+    assert plain["text"] == asked + json.loads(output)["text"] and json.loads(output)["text"]
     [longer] = generate(folder, iter(["Ada sees Bob."]), ["max_new=20"], as_json=True)
-    assert len(longer) > len(said)
+    assert len(longer) > len(output)
 
 
 def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(tmp_path: Path) -> None:
@@ -124,15 +124,15 @@ def test_an_encoder_that_picks_sentences_says_as_many_of_them_as_it_was_taught(t
     (folder / "trifold.json").write_text(
         json.dumps(record | {"task": {"kind": "summarization", "prompt": None, "picks": 2}})
     )
-    opened = LoadedModel(folder)
+    model = LoadedModel(folder)
     text = "Ada sees Bob. In Cleo we see Dan. Mr Eve likes Finn. Yes."
-    _, places = align_to_tokens(opened.tokenizer, "encoder", text, [0, 14, 34, 53])
+    _, positions = first_tokens(model.tokenizer, "encoder", text, [(0, 13), (14, 33), (34, 52), (53, 57)])
 
     def logits(batch):
         wanted = torch.isin(
-            torch.arange(batch.tokens.shape[1]), torch.tensor([places[3], places[1]])
+            torch.arange(batch.tokens.shape[1]), torch.tensor([positions[3], positions[1]])
         ).float()[None]
         return torch.stack([1 - wanted, wanted], dim=-1)
 
-    opened.logits = logits
-    assert list(predict(opened, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]
+    model.logits = logits
+    assert list(predict(model, [text], Generation())) == [{"text": "In Cleo we see Dan. Yes."}]

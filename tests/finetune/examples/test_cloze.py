@@ -1,14 +1,13 @@
 """Questions made of contexts, and the first lesson: which tokens of a context stand in its question."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.finetune.tasks.small_questions import squad, vocabulary
-from trifold.finetune import config
+from tests.finetune.small_tasks import OracleModel, question_vocabulary, write_squad
+from trifold.finetune.config import MatchingConfig, QaConfig
 from trifold.finetune.examples.cloze import cloze
 from trifold.finetune.examples.squad import Question
 from trifold.finetune.tasks.matching import Matching
@@ -23,8 +22,8 @@ ENGLISH = (
     " songs about it."
 )
 JAPANESE = (
-    "手塚治虫は1928年に豊中町で生まれた。"
-    "その後ストーリー漫画の開拓者として東京で活躍した。1989年に亡くなった。"
+    "手塚治虫は1928年に豊中町で生まれた。その後ストーリー漫画の開拓者として東京で活躍した。"
+    "1989年に亡くなった。"
 )
 
 
@@ -82,24 +81,23 @@ def test_the_same_questions_make_the_same_ones() -> None:
 
 
 def test_made_questions_are_learned_along_with_the_asked_ones(tmp_path: Path) -> None:
-    place = squad(
+    path = write_squad(
         tmp_path / "q.json",
         ENGLISH,
         ("When did Ada Brook build the bridge?", [(ENGLISH.index("1843"), "1843")]),
     )
-    qa = Qa(config.QaConfig(train=(place,), dev=(place,), cloze=7), vocabulary(tmp_path), "encoder", 120)
+    qa = Qa(QaConfig(train=(path,), dev=(path,), cloze=7), question_vocabulary(tmp_path), "encoder", 120)
     assert [question.id for question in qa.train] == ["0", *(f"cloze-{i}" for i in range(7))]
     assert len(qa.dev) == 1
 
 
-class Reading:
+class Reading(OracleModel):
     """A model that says of a token that it is shared where it stands before its segment's first end mark
     too.
     """
 
-    rank, world = 0, 1
-
     def __init__(self, eos: int) -> None:
+        super().__init__([], 2)
         self.eos = eos
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -109,21 +107,20 @@ class Reading:
             zip(batch.tokens.tolist(), batch.segments.tolist(), strict=True)
         ):
             for number in range(1, max(segments) + 1):
-                at = [place for place, segment in enumerate(segments) if segment == number]
-                marks = [place for place in at if tokens[place] == self.eos]
-                question = {tokens[place] for place in at[1 : at.index(marks[0])]}
-                for place in at:
-                    out[row, place, int(tokens[place] in question)] = 1
+                at = [path for path, segment in enumerate(segments) if segment == number]
+                marks = [path for path in at if tokens[path] == self.eos]
+                question = {tokens[path] for path in at[1 : at.index(marks[0])]}
+                for path in at:
+                    out[row, path, int(tokens[path] in question)] = 1
         return out
-
-    def gather(self, mine: list[Any]) -> list[Any]:
-        return [mine]
 
 
 def test_matching_asks_of_each_token_of_a_context_whether_it_is_in_the_question(tmp_path: Path) -> None:
-    place = squad(tmp_path / "q.json", ENGLISH, ("the mills 1843 zebra", [(ENGLISH.index("1843"), "1843")]))
-    words = vocabulary(tmp_path)
-    task = Matching(config.MatchingConfig(train=(place,), dev=(place,), stride=20), words, "encoder", 80)
+    path = write_squad(
+        tmp_path / "q.json", ENGLISH, ("the mills 1843 zebra", [(ENGLISH.index("1843"), "1843")])
+    )
+    words = question_vocabulary(tmp_path)
+    task = Matching(MatchingConfig(train=(path,), dev=(path,), stride=20), words, "encoder", 80)
     segments = task.segments(task.dev)
     assert len(segments) > 1  # windows
     for segment in segments:
@@ -131,10 +128,13 @@ def test_matching_asks_of_each_token_of_a_context_whether_it_is_in_the_question(
         question, context = segment.tokens[1 : first - 1].tolist(), segment.tokens[first:-1].tolist()
         assert segment.targets[first:-1].tolist() == [int(token in question) for token in context]
         assert (segment.targets[:first] == IGNORE).all() and segment.targets[-1] == IGNORE
-    reading: Any = Reading(words.eos)
-    said = task.predict(reading, task.dev, Generation(), 160)
-    assert task.scores(task.statistics(said, task.dev).sum(0)) == {"f1": 100, "precision": 100, "recall": 100}
-    name, everything = task.baseline()
+    predictions = task.predict(Reading(words.eos), task.dev, Generation(), 160)
+    assert task.scores(task.statistics(predictions, task.dev).sum(0)) == {
+        "f1": 100,
+        "precision": 100,
+        "recall": 100,
+    }
+    name, everything = task.baseline(task.dev)
     scores = task.scores(task.statistics(everything, task.dev).sum(0))
     share = np.concatenate([segment.targets[segment.targets != IGNORE] for segment in segments]).mean()
     assert (

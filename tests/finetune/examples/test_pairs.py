@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.published import tokenizer
-from trifold.finetune import config
+from trifold.finetune.config import TranslationConfig
 from trifold.finetune.examples.pairs import read_pairs
 from trifold.finetune.tasks.translation import Translation
 from trifold.modeling.batch import IGNORE
@@ -29,19 +29,19 @@ def test_the_same_pairs_from_every_format(tmp_path: Path) -> None:
         pyarrow.table({"source": [s for s, _ in pairs], "target": [t for _, t in pairs]}),
         tmp_path / "p.parquet",
     )
-    for place in (
+    for path in (
         f"{tmp_path}/en.gz,{tmp_path}/de",
         f"{tmp_path}/p.jsonl",
         f"{tmp_path}/p.tsv",
         f"{tmp_path}/p.parquet",
     ):
-        assert [(pair.source, pair.targets[0]) for pair in read_pairs([place], "source", "target")] == pairs
+        assert [(pair.source, pair.targets[0]) for pair in read_pairs([path], "source", "target")] == pairs
     assert read_pairs([f"{tmp_path}/p.jsonl"], "source", "target")[1].targets == ("ein Baum", "ein Baum!")
     assert read_pairs([f"{tmp_path}/p.jsonl"], "source", "target")[1].where.endswith("p.jsonl, line 3")
 
 
 @pytest.mark.parametrize(
-    ("files", "place", "said"),
+    ("files", "path", "message"),
     [
         (
             {"a": "1\n2\n", "b": "1\n"},
@@ -79,24 +79,24 @@ def test_the_same_pairs_from_every_format(tmp_path: Path) -> None:
     ],
 )
 def test_bad_pairs_are_refused_by_file_and_line(
-    files: dict[str, str], place: str, said: str, tmp_path: Path
+    files: dict[str, str], path: str, message: str, tmp_path: Path
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
-        read_pairs([",".join(f"{tmp_path}/{part}" for part in place.split(","))], "source", "target")
+    with pytest.raises(UserError, match=message):
+        read_pairs([",".join(f"{tmp_path}/{part}" for part in path.split(","))], "source", "target")
 
 
 def test_a_decoder_is_asked_for_the_target_alone_and_long_pairs_are_refused_or_cut(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps({"source": "Ada met Bob", "target": "by the river"}) + "\n")
-    place = (f"{tmp_path}/p.jsonl",)
+    path = (f"{tmp_path}/p.jsonl",)
     marks = tokenizer()
-    task = Translation(config.TranslationConfig(train=place, dev=place), marks, "decoder", 64)
+    task = Translation(TranslationConfig(train=path, dev=path), marks, "decoder", 64)
     [segment] = task.segments(task.train)
     assert marks.decode(segment.tokens) == "<s>Ada met Bob\n=>\nby the river"
     assert marks.decode(segment.targets[segment.targets != IGNORE]) == "by the river</s>"
     assert segment.tokens.tolist()[: len(task.prompts(task.dev)[0])] == task.prompts(task.dev)[0]
-    task = Translation(config.TranslationConfig(train=place, dev=place), marks, "encoder-decoder", 64)
+    task = Translation(TranslationConfig(train=path, dev=path), marks, "encoder-decoder", 64)
     [segment] = task.segments(task.train)
     assert segment.source is not None and marks.decode(segment.source) == "<s>Ada met Bob</s>"
     assert (marks.decode(segment.tokens), marks.decode(segment.targets)) == (
@@ -106,11 +106,9 @@ def test_a_decoder_is_asked_for_the_target_alone_and_long_pairs_are_refused_or_c
     with pytest.raises(
         UserError, match=r"p\.jsonl, line 1: source and target need \d+ tokens, and row_length is 6"
     ):
-        short = Translation(config.TranslationConfig(train=place, dev=place), marks, "encoder-decoder", 6)
+        short = Translation(TranslationConfig(train=path, dev=path), marks, "encoder-decoder", 6)
         short.segments(short.train)
-    cut = Translation(
-        config.TranslationConfig(train=place, dev=place, truncate=True), marks, "encoder-decoder", 6
-    )
+    cut = Translation(TranslationConfig(train=path, dev=path, truncate=True), marks, "encoder-decoder", 6)
     [segment] = cut.segments(cut.train)
     assert (
         segment.source is not None
@@ -118,3 +116,50 @@ def test_a_decoder_is_asked_for_the_target_alone_and_long_pairs_are_refused_or_c
         and segment.source[-1] == marks.eos
         and len(segment.tokens) == 6
     )
+
+
+def test_empty_lines_are_counted_and_left_out_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1\n\n3\n4\n")
+    (tmp_path / "b").write_text("1\n2\n \n4\n")
+    source = f"{tmp_path}/a,{tmp_path}/b"
+    with pytest.raises(
+        UserError,
+        match=r"2 of 4 pairs lack text: .*line 2: source is empty; .*line 3: target is empty\. Remove",
+    ):
+        read_pairs([source], "source", "target")
+    notes: list[str] = []
+    assert [pair.source for pair in read_pairs([source], "source", "target", notes.append)] == ["1", "4"]
+    assert len(notes) == 1 and notes[0].endswith("They are left out.")
+    config = TranslationConfig(train=(source,), dev=(source,), skip_empty=True)
+    task = Translation(config, tokenizer(), "decoder", 64)
+    assert len(task.train) == 2 and "2 of 4 pairs" in task.notes[0]
+
+
+def test_each_split_may_name_its_own_columns_and_several_references(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"document": "d", "summary": "s"}) + "\n")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"document": "d", "references": ["r", "s", "t"]}) + "\n")
+    for name in "xyz":
+        (tmp_path / name).write_text(f"{name}\n")
+    config = TranslationConfig.model_validate_json(
+        json.dumps(
+            {
+                "train": [f"{tmp_path}/t.jsonl"],
+                "dev": [f"{tmp_path}/d.jsonl"],
+                "test": [f"{tmp_path}/x,{tmp_path}/y,{tmp_path}/z"],
+                "columns": {
+                    "source": "document",
+                    "target": "summary",
+                    "dev": {"target": "references"},
+                    "test": {"target": ["first", "second"]},
+                },
+            }
+        )
+    )
+    task = Translation(config, tokenizer(), "decoder", 64)
+    assert [split[0].targets for split in (task.train, task.dev, task.test)] == [
+        ("s",),
+        ("r", "s", "t"),
+        ("y", "z"),
+    ]
+    statistics = task.statistics(["s"], task.dev)
+    assert task.scores(statistics.sum(axis=0))["chrf"] == pytest.approx(100)

@@ -4,32 +4,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from tests.finetune.tasks.small_questions import Knowing
+from tests.finetune.small_tasks import OracleTagger
 from tests.published import tokenizer
-from trifold.finetune import config
+from trifold.finetune.config import SummarizationConfig
 from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.tasks.summarization import Extraction, Summarization, most_similar, open_summarization
 from trifold.modeling.batch import IGNORE
+from trifold.modeling.config import Generation
 
 DOCUMENT = "Ada met Bob. Nobody knows why!\nThe river was cold? 東京は大きい。Gus was in town."
 
 
 def task(tmp_path: Path, family: Any, row_length: int = 200) -> Any:
-    place = tmp_path / "p.jsonl"
-    place.write_text(
-        json.dumps({"document": DOCUMENT, "summary": "Ada met Bob when Gus was in town."}) + "\n"
-    )
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"document": DOCUMENT, "summary": "Ada met Bob when Gus was in town."}) + "\n")
     return open_summarization(
-        config.SummarizationConfig(train=(str(place),), dev=(str(place),)), tokenizer(), family, row_length
+        SummarizationConfig(train=(str(path),), dev=(str(path),)), tokenizer(), family, row_length
     )
 
 
 def test_sentences_end_at_stops_and_lines_in_any_language() -> None:
-    found = [DOCUMENT[a:b] for a, b in split_sentences(DOCUMENT)]
-    assert found == [
+    sentences = [DOCUMENT[a:b] for a, b in split_sentences(DOCUMENT)]
+    assert sentences == [
         "Ada met Bob.",
         "Nobody knows why!",
         "The river was cold?",
@@ -48,16 +44,14 @@ def test_the_oracle_picks_what_the_summary_says_and_an_encoder_is_taught_it(tmp_
     [segment] = extraction.segments(extraction.train)
     assert segment.targets[segment.targets != IGNORE].tolist() == [1, 0, 0, 0, 1]
 
-    class Taught(Knowing):
-        def logits(self, batch: Any) -> torch.Tensor:
-            best = torch.zeros_like(batch.tokens)
-            best[0, : len(segment.targets)] = torch.from_numpy(np.maximum(segment.targets, 0))
-            return torch.nn.functional.one_hot(best, 2)
-
-    [said] = extraction.predict(Taught([]), extraction.dev, None, 200)  # type: ignore[arg-type]
-    assert said == "Ada met Bob. Gus was in town."
-    assert extraction.baseline() == ("lead-3", ["Ada met Bob. Nobody knows why! The river was cold?"])
-    assert extraction.scores(extraction.statistics([said], extraction.dev).sum(axis=0))["rouge1"] > 85
+    model = OracleTagger([segment], 2, wrong=0)
+    [summary] = extraction.predict(model, extraction.dev, Generation(), 200)
+    assert summary == "Ada met Bob. Gus was in town."
+    assert extraction.baseline(extraction.dev) == (
+        "lead-3",
+        ["Ada met Bob. Nobody knows why! The river was cold?"],
+    )
+    assert extraction.scores(extraction.statistics([summary], extraction.dev).sum(axis=0))["rouge1"] > 85
     assert len(task(tmp_path, "encoder", 12).segments(extraction.train)[0].tokens) == 12
 
 
