@@ -200,15 +200,27 @@ def _metric_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _task_scores(result: Mapping[str, Any]) -> str:
-    """The scores of a fine-tuned model on all dev examples, beside those of a trivial baseline."""
+    """The scores of a fine-tuned model on all dev examples, and on test, beside those of a trivial
+    baseline.
+    """
+    title = f"{result['task']}, {result['examples']:,} dev examples, step {result['step']}"
+    lines = ["\n", *_score_rows(title, result)]
+    if test := result.get("test"):
+        title = f"{result['task']}, {test['examples']:,} test examples, scored once after dev chose the step"
+        lines += ["", *_score_rows(title, test)]
+    signatures = [f"- {name}: {signature}" for name, signature in result["signatures"].items()]
+    notes = [f"- {note}" for note in result.get("notes", ())]
+    return "\n".join([*lines, "", *signatures, *notes])
+
+
+def _score_rows(examples: str, result: Mapping[str, Any]) -> list[str]:
+    """A table of scores with their intervals, beside the baseline's."""
     intervals, baseline = result["intervals"], result["trivial"]
-    examples = f"{result['task']}, {result['examples']:,} examples, step {result['step']}"
     rows = [f"| {examples} | score | 95 % interval | {baseline['system']} |", "|---|---|---|---|"]
     for name, score in result["scores"].items():
         low, high = intervals[name]
         rows.append(f"| {name} | {score:.2f} | {low:.2f} to {high:.2f} | {baseline['scores'][name]:.2f} |")
-    signatures = [f"- {name}: {signature}" for name, signature in result["signatures"].items()]
-    return "\n".join(["\n", *rows, "", *signatures])
+    return rows
 
 
 def _seed_scores(summary: Mapping[str, Any], folder: str) -> str:
@@ -234,8 +246,9 @@ def _data(run: Path, recipe: Mapping[str, Any]) -> str:
 def _task_data(recipe: Mapping[str, Any]) -> dict[str, Any]:
     facts = {"started from": recipe["model"].get("from") or "new weights"}
     for task in (recipe["task"], *recipe["more"]):
-        for split in ("train", "dev"):
-            facts[f"{task['kind']}, {split}"] = ", ".join(task[split])
+        for split in ("train", "dev", "test"):
+            if task.get(split):
+                facts[f"{task['kind']}, {split}"] = ", ".join(task[split])
     return facts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.finetune.small_tasks import folder_of, recipe, write_pairs
+from tests.finetune.small_tasks import folder_of, recipe, write_pairs, write_tags
 from tests.finetune.training import fail_on_event, metrics, scores_of, tags, train_run, train_until_killed
 from tests.processes import run_processes
 from tests.training import quiet
@@ -31,10 +31,14 @@ from trifold.pretrain.storage.jsonl import read_lines
 
 
 def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_class(tmp_path: Path) -> None:
-    config = recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), tags(tmp_path))
+    write_tags(tmp_path / "test.conll", 30, seed=3)
+    task = tags(tmp_path) | {"test": [str(tmp_path / "test.conll")]}
+    config = recipe(tmp_path / "run", folder_of(tmp_path, "encoder"), task)
     prepare(config, quiet)
     run_processes(2, train_run, config)
     found = scores_of(config)
+    assert found["test"]["examples"] == 30 and found["test"]["scores"]["f1"] > 90
+    assert len(read_lines(Path(config.run) / "predictions-test.jsonl")) == 30
     assert found["scores"]["f1"] > 95 > 70 > found["trivial"]["scores"]["f1"]
     lines = read_lines(Path(config.run) / "predictions.jsonl")
     assert len(lines) == found["examples"] == 60 and lines[0]["prediction"] == lines[0]["references"]
@@ -44,7 +48,9 @@ def test_an_encoder_learns_tags_from_context_and_is_published_for_the_stock_clas
         on_event=fail_on_event,
         checkpoint=best_step(DiskPath(Path(config.run))),
     )
-    assert f"| f1 | {found['scores']['f1']:.2f} |" in (out / published_folder.CARD).read_text()
+    card = (out / published_folder.CARD).read_text()
+    assert f"| f1 | {found['scores']['f1']:.2f} |" in card
+    assert f"| f1 | {found['test']['scores']['f1']:.2f} |" in card and "30 test examples" in card
     pipeline = pytest.importorskip("transformers").pipeline(
         "token-classification", model=str(out), aggregation_strategy="first"
     )
