@@ -24,8 +24,8 @@ from trifold.finetune.tasks.scores import entities
 from trifold.finetune.tasks.summarization import pick_sentences, sentence_positions
 from trifold.finetune.tasks.tagging import TaggingWindow, tagging_windows, tags_of_words
 from trifold.modeling.batch import Batch
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.corpus import check_unicode
 
 BATCH_SIZE = 16  # texts that are answered at a time

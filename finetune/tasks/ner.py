@@ -21,8 +21,9 @@ from trifold.finetune.examples.pairs import Pair
 from trifold.finetune.tasks.scores import entities, entity_scores, entity_statistics
 from trifold.finetune.tasks.tagging import TaggingWindow, tagging_windows, tags_in_iob2, tags_of_words
 from trifold.finetune.tasks.task import Model, Task, TaskDefaults, TextToText, label_logits
-from trifold.modeling.config import Family, Generation, ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 

@@ -11,8 +11,9 @@ from trifold.finetune.config import NerConfig
 from trifold.finetune.examples.conll import iob2, read_conll, read_tagged_sentences
 from trifold.finetune.tasks.ner import Ner, WrittenNer, parse_entities
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Family, Generation
+from trifold.modeling.config import Family
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 
 SCHEMES = {  # three entities, two of one type side by side
     "IOB1": "I-PER I-PER B-PER O I-LOC",

@@ -14,8 +14,8 @@ from tests.published import tokenizer
 from trifold.finetune.config import QaConfig
 from trifold.finetune.examples.squad import read_questions
 from trifold.finetune.tasks.qa import Answer, Qa, open_qa
-from trifold.modeling.config import Generation
 from trifold.modeling.errors import UserError
+from trifold.modeling.generation.config import Generation
 
 
 @pytest.mark.parametrize("family", ["encoder", "decoder"])

@@ -10,7 +10,7 @@ from trifold.finetune.config import SummarizationConfig
 from trifold.finetune.examples.sentences import split_sentences
 from trifold.finetune.tasks.summarization import Extraction, Summarization, most_similar, open_summarization
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Generation
+from trifold.modeling.generation.config import Generation
 
 DOCUMENT = "Ada met Bob. Nobody knows why!\nThe river was cold? 東京は大きい。Gus was in town."
 

@@ -11,7 +11,7 @@ from trifold.finetune.evaluation.evaluate import LoadedModel
 from trifold.finetune.evaluation.predict import predict
 from trifold.finetune.tasks.ner import Ner
 from trifold.modeling.batch import IGNORE
-from trifold.modeling.config import Generation
+from trifold.modeling.generation.config import Generation
 
 INVISIBLE = ["\u200d", "\u200b", "\u00ad", "\ufe0f", "\u0301"]
 
