@@ -56,7 +56,7 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines(DiskPath(path)), 1):
         text = line.removesuffix("\n").removesuffix("\r")
         line_feeds += line.endswith("\n")
-        carriage_returns += text.count("\r")
+        carriage_returns += line.count("\r") - line.endswith("\r\n")
         yield f"{path}, line {number}", text
     if carriage_returns > line_feeds:
         raise UserError(

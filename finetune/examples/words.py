@@ -13,39 +13,42 @@ UNSPACED = (
     r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\u30fc\u3005"
     r"\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}"
 )
-_LETTERS = r"[\p{L}\p{N}\p{M}_\u200c\u200d]"
+_MARK = r"\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}"  # never cut off what stands before it
+_LETTER = rf"(?![{UNSPACED}{_MARK}])[\p{{L}}\p{{N}}_]"
 _WORD = regex.compile(
     rf"""
-    https?://[^\s\p{{Ps}}\p{{Pe}}\p{{Pi}}\p{{Pf}}"<>]*[\p{{L}}\p{{N}}/]   # an address
-    | [a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+/[\w/.?=&%-]*[\w/]                 # an address without its scheme
-    | (?=[{UNSPACED}])\X                                                  # a grapheme
-    | [@#$]?(?![{UNSPACED}])[\p{{L}}\p{{N}}_]
-      (?:\p{{M}}|(?![{UNSPACED}]){_LETTERS}                               # letters, digits and their marks
-        |\u00ad(?=\p{{L}})                                               # a soft hyphen
-        |(?<=\p{{Lu}})&(?=\p{{Lu}})                                       # AT&T
-        |(?<=\p{{L}}\p{{M}}*)['’·](?=\p{{L}})                             # it's
-        |(?<=\p{{L}}\p{{M}}*)\.(?=\p{{L}})                                # U.S, t.co
-        |(?<=\p{{N}})[.,](?=\p{{N}})                                      # 3,000.5
-        |(?<=[\p{{L}}\p{{N}}]\p{{M}}*)[-‐‑](?=[\p{{L}}\p{{N}}])           # New-York
+    https?://[^\s\p{{Ps}}\p{{Pe}}\p{{Pi}}\p{{Pf}}"<>]*[\p{{L}}\p{{N}}/](?![{_MARK}])   # an address
+    | [a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+/[\w/.?=&%-]*[\w/](?![{_MARK}])   # an address without its scheme
+    | (?=[{UNSPACED}])(?![{_MARK}])\X                        # a grapheme
+    | [@#$]?{_LETTER}
+      (?:{_LETTER}|[{_MARK}]                                 # letters, digits and their marks
+        |\u00ad(?=\p{{L}})                                   # a soft hyphen
+        |(?<=\p{{Lu}})&(?=\p{{Lu}})                          # AT&T
+        |(?<=\p{{L}}\p{{M}}*)['’·](?=\p{{L}})                # it's
+        |(?<=\p{{L}}\p{{M}}*)\.(?=\p{{L}})                   # U.S, t.co
+        |(?<=\p{{N}})[.,](?=\p{{N}})                         # 3,000.5
+        |(?<=[\p{{L}}\p{{N}}]\p{{M}}*)[-‐‑](?=[\p{{L}}\p{{N}}])  # New-York
       )*
-    | ([^\s\p{{L}}\p{{N}}\p{{Cc}}\p{{Cf}}])\1+                             # ... and --
-    | (?![\s\p{{Cc}}\p{{Cf}}])\X                                          # any other mark, an emoji
+    | ([\p{{P}}=+<>|~$])\1+(?![{_MARK}])                     # ... and --
+    | (?![\s\p{{Cc}}\p{{Cf}}{_MARK}])\X                      # any other mark, an emoji
     """,
     regex.VERBOSE | regex.V1,
 )
+_SCORED = regex.compile(
+    rf"(?=[{UNSPACED}])\X|(?:(?![{UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d])+", regex.V1
+)
 _GRAPHEME = regex.compile(r"\X")
-_INVISIBLE = "\ufeff\u200b\u2060\u00ad"
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
     """The span of each word of a text, in characters; invisible characters between words belong to none."""
+    boundaries = {match.start() for match in _GRAPHEME.finditer(text)}
     spans = []
     for match in _WORD.finditer(text):
         begin, end = match.span()
-        while begin < end and text[end - 1] in _INVISIBLE:
-            end -= 1
-        if begin < end:
-            spans.append((begin, end))
+        while begin and begin not in boundaries:  # a mark without a letter before it
+            begin -= 1
+        spans.append((begin, end))
     return spans
 
 
@@ -53,8 +56,8 @@ def extend_to_graphemes(text: str, begin: int, end: int) -> tuple[int, int]:
     """The smallest span of whole graphemes that holds text[begin:end]: no mark is cut off its letter."""
     if begin >= end:
         return begin, end
-    # A line end is always a boundary, and so is a change from a letter to a space.
-    first = max(text.rfind("\n", 0, begin), text.rfind(" ", 0, begin)) + 1
+    # A grapheme begins behind each line end, and with each space
+    first = max(text.rfind("\n", 0, begin) + 1, text.rfind(" ", 0, begin))
     for match in _GRAPHEME.finditer(text, first):
         if match.start() <= begin < match.end():
             begin = match.start()
@@ -68,8 +71,3 @@ def unspaced_as_words(text: str) -> list[str]:
     scores compare in every script.
     """
     return _SCORED.findall(text)
-
-
-_SCORED = regex.compile(
-    rf"(?=[{UNSPACED}])\X|(?:(?![{UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d])+", regex.V1
-)

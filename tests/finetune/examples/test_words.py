@@ -43,7 +43,4 @@ def test_no_word_and_no_extended_span_cuts_a_grapheme() -> None:
         end = draw.randint(begin + 1, len(text))
         first, last = extend_to_graphemes(text, begin, end)
         assert {first, last} <= bounds and first <= begin and last >= end, (text, begin, end)
-        for start, stop in spans:
-            invisible = text[stop : stop + 1] in ("\ufeff", "\u00ad")  # left outside on purpose
-            assert start in bounds or text[start - 1] in "\ufeff\u00ad\u200d", (text, start)
-            assert stop in bounds or invisible or text[stop] == "\u200d", (text, stop)
+        assert all({start, stop} <= bounds for start, stop in spans), repr(text)
