@@ -107,7 +107,9 @@ def show_scores(result: dict[str, Any], console: Terminal) -> None:
     title = f"{result['task']}: {result['examples']:,} dev examples{step}{perplexity}"
     _show_table(title, result, console)
     if "test" in result:
-        _show_table(f"{result['task']}: {result['test']['examples']:,} test examples", result["test"], console)
+        _show_table(
+            f"{result['task']}: {result['test']['examples']:,} test examples", result["test"], console
+        )
     for name, signature in result["signatures"].items():
         console.print_line(f"{name}: {signature}", style="dim")
 

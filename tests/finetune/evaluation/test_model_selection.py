@@ -1,5 +1,6 @@
 """Which checkpoint of a fine-tuning run is the best."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,10 @@ from trifold.finetune.evaluation.model_selection import best_step
 def test_equal_scores_are_decided_by_the_lower_heldout_loss_then_the_earlier_step(
     checkpoints: list[tuple[int, Any, Any]], best: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    markers = [
-        {"state": {"step": step, "selection_loss": score, "heldout_loss": loss}}
+    states = [
+        SimpleNamespace(step=step, selection_loss=score, heldout_loss=loss)
         for step, score, loss in checkpoints
     ]
-    monkeypatch.setattr(model_selection, "valid_folders", lambda root: markers)
-    monkeypatch.setattr(model_selection, "read_marker", lambda folder: folder)
+    markers = [SimpleNamespace(state=state) for state in states]
+    monkeypatch.setattr(model_selection, "intact_markers", lambda root: markers)
     assert best_step(None) == best
