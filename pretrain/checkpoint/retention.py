@@ -18,14 +18,17 @@ from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.storage_path import StoragePath
 
 
-def folders_to_keep(checkpoints: Sequence[tuple[P, int, float | None]], keep: CheckpointConfig) -> set[P]:
-    """The folders that stay, of (folder, step, loss) oldest first: the last ones, each multiple, the best
+Losses = tuple[float, float]  # the loss that selects, and the held-out loss, which decides between equals
+
+
+def folders_to_keep(checkpoints: Sequence[tuple[P, int, Losses | None]], keep: CheckpointConfig) -> set[P]:
+    """The folders that stay, of (folder, step, losses) oldest first: the last ones, each multiple, the best
     one.
     """
     stay = {folder for folder, _, _ in checkpoints[-keep.keep_last :]}
     if keep.keep_every:
         stay |= {folder for folder, step, _ in checkpoints if step % keep.keep_every == 0}
-    scored = [(loss, folder) for folder, _, loss in checkpoints if loss is not None and math.isfinite(loss)]
+    scored = [(losses, folder) for folder, _, losses in checkpoints if losses and math.isfinite(losses[0])]
     if keep.keep_best and scored:
         stay.add(min(scored, key=lambda pair: pair[0])[1])
     return stay
@@ -36,14 +39,16 @@ class Retention:
 
     def __init__(self, lease: Lease, keep: CheckpointConfig, on_event: OnEvent) -> None:
         self.lease, self.keep, self.on_event = lease, keep, on_event
-        self._losses: dict[str, float | None] = {}  # by folder name
+        self._losses: dict[str, Losses | None] = {}  # by folder name
 
     def delete_old(self) -> None:
         """Delete what need not stay, once the newest checkpoint has been read back and verifies; else delete
         nothing and report it.
         """
         folders = valid_folders(self.lease.run)
-        checkpoints = [(folder, parse_folder_name(folder.name)[1], self._loss(folder)) for folder in folders]
+        checkpoints = [
+            (folder, parse_folder_name(folder.name)[1], self._losses_of(folder)) for folder in folders
+        ]
         stay = folders_to_keep(checkpoints, self.keep)
         doomed = [folder for folder in folders if folder not in stay]
         if not doomed:
@@ -72,19 +77,24 @@ class Retention:
                 folder.remove_folder(COMMIT)
                 self.on_event("checkpoint_swept", checkpoint=folder.name)
 
-    def _loss(self, folder: StoragePath) -> float | None:
-        """The loss that chooses the best checkpoint; None where it was not evaluated."""
+    def _losses_of(self, folder: StoragePath) -> Losses | None:
+        """The losses that choose the best checkpoint; None where it was not evaluated."""
         if not self.keep.keep_best:
             return None
         if folder.name not in self._losses:
             try:
-                self._losses[folder.name] = selection_loss(folder)
+                self._losses[folder.name] = selection_losses(folder)
             except CorruptCheckpoint:  # not the best of anything; a resume says what is wrong with it
                 self._losses[folder.name] = None
         return self._losses[folder.name]
 
 
-def selection_loss(folder: StoragePath) -> float | None:
-    """The selection loss of a checkpoint, else its held-out loss; None where it was not evaluated."""
+def selection_losses(folder: StoragePath) -> Losses | None:
+    """The selection loss of a checkpoint, else its held-out loss, and then the held-out loss; None where it
+    was not evaluated.
+    """
     state = read_marker(folder).state
-    return state.heldout_loss if state.selection_loss is None else state.selection_loss
+    loss = state.heldout_loss if state.selection_loss is None else state.selection_loss
+    if loss is None:
+        return None
+    return loss, math.inf if state.heldout_loss is None else state.heldout_loss

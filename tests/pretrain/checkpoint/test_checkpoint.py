@@ -399,8 +399,8 @@ def test_slices_that_do_not_cover_a_parameter_exactly_once_are_not_committed(
 
 def test_retention_keeps_the_last_the_multiples_and_the_best(run: DiskPath) -> None:
     found = [
-        (DiskPath(Path(str(step))), step, loss)
-        for step, loss in [(10, 3.0), (20, 1.0), (30, None), (40, math.nan), (50, 2.0), (60, 2.5)]
+        (DiskPath(Path(str(step))), step, None if loss is None else (loss, float(60 - step)))
+        for step, loss in [(10, 1.0), (20, 1.0), (30, None), (40, math.nan), (50, 2.0), (60, 2.5)]
     ]
 
     def steps(**keep: Any) -> list[int]:
