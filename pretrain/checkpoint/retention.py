@@ -17,7 +17,6 @@ from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.storage_path import StoragePath
 
-
 Losses = tuple[float, float]  # the loss that selects, and the held-out loss, which decides between equals
 
 
