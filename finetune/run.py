@@ -139,7 +139,6 @@ class FinetuningRun(Run):
             kind=self.dev.config.task.kind,
             prompt=settings.get("prompt"),
             picks=settings.get("picks"),
-            threshold=settings.get("threshold"),
             best=self.dev.best,
             history=list(self.dev.history),
         )

@@ -50,7 +50,8 @@ class DevEvaluator:
             raise UserError(f"`best` is {self.best!r}; the scores of this task are {', '.join(scores)}.")
         self.history.append((step, scores[self.best]))
         self._write("predictions.jsonl", self.chosen, predictions)
-        return losses | scores
+        threshold = self.task.settings().get("threshold")
+        return losses | scores | ({} if threshold is None else {"threshold": threshold})
 
     def should_stop_early(self) -> bool:
         """Whether the score has not become better for `patience` evaluations in a row."""
@@ -69,8 +70,7 @@ class DevEvaluator:
 
         losses, predictions = self._predict(self.task.dev, self.heldout.num_rows)
         # Dev chooses the threshold that is published with these weights; test has no part in it
-        if checkpoint.state.task is not None:
-            self.task.restore({"threshold": checkpoint.state.task.threshold})
+        self.task.restore(checkpoint.state.scores)
         self._write("predictions.jsonl", self.task.dev, predictions)
         result = {"task": self.config.task.kind, "best": self.best, "step": step, **losses}
         result |= report(self.task, predictions, self.task.dev)

@@ -15,7 +15,6 @@ class TaskState:
     picks: int | None  # how many entries a summary picks
     best: str  # the score that chooses a checkpoint
     history: list[tuple[int, float]]  # (step, that score) of every evaluation
-    threshold: float | None = None  # the score below which a question has no answer
 
 
 @dataclass(frozen=True)

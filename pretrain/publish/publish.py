@@ -183,7 +183,7 @@ def _origin(source: Checkpoint, weights: Weights) -> dict[str, Any]:
             "kind": task.kind,
             "prompt": task.prompt,
             "picks": task.picks,
-            "threshold": task.threshold,
+            "threshold": source.state.scores.get("threshold"),
         },
         "generation": source.state.config.get("generation"),
     }
