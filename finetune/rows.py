@@ -34,6 +34,7 @@ class TaskRows:
         seed: int | None,
     ) -> None:
         self.sets, self.capacity, self.pad = sets, room, pad
+        self.with_types = any(segment.types is not None for segments in sets for segment in segments)
         self.packed = [pack_chunks(_pieces(segments), room) for segments in sets]
         sizes = [len(packed.offsets) - 1 for packed in self.packed]
         self.num_rows = sum(sizes)
@@ -53,13 +54,12 @@ class TaskRows:
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Several rows."""
         places = [self._place(i) for i in numbers]
-        return assemble(
-            [[self.sets[number][j] for j in members] for number, members in places], self.capacity, self.pad
-        )
+        segments = [[self.sets[number][j] for j in members] for number, members in places]
+        return assemble(segments, self.capacity, self.pad, self.with_types)
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro: no targets."""
-        return assemble([[]], self.capacity, self.pad)[0]
+        return assemble([[]], self.capacity, self.pad, self.with_types)[0]
 
     def members(self, i: int) -> list[int]:
         """Which examples stand in row i, in the order of their segments (which count from 1)."""
@@ -99,7 +99,7 @@ def _fingerprint(sets: Sequence[Sequence[Segment]], room: RowCapacity, weights: 
         repr((room, list(weights), [len(segments) for segments in sets])).encode(), digest_size=16
     )
     for segment in (segment for segments in sets for segment in segments):
-        for array in (segment.tokens, segment.targets, segment.source):
+        for array in (segment.tokens, segment.targets, segment.source, segment.types):
             if array is not None:
                 digest.update(len(array).to_bytes(4, "little") + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -34,6 +34,8 @@ class Batch:
         None  # (B, T) int64: the part of a mixture of objectives, from 0, that each position belongs to
     )
 
+    types: Tensor | None = None  # (B, T) int64: token types (BERT's second text is 1); None: 0 everywhere
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; copies do not block where the memory is pinned."""
         return Batch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})

@@ -44,6 +44,7 @@ class SequenceShard:
             targets=cut(batch.targets),
             source=cut(batch.source),
             parts=cut(batch.parts),
+            types=cut(batch.types),
         )
         if batch.picked is None:
             return mine

@@ -46,14 +46,14 @@ class Matching:
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         """The windows that a question is answered from."""
-        return [Segment(window.tokens, self._targets(window)) for _, window in self.pointer.windows(examples)]
+        return self._segments(self.pointer.windows(examples))
 
     def predict(
         self, model: Model, examples: Sequence[Question], how: Generation, tokens: int
     ) -> list[np.ndarray]:
         """For each question, which of its tokens are shared, in all its windows."""
         windows = self.pointer.windows(examples)
-        segments = [Segment(window.tokens, self._targets(window)) for _, window in windows]
+        segments = self._segments(windows)
         found: list[list[np.ndarray]] = [[] for _ in examples]
         read = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
         for (i, _), segment, logits in zip(windows, segments, read, strict=True):
@@ -97,6 +97,9 @@ class Matching:
         return np.concatenate(
             [segment.targets[segment.targets != IGNORE] for segment in self.segments([question])]
         )
+
+    def _segments(self, windows: Sequence[tuple[int, Window]]) -> list[Segment]:
+        return [Segment(window.tokens, self._targets(window), types=window.types) for _, window in windows]
 
     def _targets(self, window: Window) -> np.ndarray:
         targets = np.full(len(window.tokens), IGNORE)

@@ -81,6 +81,7 @@ class Window:
     """A part of a context behind its question, and what its pieces stand for."""
 
     tokens: np.ndarray
+    types: np.ndarray | None  # 0 up to the context, 1 from there on, where the stock tokenizer gives types
     first: int  # where the context's pieces begin among the tokens
     begin: int  # which of the context's pieces is the first here
     spans: np.ndarray  # (pieces, 2) characters of the context
@@ -100,7 +101,8 @@ class Qa(_Questions):
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         return [
-            Segment(w.tokens, self.pointer.targets(w, examples[i])) for i, w in self.pointer.windows(examples)
+            Segment(w.tokens, self.pointer.targets(w, examples[i]), types=w.types)
+            for i, w in self.pointer.windows(examples)
         ]
 
     def predict(
@@ -132,13 +134,15 @@ class Pointer:
         of its question.
         """
         made = []
+        before, between, after = self.tokenizer.pair_special_tokens()
+        with_types = self.tokenizer.gives_token_types
         for number, asked in enumerate(
             self.tokenizer.encode_batch([question.question for question in questions])
         ):
             question = questions[number]
             ids, spans = self.encoded(question.context)
-            head = [self.tokenizer.bos, *asked.tolist(), self.tokenizer.eos]
-            room = self.row_length - len(head) - 1
+            head = [*before, *asked.tolist(), *between]
+            room = self.row_length - len(head) - len(after)
             if room <= self.stride:
                 raise UserError(
                     f"{question.where}: the question has {len(asked)} tokens; row_length ({self.row_length})"
@@ -147,15 +151,19 @@ class Pointer:
                     " lower the stride."
                 )
             for begin in range(0, max(len(ids) - self.stride, 1), room - self.stride):
-                tokens = np.array([*head, *ids[begin : begin + room], self.tokenizer.eos], np.int64)
+                tokens = np.array([*head, *ids[begin : begin + room], *after], np.int64)
+                types = (np.arange(len(tokens)) >= len(head)).astype(np.int64) if with_types else None
                 characters = np.array(spans[begin : begin + room], np.int64).reshape(-1, 2)
-                made.append((number, Window(tokens, len(head), begin, characters)))
+                made.append((number, Window(tokens, types, len(head), begin, characters)))
         return made
 
     def answers(self, model: Model, examples: Sequence[Question], tokens: int) -> list[Answer]:
         """The best answer over all windows of each question."""
         windows = self.windows(examples)
-        segments = [Segment(window.tokens, np.full(len(window.tokens), IGNORE)) for _, window in windows]
+        segments = [
+            Segment(window.tokens, np.full(len(window.tokens), IGNORE), types=window.types)
+            for _, window in windows
+        ]
         best = [Answer("", score=-np.inf)] * len(examples)
         for (i, window), logits in zip(
             windows, label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens), strict=True

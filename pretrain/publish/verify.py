@@ -19,13 +19,14 @@ from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.huggingface import Found, export, recognise
+from trifold.modeling.huggingface import Found, export
 from trifold.modeling.huggingface.fields import token_roles
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, is_panic
 from trifold.pretrain.publish import file_checks, parity, published_folder
 from trifold.pretrain.publish.parity import Check
 from trifold.pretrain.publish.weights import read_tensors
+from trifold.pretrain.storage.foreign_files import check_folder
 
 Reference = tuple[ModelConfig, Mapping[str, Tensor]]  # a model's config and its fp32 state dict
 
@@ -81,6 +82,10 @@ def verify(folder: Path, reference: Reference | None = None) -> Report:
             checks.append(check)
     except UserError as reason:
         checks.append(Check("folder", False, str(reason)))
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        checks.append(Check("tokenizer", False, f"it cannot encode a text of the checks: {error}"))
     return Report(folder, tuple(checks))
 
 
@@ -100,15 +105,21 @@ def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Ite
     """All checks in order; those for which an earlier failure leaves no material are left out. A UserError is
     a failure too.
     """
+    check_folder(folder)
     contents = yield from _read_contents(folder, reference)
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        fast = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         stock, loading_info = _load_stock(contents, transformers)
     except Exception as error:  # whatever the stock classes raise is a finding about the folder
         yield Check("stock class", False, f"{type(error).__name__}: {error}")
         return
 
-    yield file_checks.tokenizer(fast, contents.tokenizer, contents.trained.family, contents.record)
+    family = published_folder.tokenizer_family(contents.trained)
+    yield file_checks.tokenizer(fast, contents.tokenizer, family, contents.record)
+    if contents.trained.spans and contents.record:
+        yield file_checks.pair(fast, contents.tokenizer, contents.trained.token_types)
     vocab_size, record = contents.trained.vocab_size, contents.record
     yield file_checks.special_tokens(folder, fast, contents.tokenizer, vocab_size, record)
     family, start = contents.trained.family, contents.special["start"]
@@ -128,7 +139,7 @@ def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check
     yield file_checks.hashes(folder, record)
     stock_config, tensors = published_folder.read_config(folder), read_tensors(folder)
     yield file_checks.index(folder, tensors)
-    found = recognise(stock_config, tensors)
+    found = published_folder.recognise_folder(folder, stock_config, tensors)
     yield file_checks.tensors(found, tensors)
 
     tokenizer = Tokenizer.open(folder)
@@ -140,7 +151,7 @@ def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check
     if reference is not None:
         trained = reference[0]
         expected = export(trained, reference[1], special, getattr(torch, dtype))[1]
-        yield file_checks.weights(tensors, expected)
+        yield file_checks.weights(tensors, expected, record.get("carried", ()))
         if dtype == "float32":
             state = dict(reference[1])
     yield file_checks.config(trained, found.config)
@@ -155,7 +166,12 @@ def _load_stock(contents: _Contents, transformers: Any) -> tuple[Any, Mapping[st
         return None, {}
     stock_class = getattr(transformers, contents.stock_config["architectures"][0])
     stock, info = stock_class.from_pretrained(
-        contents.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        contents.folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return stock, info
 

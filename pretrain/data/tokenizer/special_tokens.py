@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trifold.modeling.errors import UserError
+from trifold.pretrain.storage.foreign_files import check_settings
 from trifold.pretrain.storage.json_files import read_json_object
 
 # the settings that name it, the first that there is; and the usual names, for folders that name none at all
@@ -34,6 +35,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         read_json_object(folder / name, "a tokenizer folder holds tokenizer.json and tokenizer_config.json")
         for name in ("tokenizer.json", "tokenizer_config.json")
     )
+    check_settings(folder / "tokenizer_config.json", settings)
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     for name in _NAMES:
         if isinstance(mark := settings.get(name), dict):
