@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from trifold.modeling.config import Family, Generation, ModelConfig
@@ -87,7 +88,7 @@ def config(trained: ModelConfig, read: ModelConfig) -> Check:
 def weights(read: Mapping[str, Tensor], expected: Mapping[str, Tensor], carried: Collection[str]) -> Check:
     """The folder's tensors are the trained ones, bit for bit, and those that were carried along."""
     wrong = []
-    for name in sorted((read.keys() | expected.keys()) - set(carried)):
+    for name in sorted((read.keys() | expected.keys()) - {str(name) for name in carried}):
         if name not in read or name not in expected or not torch.equal(read[name], expected[name]):
             wrong.append(name)
     if wrong:
@@ -130,7 +131,7 @@ def tokenizer(fast: Any, ours: Tokenizer, family: Family, record: Mapping[str, A
 
 
 def pair(fast: Any, ours: Tokenizer, token_types: int) -> Check:
-    """The stock tokenizer makes of a question and its context the ids and the token types that training read."""
+    """The stock tokenizer makes of a question and its context the ids and token types that training read."""
     texts = HARD_LINES[1], HARD_LINES[4]
     question, context = ([int(i) for i in array] for array in ours.encode_batch(texts))
     before, between, after = ours.pair_special_tokens()
@@ -183,7 +184,11 @@ def generation(folder: Path, family: Family, start: int, record: Mapping[str, An
     """The stock class writes with the settings with which the model was scored."""
     if record.get("generation") is None:
         return Check("generation", True, "none was set for scoring")
-    scored = Generation.model_validate_json(json.dumps(record["generation"]))
+    try:
+        scored = Generation.model_validate_json(json.dumps(record["generation"]))
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        return Check("generation", False, f"{RECORD} says {mistake['loc']}: {mistake['msg']}")
     if family != "decoder" and scored.start is None:
         scored = scored.model_copy(update={"start": start})
     read = read_generation(folder)
@@ -200,7 +205,7 @@ def generation(folder: Path, family: Family, start: int, record: Mapping[str, An
 def names(stock: Any, loading_info: Mapping[str, Any], record: Mapping[str, Any]) -> Check:
     """The stock class misses no tensor, and in our folders knows all of them."""
     wrong = []
-    carried = set(record.get("carried", ()))
+    carried = {str(name) for name in record.get("carried") or ()}
     for kind, keys in sorted(loading_info.items()):
         if kind == "unexpected_keys":
             keys = set(keys) - carried

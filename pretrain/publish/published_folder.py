@@ -31,6 +31,10 @@ RECORD, CARD, CONFIG, GENERATION = "trifold.json", "README.md", "config.json", "
 _TRAINING_SETTINGS = ("dropout", "init_std", "mimetic")  # they have no place in config.json
 # What reading a value of the wrong kind raises: a list where a number should be, a size of 0 or of 2^63.
 _BAD_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+_RECORD_TYPES = {
+    **{"model": dict, "fingerprints": dict, "files": dict},
+    **{"task": dict, "generation": dict, "carried": list},
+}
 _PURPOSE = "a published folder holds config.json"
 
 
@@ -161,10 +165,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = read_json_object(path)
-    if missing := {"model", "fingerprints", "files"} - record.keys():
+    needed = ("model", "fingerprints", "files")
+    if missing := {name for name in needed if record.get(name) is None}:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: publish again, or copy the file again")
-    for name in ("model", "fingerprints", "files"):
-        if not isinstance(record[name], dict):
+    for name, kind in _RECORD_TYPES.items():
+        if record.get(name) is not None and not isinstance(record[name], kind):
             raise UserError(f"{path} holds a {type(record[name]).__name__} as {name}: copy the file again")
     return record
 

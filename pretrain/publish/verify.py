@@ -76,16 +76,12 @@ def verify(folder: Path, reference: Reference | None = None) -> Report:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     transformers = _import_transformers()
-    checks = []
+    checks: list[Check] = []
     try:
         for check in _checks(folder, reference, transformers):
             checks.append(check)
     except UserError as reason:
         checks.append(Check("folder", False, str(reason)))
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        checks.append(Check("tokenizer", False, f"it cannot encode a text of the checks: {error}"))
     return Report(folder, tuple(checks))
 
 
@@ -108,24 +104,31 @@ def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Ite
     check_folder(folder)
     contents = yield from _read_contents(folder, reference)
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        stock, loading_info = _load_stock(contents, transformers)
-    except Exception as error:  # whatever the stock classes raise is a finding about the folder
-        yield Check("stock class", False, f"{type(error).__name__}: {error}")
-        return
+        yield from _runtime_checks(contents, transformers)
+    except UserError:
+        raise
+    except BaseException as error:  # whatever the stock classes raise is a finding about the folder
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        message = " ".join(str(error).split())  # transformers' span several lines
+        yield Check("stock class", False, f"{type(error).__name__}: {message}")
 
-    family = published_folder.tokenizer_family(contents.trained)
-    yield file_checks.tokenizer(fast, contents.tokenizer, family, contents.record)
-    if contents.trained.spans and contents.record:
-        yield file_checks.pair(fast, contents.tokenizer, contents.trained.token_types)
-    vocab_size, record = contents.trained.vocab_size, contents.record
-    yield file_checks.special_tokens(folder, fast, contents.tokenizer, vocab_size, record)
-    family, start = contents.trained.family, contents.special["start"]
-    if family != "encoder" and not contents.trained.outputs:
-        yield file_checks.generation(folder, family, start, record)
-    ours = _build(contents.trained, contents.state)
+
+def _runtime_checks(contents: _Contents, transformers: Any) -> Iterator[Check]:
+    """The checks that load the stock tokenizer and the stock class."""
+    folder, record, trained = contents.folder, contents.record, contents.trained
+    fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    stock, loading_info = _load_stock(contents, transformers)
+
+    family = published_folder.tokenizer_family(trained)
+    yield file_checks.tokenizer(fast, contents.tokenizer, family, record)
+    if trained.spans and record:
+        yield file_checks.pair(fast, contents.tokenizer, trained.token_types)
+    yield file_checks.special_tokens(folder, fast, contents.tokenizer, trained.vocab_size, record)
+    if trained.family != "encoder" and not trained.outputs:
+        yield file_checks.generation(folder, trained.family, contents.special["start"], record)
+
+    ours = _build(trained, contents.state)
     if stock is None:
         again = _build(contents.found.config, contents.found.state)
         yield from parity.reload(ours, again, contents.special)
@@ -151,7 +154,7 @@ def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check
     if reference is not None:
         trained = reference[0]
         expected = export(trained, reference[1], special, getattr(torch, dtype))[1]
-        yield file_checks.weights(tensors, expected, record.get("carried", ()))
+        yield file_checks.weights(tensors, expected, record.get("carried") or ())
         if dtype == "float32":
             state = dict(reference[1])
     yield file_checks.config(trained, found.config)

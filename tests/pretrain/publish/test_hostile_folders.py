@@ -252,6 +252,16 @@ def test_a_hostile_folder_is_one_sentence(
         assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["code of a model", "code of a tokenizer"])
+def test_code_is_rejected_by_name_on_import_and_on_verification(kind: str, tmp_path: Path) -> None:
+    copy_published(tmp_path, "llama")
+    HOSTILE[kind][0](tmp_path)
+    described, loaded, _, _, verified = sentences(tmp_path)
+    assert all("sets auto_map" in answer for answer in (described, loaded, verified))
+    with pytest.raises(UserError, match="sets auto_map" if "tokenizer" in kind else "there is no"):
+        published_folder.open_tokenizer(tmp_path if "tokenizer" in kind else tmp_path / "nowhere")
+
+
 def test_a_snapshot_of_a_hub_cache_opens_through_its_links(tmp_path: Path) -> None:
     config, _ = copy_published(tmp_path / "files", "llama")
     blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0123abcd"
