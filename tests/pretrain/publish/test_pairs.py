@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.pretrain.data.tokenizer.stock_tokenizers import stock_folder
-from tests.published import MODELS, failed, random_model, update_hashes
+from tests.published import MODELS, failed, random_model
 from trifold.finetune.examples.squad import Question
 from trifold.finetune.rows import TaskRows, row_capacity
 from trifold.finetune.tasks.qa import Pointer
@@ -22,7 +22,7 @@ from trifold.pretrain.data.objectives import Segment
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder
 from trifold.pretrain.publish.verify import verify
-from trifold.pretrain.storage.json_files import read_json_object, write_json
+from trifold.pretrain.storage.json_files import read_json_object
 
 transformers = pytest.importorskip("transformers")
 TEXTS = [("who met Ada?", "Ada met Bob by the river."), ("where?", "Cleo and Dan live in a town.")]
@@ -70,22 +70,22 @@ def test_packed_questions_have_the_logits_of_the_stock_class_on_pairs(kind: str,
     assert verify(tmp_path / "ours").ok
 
 
-def test_other_token_types_than_those_of_training_are_noticed(tmp_path: Path) -> None:
+def test_other_token_types_than_those_of_training_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish_reader("bert", tmp_path)
-    path = tmp_path / "ours" / "tokenizer_config.json"
-    assert read_json_object(path)["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
-    spec = read_json_object(tmp_path / "ours" / "tokenizer.json")
-    write_json(path, read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    pair = spec["post_processor"]["pair"]
-    for item in pair:
-        next(iter(item.values()))["type_id"] = 0
-    write_json(tmp_path / "ours" / "tokenizer.json", spec)
-    update_hashes(tmp_path / "ours")
-    published = read_json_object(tmp_path / "ours" / "trifold.json")
-    assert Tokenizer.open(tmp_path / "ours").fingerprint == published["fingerprints"]["tokenizer"]
-    report = verify(tmp_path / "ours")
-    assert not failed(report), "training would read these types too"
-    assert not Tokenizer.open(tmp_path / "ours").gives_token_types
+    settings = read_json_object(tmp_path / "ours" / "tokenizer_config.json")
+    assert settings["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
+    monkeypatch.setattr(Tokenizer, "gives_token_types", False)
+    assert failed(verify(tmp_path / "ours")) == {"pair"}
+
+
+def test_other_special_tokens_around_a_pair_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_reader("roberta", tmp_path)
+    monkeypatch.setattr(Tokenizer, "pair_special_tokens", lambda self: ([self.bos], [self.eos], [self.eos]))
+    assert failed(verify(tmp_path / "ours")) == {"pair"}
 
 
 def test_token_types_train_the_rows_of_both_types(tmp_path: Path) -> None:
