@@ -9,15 +9,23 @@ them into the published folder. Weights of other frameworks and Python files are
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trifold.modeling.huggingface import Found
 from trifold.pretrain.publish import weights
-from trifold.pretrain.publish.published_folder import CARD, CONFIG, GENERATION, RECORD
+from trifold.pretrain.publish.published_folder import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    RECORD,
+    read_config,
+    recognise_folder,
+)
 from trifold.pretrain.storage.atomic import replace_folder
 from trifold.pretrain.storage.foreign_files import is_plain_name
 from trifold.pretrain.storage.json_files import read_json, read_json_object
@@ -36,9 +44,13 @@ def carried_files(source: Path) -> list[Path]:
     return [path.relative_to(source) for path in _candidates(source) if path.stat().st_size <= _MAX_BYTES]
 
 
-def carried_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of heads that Trifold does not have."""
-    return {name: tensor for name, tensor in tensors.items() if any(head in name for head in _HEADS)}
+def carried_tensors(found: Found, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of heads that Trifold does not have, by the names that a class with a head gives them: a
+    bare class saves `pooler.dense.weight` for `bert.pooler.dense.weight`.
+    """
+    heads = [name for name in found.dropped if any(head in name for head in _HEADS)]
+    bare_names = {name: name.removeprefix(found.architecture.prefix) for name in heads}
+    return {name: tensors[name if name in tensors else bare_names[name]] for name in heads}
 
 
 def keep(source: Path, run: Path) -> None:
@@ -46,8 +58,10 @@ def keep(source: Path, run: Path) -> None:
     if (run / _FOLDER).exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    if tensors := carried_tensors(weights.read_tensors(source)):
-        weights.save_tensors(run / _TENSORS, tensors)
+    tensors = weights.read_tensors(source)
+    found = recognise_folder(source, read_config(source), tensors)
+    if heads := carried_tensors(found, tensors):
+        weights.save_tensors(run / _TENSORS, heads)
     with replace_folder(run / _FOLDER) as folder:
         generation = [Path(GENERATION)] if (source / GENERATION).exists() else []
         for name in carried_files(source) + generation:

@@ -40,9 +40,9 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     yield "architecture", f"{stock_config['architectures'][0]}, read as {stock_class}: {config.family}"
     yield from _shape(config)
     yield "parameters", f"{num_parameters(config):,} ({_dtypes(tensors)})"
-    if dropped := [name for name in found.dropped if name not in carried_tensors(tensors)]:
+    if dropped := [name for name in found.dropped if name not in carried_tensors(found, tensors)]:
         yield "dropped", f"{', '.join(dropped)}: {stock_class} has no such tensors"
-    if others := [*map(str, carried_files(folder)), *carried_tensors(tensors)]:
+    if others := [*map(str, carried_files(folder)), *carried_tensors(found, tensors)]:
         yield "carried", f"{', '.join(others)}: not trained, and published again as they are"
     if found.fresh:
         yield "initialised", f"{', '.join(found.fresh)}: the folder has no weights for them"

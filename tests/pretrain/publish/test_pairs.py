@@ -33,9 +33,10 @@ def publish_reader(kind: str, folder: Path) -> tuple[ModelConfig, Transformer, T
     """A model that answers questions, published with a stock tokenizer."""
     stock_folder(kind, folder / "hub")
     tokenizer = Tokenizer.open(folder / "hub")
-    config = MODELS[f"{kind}, answers" if kind == "bert" else "bert, answers"]
-    offset = {"position_offset": 1, "token_types": 1} if kind == "roberta" else {}
-    model = random_model(config.model_copy(update={"vocab_size": tokenizer.vocab_size, **offset}))
+    changes = {"vocab_size": tokenizer.vocab_size}
+    if kind == "roberta":  # counts positions from behind its padding id
+        changes |= {"position_offset": tokenizer.pad + 1, "token_types": 1}
+    model = random_model(MODELS["bert, answers"].model_copy(update=changes))
     (folder / "ours").mkdir()
     published_folder.write_folder(folder / "ours", model.config, model.state_dict(), tokenizer)
     published_folder.write_record(folder / "ours", model.config, tokenizer, "rows", {})

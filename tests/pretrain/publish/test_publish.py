@@ -235,12 +235,12 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_example_of_the_card_hides_text_as_its_tokenizer_does(
     name: str, kind: str, tmp_path: Path
 ) -> None:
-    make_run(tmp_path / "run", name)
+    make_run(tmp_path / "run", name, vocab_size=600)
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     stock_folder(kind, tmp_path / "run" / "tokenizer")
     out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     card = (out / published_folder.CARD).read_text()
     hidden = {"bert": "is [MASK].", "roberta": "is <mask>.", "bart": " <mask>.", "t5": "<extra_id_0>."}[kind]
     assert hidden in card
-    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     exec(example, {"folder": str(out)})
