@@ -35,6 +35,7 @@ class TaskRows:
         seed: int | None,
     ) -> None:
         self.sets, self.capacity, self.pad = sets, capacity, pad
+        self.with_types = any(segment.types is not None for segments in sets for segment in segments)
         self.packed = [pack_chunks(_chunks(segments), capacity) for segments in sets]
         sizes = [len(packed.offsets) - 1 for packed in self.packed]
         self.num_rows = sum(sizes)
@@ -54,11 +55,11 @@ class TaskRows:
         """Several rows."""
         located = [self._locate(i) for i in numbers]
         members = [[self.sets[number][j] for j in indices] for number, indices in located]
-        return assemble(members, self.capacity, self.pad)
+        return assemble(members, self.capacity, self.pad, self.with_types)
 
     def empty_row(self) -> Row:
         """A row of padding, to fill up a micro-batch: no targets."""
-        return assemble([[]], self.capacity, self.pad)[0]
+        return assemble([[]], self.capacity, self.pad, self.with_types)[0]
 
     def members(self, i: int) -> list[int]:
         """Indices of the examples of row i, in the order of their segments (which count from 1)."""
@@ -101,7 +102,7 @@ def _fingerprint(sets: Sequence[Sequence[Segment]], capacity: RowCapacity, weigh
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for segments in sets:
         for segment in segments:
-            for array in (segment.tokens, segment.targets, segment.source):
+            for array in (segment.tokens, segment.targets, segment.source, segment.types):
                 if array is not None:
                     digest.update(len(array).to_bytes(4, "little") + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -36,6 +36,7 @@ from trifold.pretrain.engine.engine import start_engine
 from trifold.pretrain.initial_model import (
     TokenizerSource,
     build_initialised,
+    carry_initial_folder,
     ensure_tokenizer,
     load_initial_model,
 )
@@ -159,6 +160,7 @@ def make_tokenizer(config: FinetuneConfig, progress: Callable[[str, int], None])
         made_of=lambda: [config.model.model_dump(mode="json"), *_texts(config)],
         vocab_size=model.vocab_size if model is not None else 0,
     )
+    carry_initial_folder(config.model, Path(config.run))
     return ensure_tokenizer(config, config.tokenizer, source, progress)
 
 

@@ -34,6 +34,8 @@ class Batch:
         None  # (B, T) int64: the index, in a mixture of objectives, of each position's member
     )
 
+    types: Tensor | None = None  # (B, T) int64: token types (BERT's second text is 1); None: 0 everywhere
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device; copies from pinned memory do not block."""
         return Batch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})

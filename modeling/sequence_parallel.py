@@ -40,6 +40,7 @@ class SequenceShard:
             targets=self._slice(batch.targets),
             source=self._slice(batch.source),
             parts=self._slice(batch.parts),
+            types=self._slice(batch.types),
         )
         if batch.picked is None:
             return local

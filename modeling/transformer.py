@@ -19,7 +19,7 @@ from trifold.modeling.block import AttentionContext, AttentionContexts, Block, C
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.heads import Head, Losses
-from trifold.modeling.position import POSITION_SCHEMES
+from trifold.modeling.position import POSITION_SCHEMES, Learned
 from trifold.modeling.recurrent.stack import RecurrentStack, score_function
 from trifold.modeling.sequence_parallel import SequenceShard
 
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         h_BTD = self.embedded(batch.tokens)
         if self.decoder is None:
             assert self.encoder is not None
-            return self.encoder(h_BTD, batch.segments)
+            return self.encoder(self._with_types(h_BTD, batch.types), batch.segments)
         if self.encoder is None:
             return self.decoder(h_BTD, batch.segments)
         assert batch.source is not None
@@ -82,6 +82,16 @@ class Transformer(nn.Module):
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
         return self.embed(tokens_BT) * self.config.embed_scale
+
+    def _with_types(self, h_BTD: Tensor, types_BT: Tensor | None) -> Tensor:
+        """Embeddings of tokens of these types. Positions add the row of type 0 to all of them, so that only
+        the difference is added here.
+        """
+        position = self.encoder.position if isinstance(self.encoder, Stack) else None
+        if types_BT is None or not isinstance(position, Learned) or self.config.token_types < 2:
+            return h_BTD
+        assert position.types is not None
+        return h_BTD + position.types(types_BT) - position.types.weight[0]
 
     def recompute(self, on: bool) -> None:
         """Activation checkpointing by block (Chen et al. 2016): less memory for about a third more time."""

@@ -26,7 +26,7 @@ from trifold.pretrain.config.pretraining import InitialModelConfig, TokenizerCon
 from trifold.pretrain.config.training import TrainingConfig
 from trifold.pretrain.data.tokenizer import tokenizer
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
-from trifold.pretrain.publish import published_folder
+from trifold.pretrain.publish import carried, published_folder
 from trifold.pretrain.storage.storage import checkpoint_root
 
 
@@ -135,6 +135,12 @@ def _source_fingerprint(source: TokenizerSource, settings: TokenizerConfig) -> s
     else:
         values = [settings.model_dump(), source.family, source.vocab_size, *source.made_of()]
     return sha256(json.dumps(values).encode()).hexdigest()
+
+
+def carry_initial_folder(model: ModelConfig | InitialModelConfig, run: Path) -> None:
+    """Keep beside the run what its initial folder holds and training does not use, for publish to give back."""
+    if isinstance(model, InitialModelConfig) and model.folder is not None and not model.random:
+        carried.keep(Path(model.folder), run)
 
 
 def build_initialised(config: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> Transformer:

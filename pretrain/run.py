@@ -25,6 +25,7 @@ from trifold.pretrain.evaluate import evaluate, unigram_loss
 from trifold.pretrain.initial_model import (
     TokenizerSource,
     build_initialised,
+    carry_initial_folder,
     ensure_tokenizer,
     load_initial_model,
 )
@@ -91,6 +92,7 @@ def make_tokenizer(config: PretrainConfig, progress: Callable[[str, int], None])
         made_of=lambda: [fraction, *map(corpus_fingerprint, sources)],
         vocab_size=model.vocab_size,
     )
+    carry_initial_folder(config.model, Path(config.run))
     tokenizer = ensure_tokenizer(config, config.tokenizer, source, progress)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

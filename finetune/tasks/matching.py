@@ -47,14 +47,14 @@ class Matching(TaskDefaults):
 
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         """The windows that a question is answered from."""
-        return [Segment(window.tokens, _targets(window)) for _, window in self.pointer.windows(examples)]
+        return _segments(self.pointer.windows(examples))
 
     def predict(
         self, model: Model, examples: Sequence[Question], generation: Generation, tokens: int
     ) -> list[np.ndarray]:
         """For each question, which of its tokens are shared, in all its windows."""
         windows = self.pointer.windows(examples)
-        segments = [Segment(window.tokens, _targets(window)) for _, window in windows]
+        segments = _segments(windows)
         all_logits = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
         labels: list[list[np.ndarray]] = [[] for _ in examples]
         for (i, _), segment, logits in zip(windows, segments, all_logits, strict=True):
@@ -95,6 +95,10 @@ class Matching(TaskDefaults):
         """0 or 1 for each token of the context, window by window."""
         targets = [segment.targets for segment in self.segments([question])]
         return np.concatenate([of_window[of_window != IGNORE] for of_window in targets])
+
+
+def _segments(windows: Sequence[tuple[int, Window]]) -> list[Segment]:
+    return [Segment(window.tokens, _targets(window), types=window.types) for _, window in windows]
 
 
 def _targets(window: Window) -> np.ndarray:

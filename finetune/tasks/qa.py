@@ -104,6 +104,7 @@ class Window:
     """A range of a context behind its question, and what its tokens stand for."""
 
     tokens: np.ndarray
+    types: np.ndarray | None  # 0 before the context, 1 from there on, where the stock tokenizer gives types
     first: int  # position of the context's first token among these
     begin: int  # index of that token in the context
     spans: np.ndarray  # (tokens of the context, 2) characters of the context
@@ -131,7 +132,10 @@ class Qa(_Questions):
     def segments(self, examples: Sequence[Question]) -> list[Segment]:
         windows = self.pointer.windows(examples)
         self._note_long_answers(examples)
-        return [Segment(window.tokens, self.pointer.targets(window, examples[i])) for i, window in windows]
+        return [
+            Segment(window.tokens, self.pointer.targets(window, examples[i]), types=window.types)
+            for i, window in windows
+        ]
 
     def predict(
         self, model: Model, examples: Sequence[Question], generation: Generation, tokens: int
@@ -187,11 +191,12 @@ class Pointer:
         of its question.
         """
         windows = []
+        before, between, after = self.tokenizer.pair_special_tokens()
         encoded_questions = self.tokenizer.encode_batch([question.question for question in questions])
         for number, (question, question_ids) in enumerate(zip(questions, encoded_questions, strict=True)):
             ids, spans = self.encoded(question.context)
-            head = [self.tokenizer.bos, *question_ids.tolist(), self.tokenizer.eos]
-            capacity = self.row_length - len(head) - 1
+            head = [*before, *question_ids.tolist(), *between]
+            capacity = self.row_length - len(head) - len(after)
             if capacity <= self.stride:
                 raise UserError(
                     f"{question.where}: the question has {len(question_ids)} tokens; row_length"
@@ -199,15 +204,21 @@ class Pointer:
                     f" task.stride ({self.stride}): raise row_length, or lower the stride."
                 )
             for begin in range(0, max(len(ids) - self.stride, 1), capacity - self.stride):
-                tokens = np.array([*head, *ids[begin : begin + capacity], self.tokenizer.eos], np.int64)
+                tokens = np.array([*head, *ids[begin : begin + capacity], *after], np.int64)
+                types = None
+                if self.tokenizer.gives_token_types:
+                    types = (np.arange(len(tokens)) >= len(head)).astype(np.int64)
                 characters = np.array(spans[begin : begin + capacity], np.int64).reshape(-1, 2)
-                windows.append((number, Window(tokens, len(head), begin, characters)))
+                windows.append((number, Window(tokens, types, len(head), begin, characters)))
         return windows
 
     def answers(self, model: Model, examples: Sequence[Question], tokens: int) -> list[Answer]:
         """The best answer over all windows of each question, whatever its score."""
         windows = self.windows(examples)
-        segments = [Segment(window.tokens, np.full(len(window.tokens), IGNORE)) for _, window in windows]
+        segments = [
+            Segment(window.tokens, np.full(len(window.tokens), IGNORE), types=window.types)
+            for _, window in windows
+        ]
         all_logits = label_logits(model, segments, self.row_length, self.tokenizer.pad, tokens)
         best = [Answer("", score=-np.inf)] * len(examples)
         for (i, window), logits in zip(windows, all_logits, strict=True):

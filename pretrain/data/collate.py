@@ -15,7 +15,7 @@ Example: two rows of capacity 5, the first of segments of 2 and 1 tokens, the se
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from trifold.pretrain.data.ragged import EMPTY, ragged_arange
 @dataclass(frozen=True)
 class Row:
     """One packed row, all int64 and as in Batch: tokens, segments, targets (T,), source, source_segments
-    (S,), picked (P,), parts (T,).
+    (S,), picked (P,), parts and types (T,).
     """
 
     tokens: np.ndarray
@@ -39,6 +39,7 @@ class Row:
     source_segments: np.ndarray | None = None
     picked: np.ndarray | None = None
     parts: np.ndarray | None = None
+    types: np.ndarray | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -67,14 +68,32 @@ class Row:
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def assemble(rows: Sequence[Sequence[Segment]], capacity: RowCapacity, pad: int) -> list[Row]:
-    """Rows of single segments."""
+def assemble(
+    rows: Sequence[Sequence[Segment]], capacity: RowCapacity, pad: int, with_types: bool = False
+) -> list[Row]:
+    """Rows of single segments. `with_types`: they have token types, and so have the rows."""
     segments = [segment for row in rows for segment in row]
     tokens, sizes = _concatenate([segment.tokens for segment in segments])
     targets, _ = _concatenate([segment.targets for segment in segments])
     sources = _concatenate([segment.source for segment in segments if segment.source is not None])
     group = SegmentGroup(0, np.arange(len(segments)), Segments(tokens, targets, sizes, *sources))
-    return arrange_rows([group], [len(row) for row in rows], capacity, pad)
+    arranged = arrange_rows([group], [len(row) for row in rows], capacity, pad)
+    if not with_types:
+        return arranged
+    return [
+        replace(row, types=_types(members, capacity.tokens))
+        for row, members in zip(arranged, rows, strict=True)
+    ]
+
+
+def _types(segments: Sequence[Segment], width: int) -> np.ndarray:
+    """The token types of a row, 0 in its padding."""
+    types, end = np.zeros(width, np.int64), 0
+    for segment in segments:
+        begin, end = end, end + len(segment.tokens)
+        if segment.types is not None:
+            types[begin:end] = segment.types
+    return types
 
 
 def _concatenate(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.flops import num_parameters
-from trifold.modeling.huggingface import ImportedModel, express, recognise
+from trifold.modeling.huggingface import ImportedModel, express
 from trifold.modeling.huggingface.fields import token_roles
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import published_folder, weights
+from trifold.pretrain.publish.carried import carried_files, carried_tensors
 from trifold.pretrain.storage.json_files import read_json_object
 
 _NORM_PLACES = {
@@ -33,14 +34,16 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     Raises UserError naming the file, setting or tensor that does not fit; weights in a pickle are not read.
     """
     stock_config, tensors = published_folder.read_config(folder), weights.read_tensors(folder)
-    found = recognise(stock_config, tensors)
+    found = published_folder.recognise_folder(folder, stock_config, tensors)
     config, stock_class = found.config, found.architecture.stock_class
 
     yield "architecture", f"{stock_config['architectures'][0]}, read as {stock_class}: {config.family}"
     yield from _shape(config)
     yield "parameters", f"{num_parameters(config):,} ({_dtypes(tensors)})"
-    if found.dropped:
-        yield "dropped", f"{', '.join(found.dropped)}: {stock_class} has no such tensors"
+    if dropped := [name for name in found.dropped if name not in carried_tensors(found, tensors)]:
+        yield "dropped", f"{', '.join(dropped)}: {stock_class} has no such tensors"
+    if others := [*map(str, carried_files(folder)), *carried_tensors(found, tensors)]:
+        yield "carried", f"{', '.join(others)}: not trained, and published again as they are"
     if found.fresh:
         yield "initialised", f"{', '.join(found.fresh)}: the folder has no weights for them"
     yield "dropout", f"{config.dropout:g}, in training too unless the recipe sets model.dropout"

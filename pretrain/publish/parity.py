@@ -134,9 +134,8 @@ def greedy(ours: Transformer, stock: Any, generation: Generation, special: Mappi
     config = ours.config
     prompt = _batch(config, special["pad"], min(9, config.max_positions - 1)).tokens[:1]
     new = min(NEW_TOKENS, config.max_positions - prompt.shape[1])
-    output = stock.generate(prompt, max_new_tokens=new, min_length=0, do_sample=False, num_beams=1)[
-        0
-    ].tolist()
+    settings = {"min_length": 0, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    output = stock.generate(prompt, max_new_tokens=new, **settings)[0].tolist()
     stock_text = output[prompt.shape[1] if config.family == "decoder" else 1 :]
 
     generation = generation.model_copy(update={"max_new": new, "beams": 1, "sample": False})

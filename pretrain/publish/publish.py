@@ -26,7 +26,7 @@ from trifold.pretrain.checkpoint.checkpoint import Checkpoint
 from trifold.pretrain.checkpoint.format import CorruptCheckpoint, parse_folder_name
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.monitor.events import OnEvent
-from trifold.pretrain.publish import model_card, published_folder
+from trifold.pretrain.publish import carried, model_card, published_folder
 from trifold.pretrain.publish.verify import verify
 from trifold.pretrain.publish.weights import SHARD_BYTES
 from trifold.pretrain.storage.atomic import hidden_sibling, replace_folder
@@ -158,12 +158,26 @@ def _write_folder(
     tokenizer = Tokenizer.open(run / "tokenizer")
     settings = source.state.config.get("generation")
     generation = None if settings is None else Generation.model_validate_json(json.dumps(settings))
+    extra_tensors = carried.kept_tensors(run)
     stock_config = published_folder.write_folder(
-        folder, config, state, tokenizer, dtype, shard_bytes, generation
+        folder,
+        config,
+        state,
+        tokenizer,
+        dtype,
+        shard_bytes,
+        generation,
+        extra_tensors=extra_tensors,
+        initial_generation=carried.kept_generation(run),
     )
+    carried.restore(run, folder)
 
     record = published_folder.write_record(
-        folder, config, tokenizer, source.state.fingerprint, _origin(source, weights)
+        folder,
+        config,
+        tokenizer,
+        source.state.fingerprint,
+        _origin(source, weights) | {"carried": sorted(extra_tensors)},
     )
     card = model_card.render(run, source, record, stock_config["architectures"][0], tokenizer)
     (folder / published_folder.CARD).write_text(card, encoding="utf-8")

@@ -17,19 +17,25 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from trifold.modeling.config import ModelConfig
+from trifold.modeling.config import Family, ModelConfig
 from trifold.modeling.errors import UserError
 from trifold.modeling.generation.config import Generation
-from trifold.modeling.huggingface import decoding, export, restore, understand
+from trifold.modeling.huggingface import ImportedModel, decoding, export, recognise, understand
 from trifold.modeling.huggingface.generation import check_expressible, write_generation
 from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
 from trifold.pretrain.publish import weights
 from trifold.pretrain.storage.disk import DiskPath
+from trifold.pretrain.storage.foreign_files import check_folder
 from trifold.pretrain.storage.json_files import read_json_object, write_json
 
 RECORD, CARD, CONFIG, GENERATION = "trifold.json", "README.md", "config.json", "generation_config.json"
-# Not every stock config has a place for them.
-_TRAINING_SETTINGS = ("dropout", "init_std", "mimetic")
+_TRAINING_SETTINGS = ("dropout", "init_std", "mimetic")  # they have no place in config.json
+# What reading a value of the wrong kind raises: a list where a number should be, a size of 0 or of 2^63.
+_BAD_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+_RECORD_TYPES = {
+    **{"model": dict, "fingerprints": dict, "files": dict},
+    **{"task": dict, "generation": dict, "carried": list},
+}
 _PURPOSE = "a published folder holds config.json"
 
 
@@ -41,18 +47,28 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = weights.SHARD_BYTES,
     generation: Generation | None = None,
+    *,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    initial_generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write what the stock classes load: weights, configs, tokenizer. Returns the content of config.json.
+    `extra_tensors` are carried along under their stock names.
 
-    `generation` is how the model writes text; None: greedily, up to the longest document that it can read.
+    `generation` is how the model writes text; None: as `initial_generation`, the generation_config.json of
+    the folder that training started from, or else greedily, up to the longest document that the model can
+    read.
     """
     stock_config, tensors = export(config, state, special_ids(tokenizer), dtype)
-    weights.write_tensors(folder, tensors, shard_bytes)
+    extra = {name: tensor.to(dtype) for name, tensor in (extra_tensors or {}).items()}
+    weights.write_tensors(folder, tensors | extra, shard_bytes)
     write_json(folder / CONFIG, stock_config)
     if config.family != "encoder" and not config.outputs:
-        write_json(folder / GENERATION, _generation_fields(config, stock_config, generation))
-    tokenizer.save(folder, config.family)
-    _write_tokenizer_settings(folder, config)
+        write_json(
+            folder / GENERATION,
+            _generation_fields(config, stock_config, generation, initial_generation or {}),
+        )
+    tokenizer.save(folder, tokenizer_family(config))
+    _write_tokenizer_settings(folder, config, tokenizer)
     return stock_config
 
 
@@ -75,13 +91,20 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos, "start": tokenizer.start}
 
 
+def tokenizer_family(config: ModelConfig) -> Family:
+    """The family whose special tokens stand around texts: every model that answers questions reads a question
+    and its context with EOS behind both, as an encoder does.
+    """
+    return "encoder" if config.spans else config.family
+
+
 def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model of a published folder, ours or anybody's of a known architecture: (config, fp32 state dict).
 
     Raises UserError naming the file, setting or tensor that does not fit.
     """
-    config, state = restore(read_config(folder), weights.read_tensors(folder))
-    return _with_training_settings(config, folder), state
+    found = recognise_folder(folder, read_config(folder), weights.read_tensors(folder))
+    return _with_training_settings(found.config, folder), found.state
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -99,6 +122,25 @@ def _with_training_settings(config: ModelConfig, folder: Path) -> ModelConfig:
     return config.model_copy(update={name: getattr(recorded, name) for name in _TRAINING_SETTINGS})
 
 
+def recognise_folder(
+    folder: Path, stock_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> ImportedModel:
+    """The model that config.json and the tensors of a folder mean. Raises UserError naming the setting or
+    tensor that does not fit, whatever values a stranger's file holds.
+    """
+    path = folder / CONFIG
+    for name, value in stock_config.items():  # each layer would be built before its tensors are missed
+        is_count = name == "n_layer" or name.endswith("_layers")
+        if is_count and isinstance(value, int) and value > len(tensors):
+            raise UserError(f"{path} sets {name} = {value:,}, and the folder holds {len(tensors)} tensors")
+    try:
+        return recognise(stock_config, tensors)
+    except UserError:
+        raise
+    except _BAD_VALUES as error:
+        raise UserError(f"{path} cannot be read as a model ({type(error).__name__}: {error})") from error
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer. Raises UserError where it is not the one that its model was trained with."""
     tokenizer = Tokenizer.open(folder)
@@ -113,14 +155,22 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json."""
-    return read_json_object(folder / CONFIG, _PURPOSE)
+    """The content of config.json. Raises UserError where the folder asks for code or files from elsewhere."""
+    config = read_json_object(folder / CONFIG, _PURPOSE)
+    check_folder(folder)
+    return config
 
 
 def read_generation(folder: Path) -> Generation:
     """How a folder's model writes text by default."""
     path = folder / GENERATION
-    return decoding(read_config(folder), read_json_object(path) if path.exists() else {})
+    config, settings = read_config(folder), read_json_object(path) if path.exists() else {}
+    try:
+        return decoding(config, settings)
+    except UserError:
+        raise
+    except _BAD_VALUES as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -129,8 +179,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = read_json_object(path)
-    if missing := {"model", "fingerprints", "files"} - record.keys():
+    needed = ("model", "fingerprints", "files")
+    if missing := {name for name in needed if record.get(name) is None}:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: publish again, or copy the file again")
+    for name, kind in _RECORD_TYPES.items():
+        if record.get(name) is not None and not isinstance(record[name], kind):
+            raise UserError(f"{path} holds a {type(record[name]).__name__} as {name}: copy the file again")
     return record
 
 
@@ -153,17 +207,24 @@ def measure(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _generation_fields(
-    config: ModelConfig, stock_config: Mapping[str, Any], generation: Generation | None
+    config: ModelConfig,
+    stock_config: Mapping[str, Any],
+    generation: Generation | None,
+    initial: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of generation_config.json: the special tokens of config.json, and the settings."""
     token_ids = {name: value for name, value in stock_config.items() if name.endswith("_token_id")}
+    ends, eos = initial.get("eos_token_id"), token_ids.get("eos_token_id")
+    if generation is None and initial:
+        several_ends = {"eos_token_id": ends} if isinstance(ends, list) and eos in ends else {}
+        return {**initial, **token_ids, **several_ends}
     if generation is None:
         return {**token_ids, "do_sample": False, "max_length": config.max_positions}
     check_expressible(generation, config.family)
     return {**token_ids, **write_generation(generation, token_ids["eos_token_id"])}
 
 
-def _write_tokenizer_settings(folder: Path, config: ModelConfig) -> None:
+def _write_tokenizer_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Complete tokenizer_config.json: stock classes cut texts at the longest one that the model can read, and
     pad prompts on the left, because generated text continues the right end.
     """
@@ -174,4 +235,7 @@ def _write_tokenizer_settings(folder: Path, config: ModelConfig) -> None:
         settings["model_max_length"] = config.max_positions
     if config.family == "decoder" and not config.outputs:
         settings["padding_side"] = "left"
+    if config.token_types > 1:  # whether stock classes give types, whatever their defaults are
+        types = ["token_type_ids"] if tokenizer.gives_token_types else []
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
     write_json(path, settings)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from trifold.modeling.config import ModelConfig
 from trifold.modeling.errors import UserError
-from trifold.modeling.huggingface import ImportedModel, export, recognise
+from trifold.modeling.huggingface import ImportedModel, export
 from trifold.modeling.huggingface.fields import token_roles
 from trifold.modeling.transformer import Transformer
-from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer
+from trifold.pretrain.data.tokenizer.tokenizer import Tokenizer, is_panic
 from trifold.pretrain.publish import file_checks, parity, published_folder
 from trifold.pretrain.publish.parity import Check
 from trifold.pretrain.publish.weights import read_tensors
+from trifold.pretrain.storage.foreign_files import check_folder
 
 Reference = tuple[ModelConfig, Mapping[str, Tensor]]  # a model's config and its fp32 state dict
 
@@ -75,7 +76,7 @@ def verify(folder: Path, reference: Reference | None = None) -> Report:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     transformers = _import_transformers()
-    checks = []
+    checks: list[Check] = []
     try:
         for check in _checks(folder, reference, transformers):
             checks.append(check)
@@ -100,21 +101,34 @@ def _checks(folder: Path, reference: Reference | None, transformers: Any) -> Ite
     """All checks in order; those for which an earlier failure leaves no material are left out. A UserError is
     a failure too.
     """
+    check_folder(folder)
     contents = yield from _read_contents(folder, reference)
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        stock, loading_info = _load_stock(contents, transformers)
-    except Exception as error:  # whatever the stock classes raise is a finding about the folder
-        yield Check("stock class", False, f"{type(error).__name__}: {error}")
-        return
+        yield from _runtime_checks(contents, transformers)
+    except UserError:
+        raise
+    except BaseException as error:  # whatever the stock classes raise is a finding about the folder
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        message = " ".join(str(error).split())  # transformers' span several lines
+        yield Check("stock class", False, f"{type(error).__name__}: {message}")
 
-    yield file_checks.tokenizer(fast, contents.tokenizer, contents.trained.family, contents.record)
-    vocab_size, record = contents.trained.vocab_size, contents.record
-    yield file_checks.special_tokens(folder, fast, contents.tokenizer, vocab_size, record)
-    family, start = contents.trained.family, contents.special["start"]
-    if family != "encoder" and not contents.trained.outputs:
-        yield file_checks.generation(folder, family, start, record)
-    ours = _build(contents.trained, contents.state)
+
+def _runtime_checks(contents: _Contents, transformers: Any) -> Iterator[Check]:
+    """The checks that load the stock tokenizer and the stock class."""
+    folder, record, trained = contents.folder, contents.record, contents.trained
+    fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    stock, loading_info = _load_stock(contents, transformers)
+
+    family = published_folder.tokenizer_family(trained)
+    yield file_checks.tokenizer(fast, contents.tokenizer, family, record)
+    if trained.spans and record:
+        yield file_checks.pair(fast, contents.tokenizer, trained.token_types)
+    yield file_checks.special_tokens(folder, fast, contents.tokenizer, trained.vocab_size, record)
+    if trained.family != "encoder" and not trained.outputs:
+        yield file_checks.generation(folder, trained.family, contents.special["start"], record)
+
+    ours = _build(trained, contents.state)
     if stock is None:
         again = _build(contents.found.config, contents.found.state)
         yield from parity.reload(ours, again, contents.special)
@@ -128,7 +142,7 @@ def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check
     yield file_checks.hashes(folder, record)
     stock_config, tensors = published_folder.read_config(folder), read_tensors(folder)
     yield file_checks.index(folder, tensors)
-    found = recognise(stock_config, tensors)
+    found = published_folder.recognise_folder(folder, stock_config, tensors)
     yield file_checks.tensors(found, tensors)
 
     tokenizer = Tokenizer.open(folder)
@@ -140,7 +154,7 @@ def _read_contents(folder: Path, reference: Reference | None) -> Generator[Check
     if reference is not None:
         trained = reference[0]
         expected = export(trained, reference[1], special, getattr(torch, dtype))[1]
-        yield file_checks.weights(tensors, expected)
+        yield file_checks.weights(tensors, expected, record.get("carried") or ())
         if dtype == "float32":
             state = dict(reference[1])
     yield file_checks.config(trained, found.config)
@@ -155,7 +169,12 @@ def _load_stock(contents: _Contents, transformers: Any) -> tuple[Any, Mapping[st
         return None, {}
     stock_class = getattr(transformers, contents.stock_config["architectures"][0])
     stock, info = stock_class.from_pretrained(
-        contents.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        contents.folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return stock, info
 

@@ -11,7 +11,7 @@ before memory is taken for what it announces.
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trifold.modeling.errors import UserError
+from trifold.pretrain.storage.foreign_files import is_plain_name
 from trifold.pretrain.storage.json_files import check_regular_file, read_json_object, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,12 +78,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / name} and {INDEX} disagree on {different}")
         tensors |= shard
     return tensors
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name in a file of a folder is a name inside this folder: no separator, drive or `..`."""
-    is_one_part = len(PurePosixPath(name).parts) == len(PureWindowsPath(name).parts) == 1
-    return is_one_part and name not in (".", "..") and not any(mark in name for mark in "/\\:\0")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -46,6 +46,7 @@ class Segment(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     source: np.ndarray | None = None
+    types: np.ndarray | None = None  # (T,) token types; None: 0 everywhere
 
 
 class Segments(NamedTuple):

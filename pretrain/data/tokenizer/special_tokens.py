@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trifold.modeling.errors import UserError
+from trifold.pretrain.storage.foreign_files import check_settings
 from trifold.pretrain.storage.json_files import read_json_object
 
 # the settings that name it, in order of precedence; and the usual names, for folders that name none at all
@@ -34,6 +35,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     contents = "a tokenizer folder holds tokenizer.json and tokenizer_config.json"
     spec = read_json_object(folder / "tokenizer.json", contents)
     settings = read_json_object(folder / "tokenizer_config.json", contents)
+    check_settings(folder / "tokenizer_config.json", settings)
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     for name in _NAMES:
         token = settings.get(name)

@@ -34,6 +34,7 @@ from trifold.pretrain.data.tokenizer import special_tokens
 from trifold.pretrain.data.tokenizer.piece_tables import BYTE, sentence_ends, word_starts
 from trifold.pretrain.data.tokenizer.word_cache import WordCache, can_split_words
 from trifold.pretrain.storage.fingerprint import fingerprint
+from trifold.pretrain.storage.json_files import check_regular_file
 
 _SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -53,6 +54,7 @@ _CUT = {
         },
     ],
 }
+MAX_VOCAB_SIZE = 1 << 22
 _PASSES = 20  # training looks at no more than this many times the text that it samples
 # characters of a line that SentencePiece trains on: it looks at every substring that occurs twice before it
 # cuts at spaces, and two equal lines of n characters cost n**2 / 2
@@ -98,6 +100,10 @@ class Tokenizer:
         ids = self._fast.get_vocab()
         pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = max(pieces) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:  # tables of this size follow
+            raise UserError(
+                f"tokenizer.json has the id {max(pieces):,}; vocabularies of at most {MAX_VOCAB_SIZE:,} are read"
+            )
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         self._words: WordCache | None = None
         if self.is_trained_here and can_split_words(spec):
@@ -128,12 +134,14 @@ class Tokenizer:
         model_file, name = folder / "tokenizer.model", folder / "tokenizer.json"
         try:
             spec, settings = special_tokens.read(folder)
+            if model_file.exists():
+                check_regular_file(model_file)
             model = model_file.read_bytes() if model_file.exists() else None
             return cls(spec, settings, model, str(name))
         except (UserError, OSError):
             raise
         except BaseException as error:  # `tokenizers` raises nothing narrower for what it cannot read
-            if not (isinstance(error, Exception) or _is_panic(error)):
+            if not (isinstance(error, Exception) or is_panic(error)):
                 raise
             raise UserError(
                 f"{name} is JSON, but no tokenizer ({type(error).__name__}: {error}); train or copy the"
@@ -145,7 +153,7 @@ class Tokenizer:
         try:
             yield
         except BaseException as error:
-            if not _is_panic(error):
+            if not is_panic(error):
                 raise
             raise UserError(
                 f"{self._name} fails on this text ({error}): `tokenizers` cannot apply one of its rules, such"
@@ -159,6 +167,29 @@ class Tokenizer:
         if self.is_trained_here:
             return [self.bos], [] if family == "decoder" else [self.eos]
         return self._template()
+
+    def pair_special_tokens(self) -> tuple[list[int], list[int], list[int]]:
+        """What stands before, between and after two texts that an encoder reads as one, as the published
+        tokenizer puts it (RoBERTa has two </s> between them); BOS, EOS and EOS where it puts nothing.
+        """
+        default = [self.bos], [self.eos], [self.eos]
+        if self.is_trained_here:
+            return default
+        encoding = self._fast.encode("a", "a")
+        first, second = ([i for i, text in enumerate(encoding.sequence_ids) if text == n] for n in (0, 1))
+        ids = encoding.ids
+        found = ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
+        return found if all(found) else default
+
+    @property
+    def gives_token_types(self) -> bool:
+        """Whether the published tokenizer tells a model that the second of two texts has type 1, as BERT's
+        does.
+        """
+        names = self._settings.get("model_input_names")
+        if self.is_trained_here or (names is not None and "token_type_ids" not in names):
+            return False
+        return self._fast.encode("a", "a").type_ids[-1] == 1
 
     def decoder_target(self, ids: Sequence[int]) -> list[int]:
         """What a decoder that reads a source writes after `start`: the text with its special tokens, without
@@ -237,8 +268,10 @@ class Tokenizer:
         return dict(json.loads(template.__getstate__()))
 
 
-def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code of `tokenizers` panicked: its exception can be caught by no other name."""
+def is_panic(error: BaseException) -> bool:
+    """Whether an error comes from a panic in `tokenizers`, such as a regular expression that backtracks without
+    end; its class is not exported, and no Exception.
+    """
     return type(error).__name__ == "PanicException"
 
 

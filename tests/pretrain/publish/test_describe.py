@@ -42,7 +42,7 @@ def test_it_describes_what_is_read_and_what_is_dropped(tmp_path: Path) -> None:
         if "pooler" not in name
     )
     assert lines["parameters"].startswith(f"{parameters:,} (float32")
-    assert lines["dropped"].startswith("bert.pooler.dense.weight: ")
+    assert lines["carried"].startswith("bert.pooler.dense.weight: ") and "dropped" not in lines
     assert lines["tokenizer"] == "Unigram, 400 tokens" and lines["trainable"].startswith("yes")
     assert lines["publishable"] == "yes, as BertForMaskedLM"
 
@@ -60,7 +60,7 @@ def test_a_missing_head_is_described_as_initialised(tmp_path: Path) -> None:
     folder_of("RoBERTa", tmp_path)
     transformers.RobertaModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "bare")
     lines = dict(describe(tmp_path / "bare"))
-    assert lines["initialised"].startswith("head.bias, head.dense.bias") and "pooler" in lines["dropped"]
+    assert lines["initialised"].startswith("head.bias, head.dense.bias") and "pooler" in lines["carried"]
     assert lines["trainable"] == "no: it has no tokenizer" and "tokenizer" in lines["tokenizer"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from tests.pretrain.data.tokenizer.stock_tokenizers import stock_folder
 from tests.pretrain.publish.runs import make_run, no_event, save
 from tests.published import random_model, tokenizer
 from trifold.modeling import huggingface
@@ -225,3 +227,20 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
     assert nothing_else_in(tmp_path, {"run"})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bert", "bert"), ("bert", "roberta"), ("bart", "bart"), ("t5", "t5")]
+)
+def test_the_example_of_the_card_hides_text_as_its_tokenizer_does(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", name, vocab_size=600)
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    stock_folder(kind, tmp_path / "run" / "tokenizer")
+    out = publish(tmp_path / "run", tmp_path / "out", on_event=no_event)
+    card = (out / published_folder.CARD).read_text()
+    hidden = {"bert": "is [MASK].", "roberta": "is <mask>.", "bart": " <mask>.", "t5": "<extra_id_0>."}[kind]
+    assert hidden in card
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(example, {"folder": str(out)})
