@@ -29,8 +29,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 STARTS_PROCESSES = frozenset(
     {"run_processes", "subprocess", "multiprocessing", "ray", "ray_cluster", "hosts"}
 )
-# ... loads a class of transformers, which takes seconds to import, or trains a run.
-SLOW_NAMES = STARTS_PROCESSES | {"transformers"}
+# ... loads a class of transformers, reads the large schemas of KubeRay, or trains a run.
+SLOW_NAMES = STARTS_PROCESSES | {"transformers", "jsonschema"}
 TRAINS = ("trifold.pretrain.run.train", "trifold.finetune.run.train")
 
 

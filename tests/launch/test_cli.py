@@ -51,7 +51,7 @@ def test_a_storage_that_holds_another_run_of_this_name_is_rejected_and_a_renamed
             "no Ray cluster answers at 127.0.0.1:1",
         ),
         (["pretrain", "tiny.yaml", "data.sources.0.path=nowhere.txt"], "nowhere.txt"),
-        (["pretrain", "tiny.yaml", "run=tiny.yaml"], "File exists (tiny.yaml)"),
+        (["pretrain", "tiny.yaml", "run=tiny.yaml"], "Not a directory (tiny.yaml"),
         (["publish", "nowhere", "--out", "out"], "nowhere"),
         (["verify", "nowhere"], "nowhere"),
         (["generate", "nowhere", "text"], "nowhere"),

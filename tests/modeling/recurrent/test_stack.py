@@ -252,7 +252,7 @@ def test_dials_that_do_nothing_and_those_that_are_missing_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(**good | change)
-    with pytest.raises(UserError, match=r"engine\.recompute goes block by block"):
+    with pytest.raises(UserError, match=r"engine\.recompute recomputes transformer blocks"):
         build(RECURRENT["gru decoder"], 0).recompute(True)
 
 

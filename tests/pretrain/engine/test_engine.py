@@ -66,8 +66,8 @@ def spoiled_by(kinds: list[str]) -> Callable[[Transformer], None]:
         forward = model.forward
 
         def spoiled_forward(*args: Any, **kwargs: Any) -> Any:
-            loss = forward(*args, **kwargs)
-            return SPOIL[kinds.pop()](loss) if kinds else loss
+            losses = forward(*args, **kwargs)
+            return losses._replace(total=SPOIL[kinds.pop()](losses.total)) if kinds else losses
 
         model.forward = spoiled_forward
 

@@ -54,9 +54,14 @@ def spoil(rows: set[int]) -> None:
                 micro.tokens[:] = POISON
         return loaded
 
-    def huge(self: Transformer, batch: Any, **options: Any) -> Any:
-        loss = forward(self, batch, **options)
-        return loss if options or not (batch.tokens == POISON).all() else 1000 * loss
+    def huge(self: Transformer, batch: Any) -> Any:
+        losses = forward(self, batch)
+        trains = losses.correct is None
+        return (
+            losses._replace(total=1000 * losses.total)
+            if trains and (batch.tokens == POISON).all()
+            else losses
+        )
 
     Loader.share, Transformer.forward = spoilt, huge
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.pretrain.engine.small_engine import engine_of, recipe, share, train
 from tests.processes import run_processes
@@ -22,10 +22,11 @@ def _partly_used(model: Transformer) -> None:
     model.early, model.late = nn.Parameter(torch.full((2, 5), 0.5)), nn.Parameter(torch.full((3,), 0.5))
     forward, calls = model.forward, list[None]()
 
-    def forward_and_more(*args: Any) -> Tensor:
+    def forward_and_more(*args: Any) -> Any:
         calls.append(None)
         more = {1: model.early.square().sum(), 0: model.late.sum()}.get(len(calls) % 4, 0)
-        return forward(*args) + 3 * more
+        losses = forward(*args)
+        return losses._replace(total=losses.total + 3 * more)
 
     model.forward = forward_and_more
 
