@@ -1,10 +1,12 @@
 """What Trifold prints: one console, which never passes a control character on to the terminal.
 
 File names, column names and values of config.json come from strangers. An escape sequence in one of them could
-clear the screen or forge a line, so each control character is printed as its Python escape.
+clear the screen or forge a line, so each control character is printed as its Python escape. Passwords and keys
+are masked.
 """
 
 import io
+import os
 import re
 import sys
 from typing import Any
@@ -17,10 +19,28 @@ from rich.text import Text
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
+# NAME:PASSWORD@ or a token before @ in a URL (a port is neither), a signature in its query, a hub token
+_SECRET = re.compile(
+    r"(?<=://)[^\s/:@]*:(?!\d+/)\S+(?=@)"
+    r"|(?<=://)[^\s/:@]{16,}(?=@)"
+    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
+    r"|\bhf_[A-Za-z0-9]{16,}"
+)
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)(_ID|_KEY)?$", re.IGNORECASE)
+_MASK = "***"
+
 
 def visible(text: str) -> str:
-    r"""The text with each control character as its escape: ESC becomes `\x1b`."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    r"""The text with secrets masked and each control character as its escape: ESC becomes `\x1b`."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], mask_secrets(text))
+
+
+def mask_secrets(text: str) -> str:
+    """The text without passwords in URLs, hub tokens, and values of variables such as AWS_SECRET_ACCESS_KEY."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, _MASK)
+    return _SECRET.sub(_MASK, text)
 
 
 class Terminal(Console):

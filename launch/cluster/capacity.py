@@ -1,9 +1,8 @@
-"""How many workers of a run the cluster has room for: in, a recipe's `cluster`; out, a number between its
-least and its most.
+"""How many workers of a run fit on the cluster: a number between `cluster.min_workers` and `cluster.workers`.
 
-What other runs hold is not counted: this one begins with what is free, and takes more in when they end. A
-host counts while Ray calls it alive, nobody drains it, and it takes a connection: Ray needs up to 10 s to
-notice a dead one, and a group placed on it would wait for as long.
+What other runs use is not counted: a run starts with what is free and grows when others end. A host counts
+while Ray reports it alive, nobody drains it, and it accepts a connection: Ray takes up to 10 s to notice a
+dead one, and a group placed on it would wait for as long.
 """
 
 import socket
@@ -11,131 +10,136 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
 
+from trifold.launch.cluster.timing import Timing
 from trifold.launch.recipe.schema import ClusterConfig
 from trifold.modeling.errors import UserError
 
-ANSWER = 1.0  # seconds in which a host takes a connection
-GIVEN_BACK = 2.0  # seconds in which Ray counts as free what a group held that has ended
-# seconds for which room must have stayed the same before a running group is ended for it: hosts often come
-# together
-SETTLED = 5.0
+POLL = 0.5  # seconds between two counts while workers are waited for
 
-
-def needs(cluster: ClusterConfig) -> dict[str, float]:
-    """What one worker takes of a host."""
-    return {"CPU": cluster.cpus_per_worker} | (
-        {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
-    )
+Reclaimable = dict[
+    str, dict[str, float]
+]  # by host: resources that this run gives back when a worker needs them
 
 
 class FreeWorkers(NamedTuple):
-    """For how many workers there is room, up to `cluster.workers`."""
+    """How many workers fit, up to `cluster.workers`."""
 
     free: int
-    whole: int  # if nobody else used these hosts
+    total: int  # if nobody else used these hosts
 
 
-Reclaimable = dict[str, dict[str, float]]  # by host: what this run uses there for want of more workers
+def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker uses of a host."""
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return resources
 
 
 def free_workers(
-    cluster: ClusterConfig, sharing: int, mine: Counter[str] | None = None, lent: Reclaimable | None = None
+    cluster: ClusterConfig,
+    group_size: int,
+    timing: Timing,
+    running: Counter[str] | None = None,
+    reclaimable: Reclaimable | None = None,
 ) -> FreeWorkers:
-    """Room on the hosts that are there, for groups of `sharing` workers each; `mine`: this run's workers by
-    host, who have theirs; `lent`: what it would give up for others.
+    """How many workers fit on the available hosts, in groups of `group_size` that share rows.
+
+    `running` counts this run's workers by host, `reclaimable` are resources that it would give back.
     """
-    mine, lent = mine or Counter(), lent or {}
-    there, free = (
-        hosts(),
-        ray._private.state.available_resources_per_node(),
-    )  # private: what is public adds all hosts up
-    fits = (
-        mine[node["NodeID"]] + _fits(cluster, *(of.get(node["NodeID"], {}) for of in (free, lent)))
-        for node in there
-    )
-    found = sum(fits), sum(_fits(cluster, node["Resources"]) for node in there)
-    return FreeWorkers(*(min(cluster.workers, number) // sharing * sharing for number in found))
+    running, reclaimable = running or Counter(), reclaimable or {}
+    # private: the public function adds all hosts up
+    available = ray._private.state.available_resources_per_node()
+    free = total = 0
+    for node in hosts(timing):
+        name = node["NodeID"]
+        free += running[name] + _num_fitting(cluster, available.get(name, {}), reclaimable.get(name, {}))
+        total += _num_fitting(cluster, node["Resources"])
+    rounded = [min(cluster.workers, number) // group_size * group_size for number in (free, total)]
+    return FreeWorkers(*rounded)
 
 
-def hosts() -> list[dict[str, Any]]:
-    """Ray's own records of the hosts that are there."""
-    leaving = drained()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+def hosts(timing: Timing) -> list[dict[str, Any]]:
+    """Ray's records of the available hosts."""
+    draining = draining_hosts()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(32) as pool:
-        return [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
+        reachable = list(pool.map(partial(_is_reachable, timeout=timing.connect), nodes))
+    return [node for node, answers in zip(nodes, reachable, strict=True) if answers]
 
 
-def drained() -> dict[str, int]:
-    """The hosts that Ray is taking away, with the time at which they are gone."""
-    return dict(ray._private.state.state.get_draining_nodes())  # private: nothing public tells
+def draining_hosts() -> dict[str, int]:
+    """The hosts that Ray is taking away, each with the time at which it will be gone."""
+    return dict(ray._private.state.state.get_draining_nodes())  # private: there is no public way
 
 
 def wait_for_workers(
     cluster: ClusterConfig,
-    sharing: int,
+    group_size: int,
     seconds: float,
-    waiting: Callable[..., None],
-    asked: Callable[[], bool],
+    on_wait: Callable[..., None],
+    stop_requested: Callable[[], bool],
+    timing: Timing,
 ) -> int:
-    """How many workers fit, once they are enough. After `seconds` that they were not, or `asked()`, UserError
-    says what there is.
+    """Return how many workers fit, as soon as they are at least `cluster.min_required`.
 
-    `waiting(fit=, least=, seconds=)` hears that it takes time.
+    `on_wait(fit=, least=, seconds=)` is called once if it takes time. Raises UserError after `seconds`, or when
+    `stop_requested()`, with what there is.
     """
-    began, told = time.monotonic(), False
+    start, reported = time.monotonic(), False
     while True:
-        (fit, whole), waited = free_workers(cluster, sharing), time.monotonic() - began
-        enough, settled = fit >= cluster.min_required, fit == whole or waited >= GIVEN_BACK
+        fit, total = free_workers(cluster, group_size, timing)
+        waited = time.monotonic() - start
+        enough = fit >= cluster.min_required
+        settled = fit == total or waited >= timing.release
         if enough and settled:
             return fit
-        if not enough and (asked() or (settled and waited >= seconds)):
+        if not enough and (stop_requested() or (settled and waited >= seconds)):
             raise UserError(_too_few(cluster, fit, seconds))
-        if not enough and settled and not told:
-            waiting(fit=fit, least=cluster.min_required, seconds=seconds)
-            told = True
-        time.sleep(0.5)
+        if not enough and settled and not reported:
+            on_wait(fit=fit, least=cluster.min_required, seconds=seconds)
+            reported = True
+        time.sleep(POLL)
 
 
 class ResizePolicy:
-    """Whether a running group of `workers` should give way to one of another size: hosts have come, or are
-    about to be taken away.
-    """
+    """Decides whether a running group of `workers` gives way to one of another size."""
 
-    def __init__(self, cluster: ClusterConfig, sharing: int, workers: int) -> None:
-        self.cluster, self.sharing, self.workers, self._fit, self._since = (
-            cluster,
-            sharing,
-            workers,
-            workers,
-            time.monotonic(),
-        )
+    def __init__(self, cluster: ClusterConfig, group_size: int, workers: int, timing: Timing) -> None:
+        self.cluster, self.group_size, self.workers, self.timing = cluster, group_size, workers, timing
+        self._fit, self._since = workers, time.monotonic()
 
-    def wanted(self, mine: Counter[str], lent: Reclaimable) -> int | None:
-        """The other size: more, once it has been the same for a while, or fewer, where hosts are drained (of
-        dead ones the group fails).
+    def new_size(self, running: Counter[str], reclaimable: Reclaimable) -> int | None:
+        """A larger size, once it has been stable for a while; a smaller one where hosts are being drained (when a
+        host dies the group fails instead). None to stay.
         """
-        now, fit = time.monotonic(), free_workers(self.cluster, self.sharing, mine, lent).free
+        now = time.monotonic()
+        fit = free_workers(self.cluster, self.group_size, self.timing, running, reclaimable).free
         if fit != self._fit:
             self._fit, self._since = fit, now
-        grown = fit > self.workers and now - self._since >= SETTLED
-        return fit if grown or (fit < self.workers and drained()) else None
+        grows = fit > self.workers and now - self._since >= self.timing.resize
+        shrinks = fit < self.workers and bool(draining_hosts())
+        return fit if grows or shrinks else None
 
 
-def _fits(cluster: ClusterConfig, *there: dict[str, float]) -> int:
-    return min(
-        int(sum(part.get(kind, 0) for part in there) / amount + 1e-6)
-        for kind, amount in needs(cluster).items()
-    )
+def _num_fitting(cluster: ClusterConfig, *resources: dict[str, float]) -> int:
+    """Workers that fit into the sum of these resources of one host."""
+    counts = []
+    for kind, amount in resources_per_worker(cluster).items():
+        available = sum(resource.get(kind, 0) for resource in resources)
+        counts.append(int(available / amount + 1e-6))
+    return min(counts)
 
 
-def _answers(node: dict[str, Any]) -> bool:
+def _is_reachable(node: dict[str, Any], timeout: float) -> bool:
     try:
         socket.create_connection(
-            (node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER
+            (node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=timeout
         ).close()
     except OSError:
         return False
@@ -144,16 +148,14 @@ def _answers(node: dict[str, Any]) -> bool:
 
 def _too_few(cluster: ClusterConfig, fit: int, seconds: float) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    each = " and ".join(f"{amount:g} {kind}s" for kind, amount in needs(cluster).items())
-    all_of = " and ".join(
-        f"{amount * cluster.min_required:g} {kind}s ({total.get(kind, 0):g} there, {free.get(kind, 0):g} of them"
-        " free)"
-        for kind, amount in needs(cluster).items()
-    )
+    each, required = [], []
+    for kind, amount in resources_per_worker(cluster).items():
+        each.append(f"{amount:g} {kind}s")
+        present = f"{total.get(kind, 0):g} present, {free.get(kind, 0):g} of them free"
+        required.append(f"{amount * cluster.min_required:g} {kind}s ({present})")
     waited = f" after {seconds:g} s" if seconds else ""
     return (
-        f"{cluster.min_required} workers need {all_of}{waited}: {fit} fit, with {each} each. Lower cluster.workers,"
-        " let it begin with fewer"
-        " (cluster.min_workers), or let it wait longer for hosts (cluster.wait_at_start=600,"
-        " cluster.wait_after_loss)."
+        f"{cluster.min_required} workers need {' and '.join(required)}{waited}: {fit} fit, with"
+        f" {' and '.join(each)} each. Lower cluster.workers, allow a smaller start with cluster.min_workers, or"
+        " wait longer for hosts with cluster.wait_at_start=600 (cluster.wait_after_loss after a failure)."
     )

@@ -1,10 +1,9 @@
-"""Scores of a checkpoint: in, the name of a committed one; out, losses of the recipe's held-out texts, and
-what its tasks make of it.
+"""Scores of a committed checkpoint: losses on the recipe's held-out texts, and scores of its tasks.
 
-A text is scored as training scores its own held-out rows. A task's recipe is taught to the weights that would
-be published, by the code of `trifold finetune`, in a folder that goes again; without the gate of the stock
-class, which can wait until somebody publishes. One process, no Ray, and it writes nothing into the run
-folder. Cost: the checkpoint is read once, then each text once, and each task's own steps.
+A text is scored as training scores its own held-out rows. For a task, the weights that would be published are
+fine-tuned by the code of `trifold finetune` in a temporary folder; the comparison with the Hugging Face class is
+left to `publish`. One process, no Ray, and nothing is written into the run folder. Cost: the checkpoint is read
+once, then each text once, plus each task's own steps.
 """
 
 import tempfile
@@ -44,11 +43,11 @@ from trifold.pretrain.run import shards_folder
 from trifold.pretrain.storage.json_files import read_json_object
 from trifold.pretrain.storage.storage import checkpoint_root
 
-Tasks = dict[str, FinetuneRecipe]  # by name, as they begin from a checkpoint
+Tasks = dict[str, FinetuneRecipe]  # by name, to be fine-tuned from a checkpoint
 
 
 def resolve_tasks(config: PretrainRecipe) -> Tasks:
-    """The tasks that `scoring` names. Raises UserError where a recipe cannot be read or a text is not there."""
+    """The tasks that `scoring` names. Raises UserError where a recipe cannot be read or a text is missing."""
     for name, sources in config.scoring.held_out.items():
         with _error_context(f"scoring.held_out.{name}"):
             for source in sources:
@@ -64,8 +63,8 @@ def resolve_tasks(config: PretrainRecipe) -> Tasks:
 
 
 def prepare(config: PretrainRecipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
-    """Tokenize the texts, and read every task's examples. Raises UserError where the model or its tokenizer
-    cannot do one of them.
+    """Tokenize the texts and read the examples of all tasks. Raises UserError where the model or its tokenizer
+    cannot do a task.
     """
     vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
     for name, sources in config.scoring.held_out.items():
@@ -94,63 +93,61 @@ class Scorer:
         self.rank_info = RankInfo.single("cuda" if config.scoring.gpus else "cpu", threads)
 
     def score(self, name: str) -> dict[str, Any]:
-        """A line for the metrics: step, checkpoint, and every score as NAME/SCORE. UserError where the
-        checkpoint is damaged or gone.
+        """A line for the metrics: step, checkpoint, and each score as NAME/SCORE. Raises UserError where the
+        checkpoint is damaged or deleted.
         """
-        began = time.monotonic()
+        start = time.monotonic()
         checkpoint, model_config, state = self._read(name)
         scores: dict[str, Any] = {}
         model = SingleProcessModel(model_config, state, self.rank_info.device)
         for text in self.config.scoring.held_out:
             rows = _rows(self.config, text)
-            found = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.config.micro_rows)
-            scores |= {f"{text}/{score}": value for score, value in found.items()}
+            metrics = evaluate(model, rows, num_rows=rows.num_rows, micro_rows=self.config.micro_rows)
+            scores |= {f"{text}/{score}": value for score, value in metrics.items()}
         for task in self.tasks:
-            found = self._finetune_and_score(
+            metrics = self._finetune_and_score(
                 self.tasks[task], model_config, state, checkpoint.state.fingerprint
             )
-            scores |= {f"{task}/{score}": value for score, value in found.items()}
+            scores |= {f"{task}/{score}": value for score, value in metrics.items()}
         return {
             "step": checkpoint.state.step,
             "checkpoint": name,
             **scores,
-            "scoring_seconds": time.monotonic() - began,
+            "scoring_seconds": time.monotonic() - start,
         }
 
     def _read(self, name: str) -> tuple[Checkpoint, ModelConfig, dict[str, Tensor]]:
-        """A checkpoint, verified, and its model in memory: from here on it may be deleted."""
+        """Verify a checkpoint and read its model into memory; afterwards it may be deleted."""
         folder = checkpoint_root(self.run, self.config.checkpoints.storage) / "checkpoints" / name
         try:
             verify(folder)
             checkpoint = open_checkpoint(folder)
             return checkpoint, *read_checkpoint_model(checkpoint)
         except (CorruptCheckpoint, FileNotFoundError) as error:
-            gone = not (folder / COMMIT).exists()
+            deleted = not (folder / COMMIT).exists()
             raise UserError(
-                "it was deleted before it was read (checkpoints.keep_last)" if gone else str(error)
+                "it was deleted before it was read (checkpoints.keep_last)" if deleted else str(error)
             ) from error
 
     def _finetune_and_score(
         self, task: FinetuneRecipe, model_config: ModelConfig, state: dict[str, Tensor], fingerprint: str
     ) -> dict[str, float]:
-        """The scores of a task's best step on all of its dev examples, that which chose it first."""
-        with tempfile.TemporaryDirectory(prefix="trifold-") as here:
-            folder, vocabulary = Path(here) / "model", Tokenizer.open(self.run / "tokenizer")
+        """The dev scores of a task's best step; the score that selected it comes first."""
+        with tempfile.TemporaryDirectory(prefix="trifold-") as temporary:
+            folder, vocabulary = Path(temporary) / "model", Tokenizer.open(self.run / "tokenizer")
             folder.mkdir()
             published_folder.write_folder(folder, model_config, state, vocabulary)
             published_folder.write_record(folder, model_config, vocabulary, fingerprint, {})
             model = task.model.model_copy(update={"folder": str(folder)})
-            taught = task.model_copy(update={"run": f"{here}/run", "model": model})
-            trifold.finetune.run.prepare(taught, lambda what, done: None)
-            trifold.finetune.run.train(taught, self.rank_info)
-            found = read_json_object(Path(here) / "run" / "scores.json")
+            config = task.model_copy(update={"run": f"{temporary}/run", "model": model})
+            trifold.finetune.run.prepare(config, lambda what, done: None)
+            trifold.finetune.run.train(config, self.rank_info)
+            found = read_json_object(Path(temporary) / "run" / "scores.json")
         return {found["best"]: found["scores"][found["best"]], **found["scores"]}
 
 
 def score_here(config: PretrainRecipe, tasks: Tasks) -> None:
-    """Score the last checkpoint in this process, which has trained it. What goes wrong is told, and ends
-    nothing.
-    """
+    """Score the last checkpoint in this process, which has trained it. An error is recorded and ends nothing."""
     run = Path(config.run)
     name = valid_folders(checkpoint_root(run, config.checkpoints.storage))[-1].name
     if name not in scored_checkpoints(run):
@@ -161,12 +158,12 @@ def score_here(config: PretrainRecipe, tasks: Tasks) -> None:
 
 
 def why(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """An error in one line."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def flush_scores(config: AnyRecipe) -> None:
-    """Take the scores that came after the last step into the metrics: the ranks have ended, and this process
+    """Move the scores that arrived after the last step into the metrics. The ranks have ended, so this process
     writes for them.
     """
     run = Path(config.run)
@@ -177,7 +174,7 @@ def flush_scores(config: AnyRecipe) -> None:
 
 
 class SingleProcessModel:
-    """A model that scores rows by itself, as the engine does with all ranks."""
+    """A model that scores rows in one process, with the interface of the engine."""
 
     rank, world, counts = 0, 1, True
 
@@ -196,7 +193,7 @@ class SingleProcessModel:
 
 
 def _folders(config: PretrainRecipe, name: str) -> list[Path]:
-    """Where the token shards of a text's sources are."""
+    """The token shards of a text's sources."""
     return [
         shards_folder(config) / f"scoring-{name}-{number}"
         for number in range(len(config.scoring.held_out[name]))
@@ -204,7 +201,7 @@ def _folders(config: PretrainRecipe, name: str) -> list[Path]:
 
 
 def _rows(config: PretrainRecipe, name: str, processes: int = 1) -> Rows:
-    """A text's rows, under the recipe's objective: all of its documents, as of `data.heldout`."""
+    """A text's rows under the recipe's objective: all of its documents, as with `data.heldout`."""
     vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
     shards = [Shards(folder / "train") for folder in _folders(config, name)]
     for corpus in shards:
@@ -214,8 +211,8 @@ def _rows(config: PretrainRecipe, name: str, processes: int = 1) -> Rows:
 
 @contextmanager
 def _error_context(key: str) -> Iterator[None]:
-    """Say of which key a refusal is."""
+    """Prefix a UserError with the key it is about."""
     try:
         yield
-    except UserError as refusal:
-        raise UserError(f"{key}: {refusal}") from refusal
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error

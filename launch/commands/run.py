@@ -120,9 +120,9 @@ def stopping(folder: Path) -> Iterator[StopSignal]:
 def _connect(config: AnyRecipe, address: str | None) -> None:
     """Join the cluster before anything is written. Raises UserError where none answers."""
     if address is not None and config.cluster.workers > 0:
-        from trifold.launch.cluster import driver
+        from trifold.launch.cluster import connection
 
-        driver.join(address)
+        connection.join(address)
 
 
 def _train_here(

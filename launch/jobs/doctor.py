@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from rich.table import Table
 
-from trifold.launch.cluster import driver
+from trifold.launch.cluster import connection
 from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.findings import Examined, diagnose, groups, network, some
 from trifold.launch.jobs.node_facts import SIZES, Node
@@ -31,7 +31,7 @@ def doctor(address: str | None, storage: Path, console: Terminal) -> None:
     """Examine the cluster at `address` (HOST:PORT), or this machine; UserError when something must be
     mended.
     """
-    driver.join(address)
+    connection.join(address)
     with console.status("asking every node"):
         found = examine(storage)
     console.print(table(found))

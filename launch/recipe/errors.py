@@ -1,7 +1,6 @@
-"""Values that are wrong, told key by key: in, plain values and where each was said; out, typed settings, or
-one sentence for each mistake.
+"""One sentence per invalid recipe key: where it was set, its value, what is allowed, the nearest match.
 
-A sentence says where the key was given, what it holds, what it must be, and the nearest known key or value.
+Plain values and the origin of each come in; typed settings, or UserError with all sentences, come out.
 """
 
 import difflib
@@ -10,7 +9,7 @@ import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,94 +17,162 @@ from pydantic.fields import FieldInfo
 from trifold.modeling.errors import UserError
 
 T = TypeVar("T", bound=BaseModel)
+Location = tuple[int | str, ...]  # as pydantic gives it, with the tags of unions
+
+MAX_SENTENCES = 20
+MAX_KEYS = 10  # unknown keys that one sentence lists
+MAX_LENGTH = 1000  # of a sentence
+
 _UNIONS = (Union, types.UnionType)
+_TYPE_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+_NUMBER_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def validate(kind: type[T], values: dict[str, Any], origins: dict[str, str], file: Path | str) -> T:
     """Values as a `kind`, or UserError with a sentence for each mistake, which names the file or override that
-    said it (`origins`).
+    set the key (`origins`).
     """
     try:
-        return kind.model_validate_json(
-            json.dumps(values)
-        )  # JSON: lists become tuples, and nothing else changes its type
+        # through JSON: lists become tuples, and nothing else changes its type
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_sentences(kind, error, origins, file)))) from None
+        sentences = dict.fromkeys(_Explanation(kind, error, origins, file).sentences())
+        raise UserError("\n".join(_shorten(sentences))) from None
 
 
-def _sentences(
-    kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: Path | str
-) -> Iterator[str]:
-    mistakes = error.errors()
-    unknown: dict[Any, list[str]] = {}
-    for mistake in (mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"):
-        unknown.setdefault(mistake["loc"][:-1], []).append(str(mistake["loc"][-1]))
-    for mistake in mistakes:
-        loc, given, problem = mistake["loc"], mistake["input"], mistake["type"]
-        if problem == "too_short" and any(
-            other["loc"][: len(loc)] == loc and other is not mistake for other in mistakes
-        ):
-            continue  # short only because an item was refused, which is said already
-        key, wanted, beside = _walk(kind, loc)
+def show_value(value: Any) -> str:
+    """A value as it would stand in a recipe, with its type in words."""
+    if value is None:
+        return "null"
+    words = {dict: "a mapping", list: "a list", **_TYPE_WORDS}
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{text if len(text) < 60 else text[:57] + '...'} ({words.get(type(value), type(value).__name__)})"
+
+
+class _Target(NamedTuple):
+    """What the settings say about a location."""
+
+    key: str  # dotted
+    allowed: str  # its type and bounds in words
+    siblings: list[str]  # the keys next to it
+
+
+class _Explanation:
+    """Turns pydantic's errors into sentences."""
+
+    def __init__(
+        self, kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: Path | str
+    ) -> None:
+        self.kind, self.origins, self.file = kind, origins, file
+        self.mistakes = error.errors()
+        self.unknown: dict[Location, list[str]] = {}  # unknown keys by the group of settings they are in
+        for mistake in self.mistakes:
+            if mistake["type"] == "extra_forbidden":
+                self.unknown.setdefault(mistake["loc"][:-1], []).append(str(mistake["loc"][-1]))
+
+    def sentences(self) -> Iterator[str]:
+        explained: set[Location] = set()  # groups of settings whose unknown keys are listed
+        for mistake in self.mistakes:
+            location, problem = mistake["loc"], mistake["type"]
+            if problem == "too_short" and self._has_mistake_inside(location):
+                continue  # short only because an item is invalid, which has its own sentence
+            if problem != "extra_forbidden":
+                yield self._sentence(mistake)
+            elif len(self.unknown[location[:-1]]) <= 2:
+                yield self._unknown_key(location)
+            elif location[:-1] not in explained:
+                explained.add(location[:-1])
+                yield self._unknown_keys(location)
+
+    def _has_mistake_inside(self, location: Location) -> bool:
+        inside = (mistake["loc"] for mistake in self.mistakes if len(mistake["loc"]) > len(location))
+        return any(other[: len(location)] == location for other in inside)
+
+    def _unknown_key(self, location: Location) -> str:
+        key, _, siblings = _target(self.kind, location)
+        nearest = _nearest(key, siblings, known_keys(self.kind))
+        return f"{self._origin(key)}: there is no key `{key}`; {nearest}"
+
+    def _unknown_keys(self, location: Location) -> str:
+        """One sentence for several, as when `model.from` meets a recipe that gives a shape too."""
+        key, _, siblings = _target(self.kind, location)
+        parent = key.rpartition(".")[0]
+        names = self.unknown[location[:-1]]
+        listed = ", ".join(names[:MAX_KEYS])
+        if len(names) > MAX_KEYS:
+            listed += f" and {len(names) - MAX_KEYS:,} more"
+        group = f"`{parent}`" if parent else "a recipe"
+        return (
+            f"{self._origin(parent)}: {group} has no keys {listed}; with what else it says, it has"
+            f" {', '.join(siblings)}."
+        )
+
+    def _sentence(self, mistake: Any) -> str:
+        value, problem = mistake["input"], mistake["type"]
+        key, allowed, _ = _target(self.kind, mistake["loc"])
         if problem.startswith("union_tag"):
-            key, wanted = f"{key}.kind", wanted.removeprefix("a mapping whose kind is ")
-            given = given.get("kind")
-        where = f"{_origin(key, origins, file)}: "
-        if (
-            problem == "extra_forbidden" and len(unknown[loc[:-1]]) > 2
-        ):  # as when model.from meets a recipe that gives a shape too
-            parent = key.rpartition(".")[0]
-            origin = _origin(parent, origins, file)
-            yield f"{origin}: `{parent}` has no keys {', '.join(unknown[loc[:-1]])}; with what else it says, it has {', '.join(beside)}."
-        elif problem == "extra_forbidden":
-            yield f"{where}there is no key `{key}`; {_nearest(key, beside, _known(kind))}"
-        elif problem == "value_error":
-            yield f"{where}{f'`{key}`: ' if key else ''}{mistake['ctx']['error']}."
-        elif problem in ("missing", "union_tag_not_found"):
-            yield f"{where}`{key}` is missing; it must be {wanted}."
-        else:
-            near = (
-                difflib.get_close_matches(str(given), re.findall(r"[\w-]+", wanted), 1)
-                if wanted.startswith("one of")
-                else []
-            )
-            yield f"{where}`{key}` is {show_value(given)}; it must be {wanted}." + (
-                f" Did you mean {near[0]}?" if near else ""
-            )
+            key, allowed = f"{key}.kind", allowed.removeprefix("a mapping whose kind is ")
+            value = value.get("kind")
+        origin = self._origin(key)
+        if problem == "value_error":
+            prefix = f"`{key}`: " if key else ""
+            return f"{origin}: {prefix}{mistake['ctx']['error']}."
+        if problem in ("missing", "union_tag_not_found"):
+            return f"{origin}: `{key}` is missing; it must be {allowed}."
+
+        near: list[str] = []
+        if allowed.startswith("one of"):
+            near = difflib.get_close_matches(str(value)[:100], re.findall(r"[\w-]+", allowed), 1)
+        question = f" Did you mean {near[0]}?" if near else ""
+        return f"{origin}: `{key}` is {show_value(value)}; it must be {allowed}.{question}"
+
+    def _origin(self, key: str) -> str:
+        """Where a key was set; else the nearest one above or below it."""
+        names = key.split(".")
+        for length in range(len(names), 0, -1):
+            prefix = ".".join(names[:length])
+            if prefix in self.origins:
+                return self.origins[prefix]
+            for known in reversed(self.origins):
+                if known.startswith(prefix + "."):
+                    return self.origins[known]
+        return str(self.file)
 
 
-def _origin(key: str, origins: dict[str, str], file: Path | str) -> str:
-    """Where a key, or else the nearest thing above or below it, was said."""
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        for known, origin in reversed(origins.items()):
-            if known == prefix or known.startswith(prefix + "."):
-                return origin
-    return str(file)
+def _shorten(sentences: dict[str, None]) -> list[str]:
+    lines = []
+    for sentence in list(sentences)[:MAX_SENTENCES]:
+        lines.append(sentence if len(sentence) <= MAX_LENGTH else sentence[: MAX_LENGTH - 3] + "...")
+    if len(sentences) > MAX_SENTENCES:
+        lines.append(f"... and {len(sentences) - MAX_SENTENCES:,} more mistakes.")
+    return lines
 
 
-def _nearest(key: str, beside: list[str], known: list[str]) -> str:
-    """The known key most like this one, beside it first, else the same last word elsewhere; else what is
-    known beside it.
-    """
+def _nearest(key: str, siblings: list[str], known: list[str]) -> str:
+    """The known key most like this one: a sibling first, else the same last word elsewhere; else all siblings."""
     parent, dot, last = key.rpartition(".")
-    near = [f"{parent}{dot}{word}" for word in difflib.get_close_matches(last, beside, 1)]
-    near += [k for k in known if k.rpartition(".")[2] == last and k != key]
-    return f"did you mean `{near[0]}`?" if near else f"known there: {', '.join(beside)}."
+    near = [f"{parent}{dot}{word}" for word in difflib.get_close_matches(last[:100], siblings, 1)]
+    near += [name for name in known if name.rpartition(".")[2] == last and name != key]
+    return f"did you mean `{near[0]}`?" if near else f"known there: {', '.join(siblings)}."
 
 
-def _known(annotation: Any, prefix: str = "") -> list[str]:
+def known_keys(annotation: Any, prefix: str = "") -> list[str]:
     """Every dotted key below a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [
-            k
-            for name, f in _fields(annotation).items()
-            for k in (prefix + name, *_known(f.annotation, f"{prefix}{name}."))
-        ]
+        keys = []
+        for name, field in _fields(annotation).items():
+            keys.append(prefix + name)
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        return keys
     if get_origin(annotation) is tuple:
-        return _known(get_args(annotation)[0], f"{prefix}0.")
-    return [k for inner in get_args(annotation) for k in _known(inner, prefix)]
+        return known_keys(get_args(annotation)[0], f"{prefix}0.")
+    return [key for inner in get_args(annotation) for key in known_keys(inner, prefix)]
 
 
 def _fields(kind: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -113,94 +180,78 @@ def _fields(kind: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
-def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
-    """The dotted key of a pydantic location (without its union tags), what that key must be in words, and the
-    keys beside it.
-    """
+def _target(kind: type[BaseModel], location: Location) -> _Target:
+    """Follow a location of pydantic, which holds tags of unions that are no keys, through the settings."""
     annotation: Any = kind
     field: FieldInfo | None = None
-    parts: list[str] = []
-    beside: list[str] = []
-    for part in loc:
-        choices = list(_choices(annotation).values())
-        if len(choices) > 1 and part in _choices(annotation):
-            annotation = _choices(annotation)[part]
+    names: list[str] = []
+    siblings: list[str] = []
+    for name in location:
+        choices = _choices(annotation)
+        if len(choices) > 1 and name in choices:
+            annotation = choices[name]
             continue
-        parts.append(str(part))
-        beside = list(_fields(choices[0])) if choices else []
-        if get_origin(annotation) in (tuple, dict):
-            annotation, field = get_args(annotation)[get_origin(annotation) is dict], None
-        elif choices and part in beside:
-            field = _fields(choices[0])[str(part)]
+        names.append(str(name))
+        fields = _fields(next(iter(choices.values()))) if choices else {}
+        siblings = list(fields)
+        if get_origin(annotation) is tuple:
+            annotation, field = get_args(annotation)[0], None
+        elif get_origin(annotation) is dict:
+            annotation, field = get_args(annotation)[1], None
+        elif str(name) in fields:
+            field = fields[str(name)]
             annotation = field.annotation
         else:
             annotation, field = None, None
-    return ".".join(parts), _wanted(annotation, field.metadata if field else []), beside
+    return _Target(".".join(names), _allowed(annotation, field.metadata if field else []), siblings)
 
 
 def _choices(annotation: Any, tag: Any = None) -> dict[Any, type[BaseModel]]:
-    """The groups of settings that a type allows, each by the tag that pydantic puts into locations: its kind,
-    else the tag it was given.
+    """The groups of settings that a type allows, by the tag that pydantic puts into locations: the kind, else the
+    tag that was given.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")
         return {kind.default if kind else tag: annotation}
     inner = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return _choices(inner[0], next((a.tag for a in inner[1:] if isinstance(a, Tag)), None))
-    return (
-        {name: choice for a in inner for name, choice in _choices(a).items()}
-        if get_origin(annotation) in _UNIONS
-        else {}
-    )
-
-
-def _wanted(annotation: Any, bounds: list[Any]) -> str:
-    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        tags = [argument.tag for argument in inner[1:] if isinstance(argument, Tag)]
+        return _choices(inner[0], tags[0] if tags else None)
+    choices: dict[Any, type[BaseModel]] = {}
     if get_origin(annotation) in _UNIONS:
-        choices = get_args(annotation)
-        if all(isinstance(c, type) and issubclass(c, BaseModel) for c in choices):
-            return "a mapping whose kind is one of " + ", ".join(
-                c.model_fields["kind"].default for c in choices
-            )
-        return " or ".join(dict.fromkeys(_wanted(choice, bounds) for choice in choices))
+        for member in inner:
+            choices |= _choices(member)
+    return choices
+
+
+def _allowed(annotation: Any, bounds: list[Any]) -> str:
+    """A type and its bounds in words."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in _UNIONS:
+        return _allowed_union(get_args(annotation), bounds)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
-    words: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    word = (
-        "a list" if get_origin(annotation) is tuple else words.get(annotation, "a mapping of keys to values")
-    )
-    signs = (
-        {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-        if annotation in (int, float)
-        else {}
-    )
-    signs = {"min_length": "its length at least"} if word in ("a list", "text") else signs
-    said = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in bounds
-        for name, sign in signs.items()
-        if getattr(bound, name, None) is not None
-    ]
-    return ", ".join([word, *([" and ".join(said)] if said else [])])
+
+    word = _TYPE_WORDS.get(annotation, "a mapping of keys to values")
+    if get_origin(annotation) is tuple:
+        word = "a list"
+    signs: dict[str, str] = {}
+    if annotation in (int, float):
+        signs = _NUMBER_BOUNDS
+    elif word in ("a list", "text"):
+        signs = {"min_length": "its length at least"}
+
+    limits = []
+    for bound in bounds:
+        for name, sign in signs.items():
+            if (limit := getattr(bound, name, None)) is not None:
+                limits.append(f"{sign} {limit}")
+    return ", ".join([word, " and ".join(limits)]) if limits else word
 
 
-def show_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        dict: "a mapping",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-    }
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({names.get(type(value), type(value).__name__)})"
+def _allowed_union(members: tuple[Any, ...], bounds: list[Any]) -> str:
+    if all(isinstance(member, type) and issubclass(member, BaseModel) for member in members):
+        kinds = [member.model_fields["kind"].default for member in members]
+        return "a mapping whose kind is one of " + ", ".join(kinds)
+    return " or ".join(dict.fromkeys(_allowed(member, bounds) for member in members))

@@ -1,13 +1,17 @@
-"""A recipe from YAML: strict, derived from others by `extends:`, changed by dotted overrides, refused key by
-key.
+"""A recipe becomes a config: YAML, derived from other files by `extends:`, changed by dotted overrides, validated
+key by key.
 
-In: a file of configs/ and overrides such as `optimizer.lr=1e-3`. Out: a PretrainRecipe, every value typed and
-bounded, or UserError with one sentence for each mistake. Paths in values are relative to where the command
-runs, `extends:` is relative to the file that says it.
+A file of configs/ and overrides such as `optimizer.lr=1e-3` come in. Out comes a PretrainRecipe or a
+FinetuneRecipe, every value typed and bounded, or UserError with one sentence for each mistake. Paths in values
+are relative to the working directory, those of `extends:` to the file that names them. Recipes read only
+environment variables whose name begins with TRIFOLD_, because the config is written into the run folder, its
+checkpoints and the model card; for the same reason no value may hold a password.
 """
 
 import os
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,24 @@ import yaml
 
 from trifold.launch.recipe.errors import show_value, validate
 from trifold.launch.recipe.schema import AnyRecipe, FinetuneRecipe, PretrainRecipe, R, S
+from trifold.launch.recipe.yaml_loader import MAX_BYTES, MAX_DEPTH, parse
+from trifold.launch.terminal import mask_secrets
 from trifold.modeling.errors import UserError
 from trifold.modeling.settings import Settings
 from trifold.pretrain.config.flatten import flatten
+from trifold.pretrain.storage.atomic import replace_file
 from trifold.pretrain.storage.storage import checkpoint_root
 from trifold.pretrain.storage.storage_path import StoragePath
 
-CLONE = Path(__file__).resolve().parents[2]  # recipes are found from here too, wherever the command runs
+CLONE = Path(__file__).resolve().parents[2]  # the source tree, or the installed package: it has configs/ too
+MAX_MERGES = 100  # files that a recipe extends, counted each time
+PREFIX = "TRIFOLD_"  # of the environment variables that a recipe may read
+
+Values = dict[str, Any]  # of a recipe, before they are validated
+Origins = dict[str, str]  # by dotted key: the file or override that set it
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_HOME_KEYS = ("run", "data.cache", "model.from", "tokenizer.path", "checkpoints.storage", "scoring.tasks.*")
 
 
 def resolve(
@@ -29,208 +44,243 @@ def resolve(
     overrides: list[str] | tuple[str, ...] = (),
     kind: type[R] = PretrainRecipe,  # type: ignore[assignment]
 ) -> R:
-    """The recipe of a file (found from here, else from the clone), with overrides applied and `${NAME}`
-    filled in, checked.
+    """The config of a recipe, found from the working directory or beside Trifold's own, with overrides applied and
+    `${TRIFOLD_NAME}` filled in.
     """
     file = _find_recipe(Path(path))
-    values, origins = _read(file, ())
-    if (
-        file.name == "config.yaml" and (file.parent / "events.jsonl").exists()
-    ):  # a run's own recipe: that run, wherever it was moved to
-        values["run"] = str(file.parent)
+    values, origins = _Files().read(file)
+    if file.name == "config.yaml" and (file.parent / "events.jsonl").exists():
+        values["run"] = str(file.parent)  # of a run folder: that run, wherever it was moved
     _override(values, origins, overrides)
-    said = FinetuneRecipe if "task" in values else PretrainRecipe if "objective" in values else kind
-    if said is not kind:
-        raise UserError(
-            f"{file} is a recipe of `trifold {said.command}`, and one of `trifold {kind.command}` is wanted"
-            " here."
-        )
-    return validate(kind, _expand_environment(values, (), origins, file), origins, file)
+
+    actual = FinetuneRecipe if "task" in values else PretrainRecipe if "objective" in values else kind
+    if actual is not kind:
+        purpose = "fine-tuning" if actual is FinetuneRecipe else "pretraining"
+        raise UserError(f"{file} is a {purpose} recipe: use `trifold {actual.command}`.")
+    return validate(kind, _finish(values, origins, str(file)), origins, file)
 
 
 def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyRecipe:
-    """The recipe of a file, of whichever kind it is: one with a `task` fine-tunes."""
-    values, _ = _read(_find_recipe(Path(path)), ())
+    """The config of a recipe of either kind: one with a `task` fine-tunes."""
+    values, _ = _Files().read(_find_recipe(Path(path)))
     return resolve(path, overrides, FinetuneRecipe) if "task" in values else resolve(path, overrides)
 
 
 def checkpoint_root_of_run(run: Path) -> StoragePath:
-    """Where the run of a folder keeps its checkpoints: as its config.yaml says, in the folder where it has
-    none.
+    """Where the run of a folder keeps its checkpoints: as its config.yaml says, or in the folder itself where it
+    has none.
     """
     file = run / "config.yaml"
     storage = resolve_any(file).checkpoints.storage if file.exists() else None
     return checkpoint_root(run, storage)
 
 
-def apply_overrides(standing: S, overrides: list[str]) -> S:
-    """A group of settings with overrides."""
-    values: dict[str, Any] = standing.model_dump(mode="json")
-    origins: dict[str, str] = {}
+def apply_overrides(settings: S, overrides: list[str]) -> S:
+    """A group of settings with overrides applied."""
+    values: Values = settings.model_dump(mode="json")
+    origins: Origins = {}
     _override(values, origins, overrides)
-    return validate(type(standing), values, origins, "the command line")
+    return validate(type(settings), values, origins, "the command line")
 
 
-def write(recipe: Settings, path: Path) -> None:
-    """The resolved recipe as YAML that `resolve` reads back; visible whole or not at all."""
+def write(config: Settings, path: Path) -> None:
+    """Write a config as YAML that `resolve` reads back. The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".fresh")
-    fresh.write_text(
-        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    fresh.replace(path)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    replace_file(path, text)
 
 
-# ---- reading
+# ---- files
 
 
-_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+class _Files:
+    """Reads a recipe with the files that it extends, each of them once."""
 
+    def __init__(self) -> None:
+        self._read: dict[Path, tuple[Values, Origins]] = {}
+        self._merges = 0
 
-def _override(
-    values: dict[str, Any], origins: dict[str, str], overrides: list[str] | tuple[str, ...]
-) -> None:
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3."
-            )
-        _set(values, key, _parse(text, f"the override {override}"))
-        origins[key] = f"the override {override}"
+    def read(self, file: Path, chain: tuple[Path, ...] = ()) -> tuple[Values, Origins]:
+        """The values of a file over those that it extends, and the origin of each. `chain` are the files that
+        extend it.
+        """
+        path = file.resolve()
+        if path in chain:
+            names = [link.name for link in (*chain[chain.index(path) :], path)]
+            raise UserError(f"{file} extends itself: {' -> '.join(names)}.")
+        if path not in self._read:
+            if len(chain) >= MAX_DEPTH:
+                raise UserError(f"{file}: a recipe extends others at most {MAX_DEPTH} levels deep.")
+            self._read[path] = self._derive(file, (*chain, path))
+        values, origins = self._read[path]
+        return dict(values), dict(origins)
 
-
-class _Yaml(yaml.SafeLoader):
-    """Safe YAML with the plain values of YAML 1.2 (1e-3 is a number; no, on and 2026-11-20 are text) that
-    refuses a key given twice.
-    """
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own way)
-    yaml_constructors = {  # noqa: RUF012 (no dates, sets or bytes, which no recipe can hold)
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in _PLAIN
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be plain text", key.start_mark
+    def _derive(self, file: Path, chain: tuple[Path, ...]) -> tuple[Values, Origins]:
+        values = _load(file)
+        bases = values.pop("extends", [])
+        merged: Values = {}
+        origins: Origins = {}
+        for base in bases if isinstance(bases, list) else [bases]:
+            self._merges += 1
+            if self._merges > MAX_MERGES:
+                raise UserError(f"{file}: a recipe extends at most {MAX_MERGES} files.")
+            candidates = [file.parent / base, CLONE / base] if isinstance(base, str) else []
+            existing = [candidate for candidate in candidates if _is_file(candidate)]
+            if not existing:
+                raise UserError(
+                    f"{file}: extends names {show_value(base)}; there is no such file in {chain[-1].parent} or among"
+                    f" the recipes that come with Trifold ({CLONE / 'configs'})."
                 )
-            if key.value in lines:
-                again = f"`{key.value}` is already given in line {lines[key.value]}"
-                raise yaml.constructor.ConstructorError(None, None, again, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-            key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep=True)
-
-
-for _tag, _pattern, _starts in (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", ["t", "f"]),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
-    ("float", r"(?=.*[.eE])[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _starts)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Yaml)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{where}{line}: {error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}.") from None
+            base_values, base_origins = self.read(existing[0], chain)
+            merged, origins = _merge(merged, base_values), origins | base_origins
+        return _merge(merged, values), origins | dict.fromkeys(flatten(values), str(file))
 
 
 def _find_recipe(path: Path) -> Path:
     for candidate in (path, CLONE / path):
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
-    raise UserError(
-        f"there is no recipe {path}, looked for from"
-        f" {' and from '.join(dict.fromkeys(map(str, (Path.cwd(), CLONE))))}."
-    )
+    folders = dict.fromkeys(map(str, (Path.cwd(), CLONE)))
+    raise UserError(f"there is no recipe {path} in {' or in '.join(folders)}.")
 
 
-def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values of a file over those it extends, and for each dotted key where it was said last."""
-    here = file.resolve()
-    if here in chain:
-        raise UserError(
-            f"{file} extends itself: {' -> '.join(p.name for p in (*chain[chain.index(here) :], here))}."
-        )
+def _is_file(path: Path) -> bool:
     try:
-        values = _parse(file.read_text(encoding="utf-8"), str(file))
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
+
+
+def _load(file: Path) -> Values:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{file} is larger than {MAX_BYTES / 1e6:g} MB, which no recipe is.")
+        values = parse(content.decode("utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds {show_value(values)}; a recipe is a mapping of keys to values.")
-    bases = values.pop("extends", [])
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        candidates = [file.parent / base, CLONE / base] if isinstance(base, str) else []
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            raise UserError(
-                f"{file}: extends names {show_value(base)}; there is no such file in {here.parent} or among the"
-                f" recipes that come with Trifold ({CLONE / 'configs'})."
-            )
-        below, below_origins = _read(found, (*chain, here))
-        merged, origins = _merge(merged, below), origins | below_origins
-    return _merge(merged, values), origins | dict.fromkeys(flatten(values), str(file))
+    return values
 
 
 def _merge(below: Any, above: Any) -> Any:
     """Mappings merge key by key; anything else, lists too, is replaced."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return below | {key: _merge(below[key], value) if key in below else value for key, value in above.items()}
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(below[key], value) if key in below else value
+    return merged
+
+
+# ---- overrides
+
+
+def _override(values: Values, origins: Origins, overrides: Iterable[str]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"the override {override!r} is not of the form key=value, as in optimizer.lr=1e-3."
+            )
+        if key.count(".") >= MAX_DEPTH:
+            raise UserError(f"the override {key[:100]}... goes through more than {MAX_DEPTH} keys.")
+        origin = f"the override {_shorten(override)}"
+        _set(values, key, parse(text, origin))
+        origins[key] = origin
 
 
 def _set(values: Any, key: str, value: Any) -> None:
     *parents, last = key.split(".")
-    for part in parents:
-        values = (
-            values[_index(values, part, key)] if isinstance(values, list) else values.setdefault(part, {})
-        )
+    for name in parents:
+        if isinstance(values, list):
+            position = _position(values, name, key)
+            values[position] = values = _copy(values[position])
+        else:
+            values[name] = values = _copy(values.get(name, {}))
         if not isinstance(values, dict | list):
             raise UserError(
-                f"the override {key} goes through `{part}`, which holds {show_value(values)} and not keys of its"
-                " own."
+                f"the override {key} goes through `{name}`, which holds {show_value(values)} and has no keys."
             )
-    values[_index(values, last, key) if isinstance(values, list) else last] = value
+    values[_position(values, last, key) if isinstance(values, list) else last] = value
 
 
-def _index(values: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(values):
+def _copy(value: Any) -> Any:
+    """A copy of a list or mapping: aliases of a file share one object, and an override changes only one place."""
+    return value.copy() if isinstance(value, dict | list) else value
+
+
+def _position(values: list[Any], name: str, key: str) -> int:
+    if not (name.isascii() and name.isdecimal() and len(name) < 10 and int(name) < len(values)):
         raise UserError(
-            f"the override {key}: `{part}` is not a place in a list of {len(values)}, which are numbered"
-            " from 0."
+            f"the override {key}: `{name}` is not a position in a list of {len(values)}, counted from 0."
         )
-    return int(part)
+    return int(name)
 
 
-def _expand_environment(value: Any, key: tuple[str, ...], origins: dict[str, str], file: Path) -> Any:
-    """Values with `${NAME}` replaced from the environment."""
-    if isinstance(value, dict):
-        return {
-            name: _expand_environment(inner, (*key, name), origins, file) for name, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [_expand_environment(inner, (*key, str(i)), origins, file) for i, inner in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    for name in re.findall(r"\$\{(\w+)\}", value):
-        if name not in os.environ:
-            dotted = ".".join(key)
+# ---- values
+
+
+def _finish(values: Values, origins: Origins, file: str) -> Values:
+    """Values with variables and `~` replaced. Raises UserError for text that no setting may hold."""
+
+    def finish(value: Any, key: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {name: finish(inner, (*key, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [finish(inner, (*key, str(i))) for i, inner in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        dotted = ".".join(key)
+        origin = origins.get(dotted, file)
+        text = _expand_home(_expand_variables(value, dotted, origin), dotted, origin)
+        _check_text(text, dotted, origin)
+        return text
+
+    result: Values = finish(values, ())
+    return result
+
+
+def _expand_variables(value: str, key: str, origin: str) -> str:
+    for name in _VARIABLE.findall(value):
+        if not name.startswith(PREFIX):
             raise UserError(
-                f"{origins.get(dotted, file)}: `{dotted}` is {value!r}, and the environment variable {name}"
-                " is not set."
-                f" Set it, or give the value on the command line: {dotted}=..."
+                f"{origin}: `{key}` is {_shorten(value)!r}, and recipes read only environment variables whose"
+                f" name begins with {PREFIX}. Rename it to {PREFIX}{name}, or give the value on the command"
+                f" line: {key}=..."
             )
-    return re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], value)
+        if name not in os.environ:
+            raise UserError(
+                f"{origin}: `{key}` is {_shorten(value)!r}, and the environment variable {name} is not set."
+                f" Set it, or give the value on the command line: {key}=..."
+            )
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+
+
+def _expand_home(value: str, key: str, origin: str) -> str:
+    """`~` at the start of a path."""
+    if not value.startswith("~") or not any(fnmatch(key, pattern) for pattern in _HOME_KEYS):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"{origin}: `{key}` is {_shorten(value)!r}, and there is no such home folder.")
+    return path
+
+
+def _check_text(text: str, key: str, origin: str) -> None:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            f"{origin}: `{key}` is {_shorten(text)!r}, which holds a NUL or is not valid Unicode."
+        )
+    if mask_secrets(text) != text:
+        raise UserError(
+            f"{origin}: `{key}` holds a password or key, which would be written into the run folder and its"
+            " checkpoints. Give credentials in environment variables (AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY for s3://, HF_TOKEN for the hub) and leave them out of the recipe."
+        )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."

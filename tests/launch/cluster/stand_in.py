@@ -16,7 +16,7 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
     ships it by value.
     """
 
-    def train(recipe, place):
+    def train(recipe, rank_info):
         import json
         import time
         from pathlib import Path
@@ -28,37 +28,39 @@ def stand_in(refuse_at: int = -1, crash: bool = False, sleep_at: int = -1):
         from trifold.pretrain.monitor.stop_request import StopRequest
         from trifold.pretrain.storage.jsonl import append_line
 
-        if place.init_method:
-            dist.init_process_group("gloo", place.init_method, rank=place.rank, world_size=place.world)
+        if rank_info.init_method:
+            dist.init_process_group(
+                "gloo", rank_info.init_method, rank=rank_info.rank, world_size=rank_info.world
+            )
         run = Path(recipe.run)
         request = StopRequest(run)
         saved = sorted(run.glob("checkpoints/*/commit.json"))
         first = json.loads(saved[-1].read_text())["step"] if saved else 0
-        if place.rank == 0:
+        if rank_info.rank == 0:
             append_line(
                 run / "events.jsonl",
-                {"time": time.time(), "event": "started", "step": first, "world": place.world},
+                {"time": time.time(), "event": "started", "step": first, "world": rank_info.world},
             )
         for step in range(first + 1, recipe.steps + 1):
-            place.reporter.set_phase("pretending", step=step, rows=(step, step))
-            time.sleep(0.05 if step != sleep_at or place.rank == 0 else 1000)
-            if step == refuse_at and place.rank == 1:
+            rank_info.reporter.set_phase("pretending", step=step, rows=(step, step))
+            time.sleep(0.05 if step != sleep_at or rank_info.rank == 0 else 1000)
+            if step == refuse_at and rank_info.rank == 1:
                 raise UserError("the disk is full: 0 bytes left")
-            if crash and place.rank == 1:
+            if crash and rank_info.rank == 1:
                 raise RuntimeError("something broke")
             stop = torch.tensor([float(request.asked())])
             dist.all_reduce(stop)
-            if place.rank == 0:
-                append_line(run / "metrics.jsonl", {"step": step, "loss": 1 / step, "place": str(place)})
+            if rank_info.rank == 0:
+                append_line(run / "metrics.jsonl", {"step": step, "loss": 1 / step, "place": str(rank_info)})
                 if step % 5 == 0 or stop.item():
                     folder = run / "checkpoints" / f"step-{step:08d}-g0001"
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / "commit.json").write_text(json.dumps({"step": step}))
             if stop.item():
-                if place.rank == 0:
+                if rank_info.rank == 0:
                     append_line(run / "events.jsonl", {"event": "stopped", "step": step})
                 return
-        if place.rank == 0:
+        if rank_info.rank == 0:
             append_line(run / "events.jsonl", {"event": "finished", "step": recipe.steps})
 
     return train

@@ -189,10 +189,10 @@ def test_a_host_that_is_to_be_taken_away_is_left_after_a_save(hosts: Hosts, tmp_
 
 SLEEPS = """
 import sys
-from launch import cluster
+from trifold.launch.cluster import driver
 from trifold.launch.recipe.reader import resolve
 from trifold.modeling.errors import UserError
-from pretrain import run
+from trifold.pretrain import run
 
 def train(recipe, place):
     import time
@@ -210,7 +210,7 @@ def train(recipe, place):
 recipe = resolve(sys.argv[1])
 run.prepare(recipe, 1, lambda what, done: None)
 try:
-    cluster.run(recipe, train, sys.argv[2])
+    driver.run(recipe, train, sys.argv[2])
 except UserError as refusal:
     sys.exit(str(refusal))
 """
@@ -229,7 +229,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack(hosts: Hosts, tmp_p
     print(done.stderr)
     assert done.returncode == 1
     assert re.search(
-        r"^rank 1 of 3 failed on host-\d \(process \d+\), 0 restarts of 0 were used: no rank came forward"
+        r"^rank 1 of 3 failed on host-\d \(process \d+\), 0 of 0 restarts used: no rank made progress"
         r" for 10 s",
         done.stderr,
     )
@@ -263,7 +263,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_named(hosts: Hosts, tmp_path
         print(said)
         assert (
             f"rank 2 of 3 failed on {beat.host} (process {beat.pid})" in said
-            and "by the kernel for want of memory" in said
+            and "by the kernel for lack of memory" in said
         )
         assert (
             re.search(r"It was at .*, in step \d+, rows \d+ to \d+\.", said)

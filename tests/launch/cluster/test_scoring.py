@@ -26,6 +26,7 @@ from tests.finetune.small_tasks import NAMES, VERBS, write_tags
 from tests.processes import run_processes
 from tests.published import MODELS
 from trifold.launch.cluster import capacity, scorer
+from trifold.launch.cluster.timing import Timing
 from trifold.launch.recipe.reader import CLONE, resolve, write
 from trifold.launch.recipe.schema import ClusterConfig, FinetuneRecipe, PretrainRecipe
 from trifold.launch.terminal import Terminal
@@ -308,28 +309,25 @@ def test_scores_that_a_cut_off_group_finds_too_are_one_line_of_the_metrics(tmp_p
 
 def test_a_host_that_came_back_and_took_the_scorer_in_is_room_for_a_worker(tmp_path, monkeypatch):
     hosts = [{"NodeID": name, "Resources": {"CPU": 1.0}} for name in ("one", "two", "back")]
-    monkeypatch.setattr(capacity, "hosts", lambda: hosts)
+    monkeypatch.setattr(capacity, "hosts", lambda _: hosts)
     monkeypatch.setattr(capacity.ray._private.state, "available_resources_per_node", lambda: {"back": {}})
-    growth, mine = (
-        capacity.ResizePolicy(ClusterConfig(workers=3, min_workers=2), 1, 2),
-        Counter(["one", "two"]),
-    )
-    monkeypatch.setattr(capacity, "SETTLED", 0.0)
-    assert growth.wanted(mine, {}) is None
-    assert growth.wanted(mine, {"back": {"CPU": 1.0, "GPU": 0.0}}) == 3
+    policy = capacity.ResizePolicy(ClusterConfig(workers=3, min_workers=2), 1, 2, Timing(resize=0))
+    running = Counter(["one", "two"])
+    assert policy.new_size(running, {}) is None
+    assert policy.new_size(running, {"back": {"CPU": 1.0, "GPU": 0.0}}) == 3
 
 
 def test_there_is_room_for_whole_groups_of_ranks_that_share_rows(monkeypatch):
     hosts = [{"NodeID": name, "Resources": {"CPU": cpus}} for name, cpus in (("one", 2.0), ("two", 3.0))]
-    monkeypatch.setattr(capacity, "hosts", lambda: hosts)
+    monkeypatch.setattr(capacity, "hosts", lambda _: hosts)
     monkeypatch.setattr(
         capacity.ray._private.state,
         "available_resources_per_node",
         lambda: {"one": {"CPU": 2.0}, "two": {"CPU": 1.0}},
     )
-    assert capacity.free_workers(ClusterConfig(workers=8), 1) == (3, 5)
-    assert capacity.free_workers(ClusterConfig(workers=8), 2) == (2, 4)
-    assert capacity.free_workers(ClusterConfig(workers=8), 4) == (0, 4)
+    assert capacity.free_workers(ClusterConfig(workers=8), 1, Timing()) == (3, 5)
+    assert capacity.free_workers(ClusterConfig(workers=8), 2, Timing()) == (2, 4)
+    assert capacity.free_workers(ClusterConfig(workers=8), 4, Timing()) == (0, 4)
 
 
 def test_what_cannot_be_scored_is_refused_before_the_run_starts(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.launch.jobs.cluster_runs import trifold, write_recipe
-from trifold.launch.cluster import driver
+from trifold.launch.cluster import connection
 from trifold.launch.cluster.tokenize_tasks import over_cluster
 from trifold.launch.recipe.reader import CLONE
 from trifold.pretrain.config.pretraining import SourceConfig
@@ -58,7 +58,7 @@ def test_ray_tasks_make_the_bytes_of_one_process_though_a_worker_is_killed(
 
     import ray
 
-    driver.join()
+    connection.join()
     monkeypatch.setattr(module, "_BATCH", 4000)
     keys: dict[str, Any] = {"heldout_fraction": 0.1, "shard_bytes": 10_000}
     for name, spread in (

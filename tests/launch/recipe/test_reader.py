@@ -2,14 +2,24 @@
 allowed.
 """
 
+import json
+import os
 import re
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from trifold.launch.recipe.reader import CLONE, resolve, write
-from trifold.launch.recipe.schema import FinetuneRecipe
+from trifold.launch.recipe.errors import known_keys
+from trifold.launch.recipe.reader import CLONE, resolve, resolve_any, write
+from trifold.launch.recipe.schema import FinetuneRecipe, PretrainRecipe
+from trifold.launch.terminal import mask_secrets, visible
 from trifold.modeling.errors import UserError
 
 RECIPE = """
@@ -39,7 +49,7 @@ def recipe(tmp_path) -> Path:
     [
         ("optimizer.lrr=1", "there is no key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         ("lr=1", "there is no key `lr`; did you mean `optimizer.lr`?"),
-        ("seed=" + "[" * 100_000, "maximum recursion depth exceeded."),
+        ("seed=" + "[" * 100_000, "a recipe is nested at most 50 levels deep."),
         ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
         ("scoring.held_out.novels=[{paht: x}]", "`scoring.held_out.novels.0.path`?"),
         ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' stands before the names of its scores"),
@@ -107,7 +117,7 @@ def recipe(tmp_path) -> Path:
         ("model=3", "`model` is 3 (a whole number); it must be a mapping of keys to values."),
         ("data.sources=[]", "`data.sources` is [] (a list); it must be a list, its length at least 1."),
         ("data.sources.0.hub=y", "`data.sources.0`: a source has either `path` or `hub`, not both."),
-        ("data.sources.1.path=b", "`1` is not a place in a list of 1, which are numbered from 0."),
+        ("data.sources.1.path=b", "`1` is not a position in a list of 1, counted from 0."),
         ("run.x=1", 'goes through `run`, which holds "runs/x" (text)'),
         ("model.num_kv_heads=3", "`model`: num_heads (2) must be a multiple of num_kv_heads (3)."),
         ("micro_rows=8", "micro_rows (8) exceeds step_rows (4)."),
@@ -115,7 +125,14 @@ def recipe(tmp_path) -> Path:
             "cluster.workers=-1",
             "`cluster.workers` is -1 (a whole number); it must be a whole number, at least 0.",
         ),
-        ("run=${NOT_SET_HERE}", "the environment variable NOT_SET_HERE is not set"),
+        ("run=${TRIFOLD_NOT_SET}", "the environment variable TRIFOLD_NOT_SET is not set"),
+        ("run=${HOME}/x", "recipes read only environment variables whose name begins with TRIFOLD_."),
+        ("run=~nobody-of-this-name/x", "there is no such home folder"),
+        ("data.sources.².path=x", "is not a position in a list of 1"),
+        ('run="a\\0b"', "which holds a NUL or is not valid Unicode"),
+        ('run="\\ud800"', "which holds a NUL or is not valid Unicode"),
+        ("steps=!!int ''", "a recipe has no tags such as tag:yaml.org,2002:int"),
+        ("a" + ".a" * 10_000 + "=1", "goes through more than 50 keys"),
         ("steps", "is not of the form key=value"),
         ("steps=[1", "expected ',' or ']'"),
     ],
@@ -139,14 +156,12 @@ def test_a_prompt_without_a_place_for_the_text_is_refused(monkeypatch):
 def test_a_recipe_of_the_other_command_is_refused_with_the_name_of_its_own():
     with pytest.raises(
         UserError,
-        match=r"tags\.yaml is a recipe of `trifold finetune`, and one of `trifold pretrain` is wanted"
-        r" here\.$",
+        match=r"tags\.yaml is a fine-tuning recipe: use `trifold finetune`\.$",
     ):
         resolve("configs/demo/tags.yaml")
     with pytest.raises(
         UserError,
-        match=r"encoder\.yaml is a recipe of `trifold pretrain`, and one of `trifold finetune` is wanted"
-        r" here\.$",
+        match=r"encoder\.yaml is a pretraining recipe: use `trifold pretrain`\.$",
     ):
         resolve("configs/demo/encoder.yaml", kind=FinetuneRecipe)
 
@@ -169,9 +184,9 @@ def test_all_mistakes_are_listed_with_where_each_was_said(recipe, tmp_path):
         ("a: [1\nb: 2", "line 2: "),
         ("extends: nowhere.yaml\n", 'extends names "nowhere.yaml" (text); there is no such file'),
         ("extends: 5\n", "extends names 5 (a whole number); there is no such file"),
-        ("run: !!timestamp 2026-11-20\n", "could not determine a constructor"),
+        ("run: !!timestamp 2026-11-20\n", "a recipe has no tags such as tag:yaml.org,2002:timestamp"),
         ("extends: broken.yaml\n", "extends itself: broken.yaml -> broken.yaml"),
-        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.getcwd []\n", "a recipe has no tags such as tag:yaml.org,2002:python/"),
         ("? [a, b]\n: 1\n", "a key must be plain text"),
     ],
 )
@@ -214,12 +229,12 @@ def test_extends_merges_mappings_and_replaces_lists(recipe, tmp_path):
 
 
 def test_overrides_and_environment_reach_every_place(recipe, monkeypatch):
-    monkeypatch.setenv("PLACE", "/books")
+    monkeypatch.setenv("TRIFOLD_BOOKS", "/books")
     made = resolve(
         recipe,
         [
             "optimizer.lr=3e-4",
-            "data.sources.0.path=${PLACE}/x.txt",
+            "data.sources.0.path=${TRIFOLD_BOOKS}/x.txt",
             "optimizer.betas=[0.8, 0.9]",
             "model.vocab_size=1_000",
         ],
@@ -288,3 +303,184 @@ def test_every_shipped_model_resolves_in_a_recipe(file, tmp_path):
     text = re.sub(r"model: .*\n.*\n", "", RECIPE).replace("causal", kind)
     (tmp_path / "recipe.yaml").write_text(f"extends: {file}\n{text}")
     assert resolve(tmp_path / "recipe.yaml").model.dim > 0
+
+
+def resources(*arguments: str) -> tuple[str, float, int]:
+    """The output of resolving a recipe in a process of its own, its seconds of CPU, and its peak memory in bytes."""
+    code = "import sys; from trifold.launch.cli import main; main(['plan', *sys.argv[1:]])"
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, _, usage = os.wait4(process.pid, 0)
+        process.returncode = 1
+    return output, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+HEAVY = {
+    "bomb": "\n".join(
+        f"{c}: &{c} [{','.join([f'*{b}' if b else 'x'] * 9)}]" for b, c in pairwise([None, *"abcdefghi"])
+    ),
+    "bombmap": "\n".join(
+        f"{c}: &{c} {{{','.join(f'{k}: ' + (f'*{b}' if b else 'x') for k in 'klmnopqrs')}}}"
+        for b, c in pairwise([None, *"abcdefghi"])
+    ),
+    "itself": "a: &a [*a]",
+    "keys": "\n".join(f"key{i}: {i}" for i in range(200_000)),
+    "fewer keys": "\n".join(f"key{i}: {i}" for i in range(9_000)),
+    "nested": "a: " + "{a: " * 100_000,
+    "long text": "run: " + "x" * 900_000,
+    "many mistakes": "stages: [" + ", ".join(["{step: 1}"] * 4_000) + "]",
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_recipe_that_would_take_memory_or_time_is_a_short_message(tmp_path, name):
+    (tmp_path / "heavy.yaml").write_text(RECIPE + HEAVY[name] + "\n")
+    output, seconds, peak = resources(str(tmp_path / "heavy.yaml"))
+    assert "heavy.yaml" in output and "Traceback" not in output
+    assert len(output) < 30_000 and output.startswith("trifold: ")
+    assert seconds < 5 and peak < 500e6
+
+
+def test_files_that_extend_each_other_as_diamonds_are_read_once(recipe, tmp_path):
+    for i in range(40):
+        base = "recipe.yaml" if i == 0 else f"level{i - 1}.yaml"
+        (tmp_path / f"level{i}.yaml").write_text(f"extends: [{base}, {base}]\nsteps: {i + 1}\n")
+    assert resolve(tmp_path / "level39.yaml").steps == 40
+    (tmp_path / "wide.yaml").write_text(f"extends: [{', '.join(['recipe.yaml'] * 101)}]\n")
+    with pytest.raises(UserError, match="a recipe extends at most 100 files"):
+        resolve(tmp_path / "wide.yaml")
+
+
+def test_an_override_changes_one_place_of_what_aliases_share(tmp_path):
+    (tmp_path / "shared.yaml").write_text(
+        RECIPE.replace("[{path: a.txt}]", "[&a {path: a.txt}, *a]").replace("model: {", "model: &m {")
+    )
+    config = resolve(tmp_path / "shared.yaml", ["data.sources.1.path=b.txt"])
+    assert [source.path for source in config.data.sources] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("key", ["run", "data.cache", "tokenizer.path", "checkpoints.storage"])
+def test_a_path_that_begins_with_a_tilde_is_in_the_home_folder(recipe, monkeypatch, tmp_path, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    value: Any = resolve(recipe, [f"{key}=~/x"]).model_dump(mode="json")
+    for name in key.split("."):
+        value = value[name]
+    assert value == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "s3://AKIAKEY:SeCrEt/with+slash@bucket/x",
+        "https://user:SeCrEt@host/x.txt",
+        "https://SeCrEt0123456789abcd@host/x.txt",
+        "https://host/x?X-Amz-Signature=SeCrEt",
+        "SeCrEt-of-the-environment",
+    ],
+)
+def test_credentials_are_rejected_and_masked(recipe, monkeypatch, secret):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SeCrEt-of-the-environment")
+    monkeypatch.setenv("TRIFOLD_PLACE", secret)
+    for override in (f"checkpoints.storage={secret}", "data.sources.0.path=${TRIFOLD_PLACE}"):
+        with pytest.raises(UserError, match="holds a password or key") as error:
+            resolve(recipe, [override])
+        assert "SeCrEt" not in visible(str(error.value))
+    assert mask_secrets("http://host:8080/a@b s3://bucket/key") == "http://host:8080/a@b s3://bucket/key"
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_KEYS = sorted(
+    {key.replace(".0", "") for kind in (PretrainRecipe, FinetuneRecipe) for key in known_keys(kind)}
+)
+
+
+def _resolve_or_reject(file: Path, overrides: list[str]) -> None:
+    try:
+        config = resolve_any(file, overrides)
+    except UserError as error:
+        assert 0 < len(str(error)) < 25_000
+        return
+    write(config, file.parent / "again.yaml")
+    assert resolve_any(file.parent / "again.yaml") == config
+
+
+def _fuzz_values(folder: Path, examples: int) -> None:
+    file = folder / "recipe.yaml"
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.sampled_from(_KEYS), _VALUES), min_size=1, max_size=3))
+    def fuzz(pairs: list[tuple[str, Any]]) -> None:
+        file.write_text(RECIPE)
+        _resolve_or_reject(file, [f"{key}={json.dumps(value)}" for key, value in pairs])
+
+    fuzz()
+
+
+def _fuzz_text(folder: Path, examples: int) -> None:
+    file = folder / "recipe.yaml"
+    pieces = [
+        "a",
+        "run",
+        "extends",
+        "data",
+        "model",
+        ": ",
+        "- ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "\n",
+        "  ",
+        "&a ",
+        "*a",
+    ]
+    pieces += [
+        "!!int ",
+        "!",
+        "<<",
+        "|",
+        ">",
+        "'",
+        '"',
+        "${TRIFOLD_X}",
+        "~",
+        "1e400",
+        "0x1",
+        "%",
+        "@",
+        "`",
+        "\x85",
+        "#",
+    ]
+    words = st.lists(st.sampled_from(pieces) | st.text(max_size=3), max_size=30).map("".join)
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(words, words, st.booleans())
+    def fuzz(text: str, override: str, whole: bool) -> None:
+        file.write_bytes((text if whole else RECIPE + text).encode("utf-8", "surrogatepass"))
+        _resolve_or_reject(file, [override])
+        _resolve_or_reject(file, [])
+
+    fuzz()
+
+
+def test_any_values_resolve_or_are_rejected_in_sentences(tmp_path):
+    _fuzz_values(tmp_path, 200)
+
+
+def test_any_text_resolves_or_is_rejected_in_sentences(tmp_path):
+    _fuzz_text(tmp_path, 200)
+
+
+@pytest.mark.proof
+def test_many_more_recipes_resolve_or_are_rejected_in_sentences(tmp_path):
+    _fuzz_values(tmp_path, 20_000)
+    _fuzz_text(tmp_path, 20_000)
