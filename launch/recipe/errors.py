@@ -42,8 +42,7 @@ def validate(kind: type[T], values: dict[str, Any], origins: dict[str, str], fil
         # through JSON: lists become tuples, and nothing else changes its type
         return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        sentences = dict.fromkeys(_Explanation(kind, error, origins, file).sentences())
-        raise UserError("\n".join(_shorten(sentences))) from None
+        raise UserError("\n".join(_Explanation(kind, error, origins, file).lines())) from None
 
 
 def show_value(value: Any) -> str:
@@ -75,6 +74,15 @@ class _Explanation:
         for mistake in self.mistakes:
             if mistake["type"] == "extra_forbidden":
                 self.unknown.setdefault(mistake["loc"][:-1], []).append(str(mistake["loc"][-1]))
+
+    def lines(self) -> list[str]:
+        """The first sentences, each once and of bounded length, and how many mistakes there are in all."""
+        lines: dict[str, None] = {}
+        for sentence in self.sentences():
+            if len(lines) == MAX_SENTENCES:
+                return [*lines, f"These are the first of {len(self.mistakes):,} mistakes."]
+            lines[sentence if len(sentence) <= MAX_LENGTH else sentence[: MAX_LENGTH - 3] + "..."] = None
+        return list(lines)
 
     def sentences(self) -> Iterator[str]:
         explained: set[Location] = set()  # groups of settings whose unknown keys are listed
@@ -143,15 +151,6 @@ class _Explanation:
                 if known.startswith(prefix + "."):
                     return self.origins[known]
         return str(self.file)
-
-
-def _shorten(sentences: dict[str, None]) -> list[str]:
-    lines = []
-    for sentence in list(sentences)[:MAX_SENTENCES]:
-        lines.append(sentence if len(sentence) <= MAX_LENGTH else sentence[: MAX_LENGTH - 3] + "...")
-    if len(sentences) > MAX_SENTENCES:
-        lines.append(f"... and {len(sentences) - MAX_SENTENCES:,} more mistakes.")
-    return lines
 
 
 def _nearest(key: str, siblings: list[str], known: list[str]) -> str:

@@ -1,12 +1,11 @@
-"""How a run looks to the person who started it: a bar with step, loss, tokens/s, MFU and time left, and a
-line for each event worth one.
+"""Following a run on the console: a bar with step, loss, tokens/s, MFU and time left, and a line for each event that
+matters.
 
-In: the growing metrics.jsonl and events.jsonl of a run folder, wherever its ranks write them. Out: one live
-bar on a terminal, elsewhere (a log file, CI) a plain line every ten seconds. Reads what was appended since it
-began, so an old run's lines are not told again. `standing` says the same of a run that others look after,
-once.
+Reads what the ranks append to metrics.jsonl and events.jsonl of a run folder, from the moment it starts, so an
+earlier run's lines are not repeated. `run_status` gives the state of any run once.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -19,13 +18,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from trifold.launch.recipe.reader import checkpoint_root_of_run
-from trifold.launch.terminal import Terminal
+from trifold.launch.terminal import Terminal, visible
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.checkpoint import newest_verified
 from trifold.pretrain.checkpoint.lease import valid_folders
 from trifold.pretrain.monitor.events import EVENTS, describe
 from trifold.pretrain.monitor.run_folder import events_backwards, metrics_backwards
 from trifold.pretrain.storage.jsonl import read_from
+
+POLL = 0.3  # seconds between two looks at the files
 
 
 def run_status(run: Path, thorough: bool) -> dict[str, str]:
@@ -56,7 +57,7 @@ def _newest_checkpoint(run: Path, thorough: bool) -> str:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """The first score of each text and task that was scored beside training."""
+    """The first score of each text and task that was scored in the background."""
     first: dict[str, str] = {}
     for name, value in record.items():
         if "/" in name:
@@ -65,20 +66,20 @@ def headline(record: dict[str, Any]) -> str:
 
 
 class ProgressWatcher:
-    """Shows a run while inside: `with Watch(folder, steps, console) as watch: ...`; `watch.prepared` hears
-    how far `prepare` is.
+    """Shows a run: `with ProgressWatcher(folder, steps, console) as watcher: ...`. `watcher.prepared` reports the
+    preparation of data. On a terminal there is one live bar, elsewhere a line every `interval` seconds.
     """
 
-    def __init__(self, folder: Path, steps: int, console: Terminal, every: float = 10.0) -> None:
-        self.folder, self.steps, self.console, self.every = folder, steps, console, every
+    def __init__(self, folder: Path, steps: int, console: Terminal, interval: float = 10.0) -> None:
+        self.folder, self.steps, self.console, self.interval = folder, steps, console, interval
         self._seconds: deque[float] = deque(maxlen=50)  # of the last steps, for the time left
         self._evaluation = self._scores = ""
         self._last: dict[str, Any] = {}
-        self._told = -float("inf")
+        self._printed = -math.inf  # when the last line was printed
         self._done = threading.Event()
         self._sources = [appended(folder / name) for name in ("events.jsonl", "metrics.jsonl")]
         for source in self._sources:
-            next(source)  # an old run's lines
+            next(source)  # skips what an earlier run wrote
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=steps, line="preparing")
@@ -94,38 +95,43 @@ class ProgressWatcher:
     ) -> None:
         self._done.set()
         self._thread.join()
-        self._look()
+        self._show_new()
         self._bar.stop()
         if self._last:
-            self.console.print(self._said(), highlight=False, soft_wrap=True)
+            self.console.print(self._step_line(), highlight=False, soft_wrap=True)
 
     def prepared(self, what: str, done: int) -> None:
-        """How far the preparation of data is."""
-        self._tell(f"{what}: {done:,}" if done else what, None)
+        """Report that `done` items of the preparation are done; 0: it starts."""
+        self._show_line(f"{what}: {done:,}" if done else what, None)
 
     def _follow(self) -> None:
-        while not self._done.wait(0.3):
-            self._look()
+        while not self._done.wait(POLL):
+            self._show_new()
 
-    def _look(self) -> None:
-        """Read and show everything new, once."""
-        events, metrics = ([record for record in next(source)] for source in self._sources)
+    def _show_new(self) -> None:
+        """Read and show what was appended since the last call."""
+        events, metrics = [next(source) for source in self._sources]
         for event in events:
-            if text := describe(event.get("event", ""), event):
+            name = event.get("event", "")
+            if isinstance(name, str) and (text := describe(name, event)):
                 style = "yellow" if EVENTS[event["event"]].bad else "dim"
                 self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
         for record in metrics:
-            if "heldout_loss" in record:
-                bits = f" ({record['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in record else ""
-                self._evaluation = f" · held out {record['heldout_loss']:.3f}{bits}"
-            if "checkpoint" in record:
-                self._scores = f" · {headline(record)}"
-            if "loss" in record:
-                self._seconds.append(record["seconds"])
-                self._last = record
-                self._tell(self._said(), record["step"])
+            if isinstance(record.get("step"), int):
+                self._show_metrics(record)
 
-    def _said(self) -> str:
+    def _show_metrics(self, record: dict[str, Any]) -> None:
+        if "heldout_loss" in record:
+            bits = f" ({record['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in record else ""
+            self._evaluation = f" · held out {record['heldout_loss']:.3f}{bits}"
+        if "checkpoint" in record:
+            self._scores = f" · {headline(record)}"
+        if "loss" in record and "seconds" in record:
+            self._seconds.append(record["seconds"])
+            self._last = record
+            self._show_line(self._step_line(), record["step"])
+
+    def _step_line(self) -> str:
         record = self._last
         left = (self.steps - record["step"]) * sum(self._seconds) / len(self._seconds)
         return (
@@ -134,21 +140,20 @@ class ProgressWatcher:
             f" · MFU {100 * record['mfu']:.0f} % · {_clock(left)} left{self._evaluation}{self._scores}"
         )
 
-    def _tell(self, line: str, step: int | None) -> None:
+    def _show_line(self, line: str, step: int | None) -> None:
         if self.console.is_terminal:
-            self._bar.update(
-                self._task, completed=step, line=line.partition(" · ")[2] if step is not None else line
-            )
-        elif time.monotonic() - self._told >= self.every:
-            self._told = time.monotonic()
-            self.console.print(line, highlight=False, soft_wrap=True)
+            rest = line if step is None else line.partition(" · ")[2]
+            self._bar.update(self._task, completed=step, line=escape(visible(rest)))
+        elif time.monotonic() - self._printed >= self.interval:
+            self._printed = time.monotonic()
+            self.console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def appended(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """Each `next` gives the whole records appended since the one before (the first: since now)."""
-    place = file.stat().st_size if file.exists() else 0
+    """Each `next` gives the complete records appended since the previous one; the first gives none."""
+    offset = file.stat().st_size if file.exists() else 0
     while True:
-        records, place = read_from(file, place)
+        records, offset = read_from(file, offset)
         yield records
 
 

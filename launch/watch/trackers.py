@@ -1,10 +1,10 @@
-"""A run told to the trackers that its recipe names, MLflow and W&B. (TensorBoard's files are written by the
-run itself.)
+"""Metrics sent to the trackers that a recipe names, MLflow and Weights & Biases. (TensorBoard files are written by
+the run itself.)
 
-In: the growing metrics.jsonl of a run folder, followed from the driver. Out: its numbers in each tracker,
-under one tracked run however often the run is resumed. No tracker holds up or ends training: what it did not
-take is offered again, at last by the next `trifold pretrain`. Addresses and keys are each tracker's own
-environment variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, ...) and are not read here.
+The driver follows metrics.jsonl of the run folder and sends its numbers to each tracker, as one tracked run
+however often the run is resumed. No tracker delays or ends training: what it did not accept is sent again, at
+the latest by the next `trifold pretrain`. Addresses and keys are each tracker's own environment variables
+(MLFLOW_TRACKING_URI, WANDB_API_KEY, ...), which are not read here.
 """
 
 import json
@@ -22,14 +22,15 @@ from trifold.launch.terminal import Terminal
 from trifold.modeling.errors import UserError
 from trifold.pretrain.config.flatten import flatten
 from trifold.pretrain.monitor.run_folder import last_outcome
+from trifold.pretrain.storage.atomic import replace_file
 from trifold.pretrain.storage.jsonl import read_from
 
-PROJECT = "trifold"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says another
+PROJECT = "trifold"  # unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT names another
 _Record = dict[str, Any]
 
 
 class Mlflow:
-    """A tracked run in MLflow: where MLFLOW_TRACKING_URI says, else in files in the run folder (mlflow server
+    """A tracked run in MLflow: at MLFLOW_TRACKING_URI, or as files in the run folder (mlflow server
     --backend-store-uri).
     """
 
@@ -38,9 +39,8 @@ class Mlflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        os.environ.setdefault(
-            "MLFLOW_ALLOW_FILE_STORE", "true"
-        )  # its newest releases ask for a database; files need no more packages
+        # newest releases ask for a database; files need no further packages
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         folder, self.metric = Path(config.run).resolve(), Metric
         self.client = MlflowClient(None if mlflow.is_tracking_uri_set() else f"file:{folder / 'mlflow'}")
         if known:
@@ -48,13 +48,13 @@ class Mlflow:
             self.client.update_run(known, status="RUNNING")
             return
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self.client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.client.create_experiment(name)
-        self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        self.id = self.client.create_run(experiment_id, run_name=folder.name).info.run_id
         params = [
             Param(key, str(value)[:500]) for key, value in flatten(config.model_dump(mode="json")).items()
         ]
-        for first in range(0, len(params), 100):  # as many as it takes at once
+        for first in range(0, len(params), 100):  # its limit per request
             self.client.log_batch(self.id, params=params[first : first + 100])
 
     def send(self, records: list[_Record]) -> None:
@@ -96,9 +96,8 @@ class Wandb:
             raise UserError(
                 f"trackers: W&B cannot be used ({error}). Set WANDB_API_KEY, or WANDB_MODE=offline."
             ) from None
-        self.run.define_metric(
-            "*", step_metric="step"
-        )  # its own counter never goes back, and a resumed run's steps do
+        # W&B's own counter never goes back, and the steps of a resumed run do
+        self.run.define_metric("*", step_metric="step")
 
     def send(self, records: list[_Record]) -> None:
         for record in records:
@@ -113,16 +112,16 @@ TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflo
 
 @contextmanager
 def tracking(config: AnyRecipe, console: Terminal, every: float = 2.0) -> Iterator[None]:
-    """While inside, the recipe's trackers are told what the run records, every few seconds. UserError where one
-    cannot be used.
+    """While inside, send what the run records to the recipe's trackers, every few seconds. Raises UserError where
+    one cannot be used.
     """
-    followed = [_Followed(name, config, console) for name in config.trackers]
+    connections = [_Connection(name, config, console) for name in config.trackers]
     done = threading.Event()
 
     def follow() -> None:
         while not done.wait(every):
-            for one in followed:
-                one.tell()
+            for connection in connections:
+                connection.send_new()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -131,26 +130,26 @@ def tracking(config: AnyRecipe, console: Terminal, every: float = 2.0) -> Iterat
     finally:
         done.set()
         thread.join()
-        for one in followed:
-            one.tell(last_outcome(Path(config.run)))
+        for connection in connections:
+            connection.send_new(last_outcome(Path(config.run)))
 
 
-def _said(error: Exception) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+def _summary(error: Exception) -> str:
+    """The first line of an error, or its type where it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class _Followed:
-    """One tracker, and how much of metrics.jsonl it has taken: kept in the run folder, in trackers.json."""
+class _Connection:
+    """One tracker, and how much of metrics.jsonl it has accepted: trackers.json in the run folder keeps that."""
 
     def __init__(self, name: str, config: AnyRecipe, console: Terminal) -> None:
         self.name, self.console, self.run = name, console, Path(config.run)
         self.file = self.run / "trackers.json"
-        self.well = True
+        self.healthy = True
         try:
-            known = self._known().get(name, {"id": None, "place": 0})
-            self.place: int = known["place"]
-            self.tracker = TRACKERS[name](config, known["id"])
+            saved = self._saved().get(name, {"id": None, "place": 0})
+            self.offset: int = saved["place"]
+            self.tracker = TRACKERS[name](config, saved["id"])
         except UserError:
             raise
         except ImportError:
@@ -158,49 +157,46 @@ class _Followed:
                 f"trackers: {name} is not installed where the run is started: pip install -c constraints.txt"
                 f" -e '.[{name}]'"
             ) from None
-        except (
-            Exception
-        ) as error:  # whatever a tracker's client raises where its server is away or does not know the run
+        except Exception as error:  # anything that a tracker's client raises where its server is away
             raise UserError(
-                f"trackers: {name} cannot be used ({_said(error)}). Mend its address, start without it"
+                f"trackers: {name} cannot be used ({_summary(error)}). Fix its address, start without it"
                 f" (trackers=[]), or remove {self.file}"
-                " to begin another tracked run."
+                " to start another tracked run."
             ) from error
-        self._keep()
+        self._save()
 
-    def tell(self, ended: str | None = None) -> None:
-        """Send what is new. A tracker that does not take it is asked again next time; the person hears of it
-        once.
+    def send_new(self, ended: str | None = None) -> None:
+        """Send what is new; `ended` closes the tracked run. What a tracker does not accept is sent again next time,
+        and that is printed once.
         """
-        records, place = read_from(self.run / "metrics.jsonl", self.place)
+        records, offset = read_from(self.run / "metrics.jsonl", self.offset)
         try:
             if records:
                 self.tracker.send(records)
-                self.place = place
-                self._keep()
+                self.offset = offset
+                self._save()
             if ended is not None:
                 self.tracker.close(ended)
-            self.well = True
+            self.healthy = True
         except (
             Exception
-        ) as error:  # whatever a tracker's client raises when its server is away: training is worth more
-            if self.well or ended is not None:
-                said = (
-                    f"{self.name} did not take the newest metrics ({_said(error)}): they are offered again."
+        ) as error:  # anything that a client raises when its server is away: training continues
+            if self.healthy or ended is not None:
+                reason = _summary(error)
+                self.console.print_line(
+                    f"{self.name} did not accept the newest metrics ({reason}): they will be sent again.",
+                    style="yellow",
                 )
-                self.console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
-            self.well = False
+            self.healthy = False
 
-    def _known(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any]:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def _keep(self) -> None:
-        known = self._known() | {self.name: {"id": self.tracker.id, "place": self.place}}
-        fresh = self.file.with_name(self.file.name + ".fresh")
-        fresh.write_text(json.dumps(known))
-        fresh.replace(self.file)
+    def _save(self) -> None:
+        saved = self._saved() | {self.name: {"id": self.tracker.id, "place": self.offset}}
+        replace_file(self.file, json.dumps(saved))
 
 
 def _numbers(record: _Record) -> dict[str, float]:
-    """What TensorBoard shows too."""
+    """The numbers that TensorBoard shows too."""
     return {name: value for name, value in record.items() if isinstance(value, float)}

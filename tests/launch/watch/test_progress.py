@@ -16,7 +16,7 @@ def watched(folder: Path, terminal: bool, write) -> str:
     """What a console of 100 columns shows of a run of 20 steps that `write` writes."""
     out = io.StringIO()
     console = Terminal(file=out, force_terminal=terminal, width=100, color_system=None)
-    with ProgressWatcher(folder, 20, console, every=0.0):
+    with ProgressWatcher(folder, 20, console, interval=0.0):
         write()
         time.sleep(0.8)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())

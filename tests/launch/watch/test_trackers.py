@@ -92,7 +92,7 @@ def test_a_tracker_that_is_away_holds_nothing_up_and_gets_it_all_from_the_next_s
     told_of(tmp_path, "mlflow", 1, 3, console=console)
     assert (
         console.export_text()
-        == "mlflow did not take the newest metrics (nobody there): they are offered again.\n"
+        == "mlflow did not accept the newest metrics (nobody there): they will be sent again.\n"
     )
     assert Away.took == [] and json.loads((tmp_path / "trackers.json").read_text()) == {
         "mlflow": {"id": "the one", "place": 0}
