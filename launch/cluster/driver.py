@@ -46,18 +46,20 @@ def run(
     address: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     background: BackgroundScorer | None = None,
+    check_claim: Callable[[], None] = lambda: None,
     timing: Timing = Timing(),  # noqa: B008 (frozen)
 ) -> None:
     """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until the run is finished.
 
     Up to `max_restarts` failures in a row are survived; a checkpoint between two of them resets the count. When
     hosts arrive, the group saves and ends, and a larger one resumes. After `stop_requested()` no attempt is
-    started. `background` scores checkpoints with the resources that a group leaves. Raises UserError with the
-    failure report when the run cannot continue.
+    started. `background` scores checkpoints with the resources that a group leaves. `check_claim()` raises UserError
+    once another driver has taken the run over: then nothing is restarted. Raises UserError with the failure report
+    when the run cannot continue.
     """
     scorer_cpus = background.config.scoring.cpus if background else 0
     join(address, config.cluster.workers * config.cluster.cpus_per_worker + scorer_cpus)
-    _Driver(config, train, address is None, stop_requested, background, timing).run()
+    _Driver(config, train, address is None, stop_requested, background, check_claim, timing).run()
 
 
 class _Driver:
@@ -70,12 +72,14 @@ class _Driver:
         on_this_machine: bool,
         stop_requested: Callable[[], bool],
         background: BackgroundScorer | None,
+        check_claim: Callable[[], None],
         timing: Timing,
     ) -> None:
         self.config, self.train, self.folder = config, train, Path(config.run)
         self.on_this_machine = on_this_machine
         self.stop_requested = stop_requested
         self.background = background
+        self.check_claim = check_claim
         self.timing = timing
         self.restarts = 0  # since the last checkpoint
         self.saves = _num_saves(self.folder)
@@ -129,6 +133,9 @@ class _Driver:
         return workers
 
     def _wait_for_workers(self, seconds: float) -> int:
+        """The size of the next group. Raises UserError where there is none, or the run is another driver's now."""
+        self.check_claim()
+
         def on_wait(**fields: Any) -> None:
             log_event(self.folder, "waiting", **fields)
 

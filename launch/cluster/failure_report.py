@@ -60,15 +60,23 @@ class Watchdog:
 
 
 def render(
-    config: AnyRecipe, workers: int, cause: Cause, restarts: int, log_of: Callable[[RankStatus], list[str]]
+    config: AnyRecipe,
+    workers: int,
+    cause: Cause,
+    restarts: int | None,
+    log_of: Callable[[RankStatus], list[str]],
 ) -> str:
-    """The report as text. `log_of(status)` fetches the last log lines of a rank."""
+    """The report as text. `restarts` is how many were used, if that is known; `log_of(status)` fetches the last log
+    lines of a rank.
+    """
     run = Path(config.run)
     statuses = heartbeat.read(run)
     status = statuses.get(cause.rank) if cause.rank is not None else None
-    used = f"{restarts} of {config.cluster.max_restarts} restarts used: {cause.reason}."
+    used = f"{cause.reason}."
+    if restarts is not None:
+        used = f"{restarts} of {config.cluster.max_restarts} restarts used: {used}"
     if cause.rank is None:
-        lines = [f"the workers could not be placed or Ray failed, {used}"]
+        lines = [f"the run failed without a failed rank, {used}"]
     elif status is None:
         lines = [f"rank {cause.rank} of {workers} failed, {used}"]
     else:

@@ -16,6 +16,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from trifold.launch.cluster import scorer
+from trifold.launch.cluster.sudden_death import reported_if_killed
+from trifold.launch.commands.claim import Claim, claimed
 from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe, resume_command
 from trifold.launch.terminal import Terminal
@@ -47,13 +49,17 @@ def drive(
     for note in start_notes(config.model):
         console.print_line(note)
     _connect(config, address)
-    with watch_run_folder(config, console) as watcher, tracking(config, console):
+    with (
+        claimed(folder) as claim,
+        watch_run_folder(config, console) as watcher,
+        tracking(config, console),
+    ):
         prepare(config, watcher.prepared)
         with stopping(folder) as stop:
             if config.cluster.workers == 0:
                 _train_here(config, train, tasks)
             else:
-                _train_on_cluster(config, train, tasks, address, stop)
+                _train_on_cluster(config, train, tasks, address, stop, claim)
             scorer.flush_scores(config)
 
     if last_outcome(folder) == "stopped":
@@ -141,6 +147,7 @@ def _train_on_cluster(
     tasks: scorer.Tasks | None,
     address: str | None,
     stop: StopSignal,
+    claim: Claim,
 ) -> None:
     """Train on Ray workers, while an actor scores checkpoints in the background."""
     from trifold.launch.cluster import driver, scoring_actor  # import Ray: 2 s
@@ -149,7 +156,8 @@ def _train_on_cluster(
     if tasks is not None:
         assert isinstance(config, PretrainRecipe)
         background = scoring_actor.BackgroundScorer(config, tasks)
-    driver.run(config, train, address, stop.requested, background)
+    with reported_if_killed(config):
+        driver.run(config, train, address, stop.requested, background, claim.check)
     if background is not None and last_outcome(Path(config.run)) == "finished":
         background.finish(stop.requested)
 

@@ -6,6 +6,8 @@ import io
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -61,3 +63,10 @@ def write_tiny(folder: Path) -> Path:
     write_world(folder / "world", train=300, heldout=20)
     (folder / "tiny.yaml").write_text(TINY)
     return folder
+
+
+def until(holds: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait while a process runs until `holds()`."""
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)

@@ -1,13 +1,11 @@
 """The command line as a person meets it: what it prints, and how it exits."""
 
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.command_line import start, trifold, write_tiny
+from tests.launch.command_line import start, trifold, until, write_tiny
 from trifold.launch.terminal import Terminal, visible
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -15,12 +13,6 @@ from trifold.pretrain.storage.jsonl import read_lines
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return write_tiny(tmp_path)
-
-
-def until(holds, process: subprocess.Popen[str]) -> None:
-    while not holds():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
 
 
 def test_a_storage_that_holds_another_run_of_this_name_is_rejected_and_a_renamed_run_is_noticed(folder):

@@ -9,19 +9,34 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
+from ray.util import placement_group_table
 
 from tests.launch.cluster.stand_in import kill_when, kinds, recipe, stand_in
+from tests.launch.command_line import start, trifold, until, write_tiny
 from trifold.launch.cluster import capacity, connection, driver
 from trifold.launch.cluster.attempt import Failure
 from trifold.launch.cluster.timing import Timing
+from trifold.launch.cluster.worker import is_peer_failure
 from trifold.launch.commands.run import stopping
 from trifold.modeling.errors import UserError
 from trifold.pretrain.storage.jsonl import append_line, read_lines
+
+
+def descendants(pid: int) -> list[int]:
+    """The process ids of all children of a process, and of theirs."""
+    children: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
+    return children + [below for child in children for below in descendants(child)]
+
 
 QUICK = Timing(resize=0.2, stack=1.0, monitor=0.3, peer_failure=2.0)
 
@@ -274,3 +289,98 @@ def test_a_head_of_another_release_and_what_is_no_head_are_told_in_one_sentence(
         monkeypatch.setattr("ray._raylet.GcsClient", unheard)
         with pytest.raises(UserError, match=r": what listens there is not a Ray head\.$"):
             connection.join(address)
+
+
+def test_a_driver_that_was_superseded_reports_and_does_not_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "join", lambda *_: None)
+    monkeypatch.setattr(capacity, "free_workers", lambda *_: capacity.FreeWorkers(2, 2))
+    checks = iter([None, UserError("the run was taken over")])
+
+    def check_claim() -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    monkeypatch.setattr(driver, "attempt", lambda *_: Failure(0, RuntimeError("ended"), died=True))
+    with pytest.raises(UserError, match=r"(?s)^the run was taken over\nrank 0 of 2 failed.*Continue with"):
+        driver.run(recipe(tmp_path), stand_in(), check_claim=check_claim, timing=QUICK)
+    assert kinds(tmp_path) == ["failed"]
+
+
+def test_a_killed_controller_leaves_no_placement_group_and_the_run_restarts(ray_cluster, tmp_path):
+    def kill_controller() -> None:
+        while len(read_lines(tmp_path / "metrics.jsonl")) < 7:
+            time.sleep(0.02)
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if b"ray::TrainController" in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    threading.Thread(target=kill_controller, daemon=True).start()
+    driver.run(recipe(tmp_path, wait_after_loss=20), stand_in(), timing=QUICK)
+    assert kinds(tmp_path) == ["started", "failed", "restarting", "started", "finished"]
+    states = [group["state"] for group in placement_group_table().values()]
+    assert states.count("REMOVED") == len(states)
+
+
+@pytest.mark.parametrize("killed", ["raylet", "gcs_server"])
+def test_when_ray_ends_the_driver_there_is_a_report_and_the_command_that_continues(tmp_path, killed):
+    process = start(write_tiny(tmp_path), "pretrain", "tiny.yaml", "--workers", "1")
+    until(lambda: len(read_lines(tmp_path / "run" / "metrics.jsonl")) > 3, process)
+    for child in descendants(process.pid):
+        with suppress(OSError):
+            if f"/{killed}" in Path(f"/proc/{child}/cmdline").read_text().split("\0")[0]:
+                os.kill(child, signal.SIGKILL)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert "Continue with: trifold pretrain run/config.yaml" in err, out + err
+    assert any(event["event"] == "failed" for event in read_lines(tmp_path / "run" / "events.jsonl"))
+    resumed = trifold(tmp_path, "pretrain", "run/config.yaml", "--workers", "0", "steps=40")
+    assert resumed.code == 0, resumed.err
+
+
+def test_rays_start_is_tried_a_second_time(monkeypatch):
+    tries = []
+
+    def fail(*_: object, **__: object) -> None:
+        tries.append(1)
+        raise TimeoutError("the raylet did not start within 30 s")
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(connection.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="Ray could not start on this machine: the raylet did not start"):
+        connection.join()
+    assert len(tries) == 2
+
+
+def test_the_clusters_token_is_readable_by_its_owner_alone(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError):
+        connection.join("127.0.0.1:1")
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lost_peer_is_recognised_by_the_type_and_place_of_its_error():
+    import torch.distributed as dist
+
+    def collective() -> None:
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    inside = FunctionType(
+        collective.__code__, {**globals(), "__name__": "torch.distributed.distributed_c10d"}
+    )
+
+    def error_of(function) -> BaseException:
+        try:
+            function()
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    assert is_peer_failure(error_of(inside))
+    assert is_peer_failure(ConnectionResetError()) and is_peer_failure(dist.DistBackendError("NCCL"))
+    assert not is_peer_failure(error_of(collective))  # says so, and is not
+    assert not is_peer_failure(OSError("No space left on the connection's device"))
