@@ -1,8 +1,6 @@
-"""What is wrong with a cluster, one sentence each, out of the plain facts that its machines gave. Pure: no
-machine is asked here.
+"""What is wrong with a cluster, one sentence each, from the facts that its nodes gave. No machine is contacted here.
 
-In: facts by node (facts.py), and what was measured between the nodes. Out: findings, each with what to mend,
-or to know.
+Facts by node (node_facts.py) and measurements between the nodes come in; findings come out, each to fix or to note.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,13 +14,13 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    fix: bool  # else only worth knowing
+    fix: bool  # False: only to note
     sentence: str
 
 
 @dataclass
-class Examined:
-    """What was found out about a cluster; lists run along `nodes`."""
+class ClusterFacts:
+    """The facts of a cluster; lists are parallel to `nodes`."""
 
     nodes: list[Facts]
     folder: str
@@ -31,27 +29,34 @@ class Examined:
     unread: list[str]  # hosts that do not read what the first one wrote into the folder
     storage: list[Storage]
     token: bool | None  # whether the job server asks for one; None: there is none
-    silent: list[tuple[str, str]] = field(default_factory=list)  # nodes that could not be asked, and why
+    silent: list[tuple[str, str]] = field(default_factory=list)  # nodes that gave no answer, and why
     ranks: int = 0  # in the all-reduce, over ...
     backend: str = ""
     seconds: list[float] = field(default_factory=list)  # of each size; none where it failed, for this reason:
     failed: str = ""
 
 
-def diagnose(found: Examined) -> list[Finding]:
-    """Everything to mend or to know, worst first."""
+def diagnose(cluster: ClusterFacts) -> list[Finding]:
+    """Everything to fix or to note; what must be fixed comes first."""
     findings = [
-        Finding(True, f"{host} could not be asked: {why}. Look into its log, or take it out of the cluster.")
-        for host, why in found.silent
+        Finding(True, f"{host} gave no answer: {why}. Check its log, or remove it from the cluster.")
+        for host, why in cluster.silent
     ]
-    findings += [*_versions(found), *_gpus(found), *network(found), *_machine(found), *_storage(found)]
-    if found.failed:
+    findings += [
+        *_versions(cluster),
+        *_gpus(cluster),
+        *network(cluster),
+        *_machine(cluster),
+        *_storage(cluster),
+    ]
+    if cluster.failed:
         findings.append(
             Finding(
-                True, f"{found.ranks} nodes could not add up numbers over {found.backend}: {found.failed}."
+                True,
+                f"{cluster.ranks} nodes could not all-reduce over {cluster.backend}: {cluster.failed}.",
             )
         )
-    if found.token is False:
+    if cluster.token is False:
         findings.append(
             Finding(
                 True,
@@ -88,45 +93,45 @@ def before_submit(here: dict[str, str], there: Quick, folder: str, code: bool) -
     return wrong
 
 
-def groups(found: Examined, fact: Callable[[Facts], str]) -> dict[str, list[str]]:
+def groups(cluster: ClusterFacts, fact: Callable[[Facts], str]) -> dict[str, list[str]]:
     """Hosts by what they say, the most frequent first."""
-    said: dict[str, list[str]] = {}
-    for node in found.nodes:
-        said.setdefault(fact(node), []).append(node["host"])
-    return dict(sorted(said.items(), key=lambda item: -len(item[1])))
+    hosts: dict[str, list[str]] = {}
+    for node in cluster.nodes:
+        hosts.setdefault(fact(node), []).append(node["host"])
+    return dict(sorted(hosts.items(), key=lambda item: -len(item[1])))
 
 
-def some(hosts: Iterable[str]) -> str:
+def join_names(hosts: Iterable[str]) -> str:
     """A few hosts by name, many by number."""
     names = list(dict.fromkeys(hosts))
     return ", ".join(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def _versions(found: Examined) -> list[Finding]:
+def _versions(cluster: ClusterFacts) -> list[Finding]:
     findings = []
-    for name in found.nodes[0]["versions"]:
-        by_version = groups(found, lambda node, name=name: node["versions"][name])  # type: ignore[misc]
+    for name in cluster.nodes[0]["versions"]:
+        by_version = groups(cluster, lambda node, name=name: node["versions"][name])  # type: ignore[misc]
         if missing := by_version.get("none"):
             findings.append(
                 Finding(
                     True,
-                    f"{some(missing)} has no {name} where its Ray runs: pip install -c constraints.txt -e ."
+                    f"{join_names(missing)} has no {name} where its Ray runs: pip install -c constraints.txt -e ."
                     " there.",
                 )
             )
         elif len(by_version) > 1:
-            said = "; ".join(f"{version} on {some(hosts)}" for version, hosts in by_version.items())
+            values = "; ".join(f"{version} on {join_names(hosts)}" for version, hosts in by_version.items())
             findings.append(
                 Finding(
                     True,
-                    f"{name} differs ({said}): install the same release everywhere, as constraints.txt has"
+                    f"{name} differs ({values}): install the same release everywhere, as constraints.txt has"
                     " it.",
                 )
             )
     return findings
 
 
-def _gpus(found: Examined) -> list[Finding]:
+def _gpus(cluster: ClusterFacts) -> list[Finding]:
     findings = [
         Finding(
             True,
@@ -134,13 +139,15 @@ def _gpus(found: Examined) -> list[Finding]:
             f" {node['versions']['torch']} can use"
             f" {node['cuda_devices']}: install the torch build for that driver's CUDA.",
         )
-        for node in found.nodes
+        for node in cluster.nodes
         if len(node["gpus"]) != node["cuda_devices"]
     ]
-    kinds = groups(found, lambda node: _gpu(node) if node["gpus"] else "")
+    kinds = groups(cluster, lambda node: _gpu(node) if node["gpus"] else "")
     if len(kinds.keys() - {""}) > 1:
-        said = "; ".join(f"{kind} on {some(hosts)}" for kind, hosts in kinds.items() if kind)
-        findings.append(Finding(False, f"GPUs differ ({said}): each step takes as long as the slowest one."))
+        values = "; ".join(f"{kind} on {join_names(hosts)}" for kind, hosts in kinds.items() if kind)
+        findings.append(
+            Finding(False, f"GPUs differ ({values}): each step takes as long as the slowest one.")
+        )
     return findings
 
 
@@ -148,10 +155,10 @@ def _gpu(node: Facts) -> str:
     return f"{len(node['gpus'])} {' and '.join(sorted(set(node['gpus'])))}, driver {node['driver']}"
 
 
-def network(found: Examined) -> list[Finding]:
+def network(cluster: ClusterFacts) -> list[Finding]:
     """What keeps the nodes from speaking to each other."""
     findings = []
-    for node in found.nodes:
+    for node in cluster.nodes:
         library = "NCCL" if node["gpus"] else "GLOO"
         if node["asked"] and not node["interface"]:
             findings.append(
@@ -161,7 +168,7 @@ def network(found: Examined) -> list[Finding]:
                     " interface: name one it has.",
                 )
             )
-        elif len(found.nodes) > 1 and node["interface"] in ("", "lo"):
+        elif len(cluster.nodes) > 1 and node["interface"] in ("", "lo"):
             findings.append(
                 Finding(
                     True,
@@ -170,72 +177,75 @@ def network(found: Examined) -> list[Finding]:
                     f" {library}_SOCKET_IFNAME to the interface of {node['address']} where `ray start` runs.",
                 )
             )
-    for other, why in dict.fromkeys((other, why) for _, other, why in found.unreachable):
-        hosts = some(host for host, *rest in found.unreachable if rest == [other, why])
+    for other, why in dict.fromkeys((other, why) for _, other, why in cluster.unreachable):
+        hosts = join_names(host for host, *rest in cluster.unreachable if rest == [other, why])
         findings.append(
             Finding(
                 True,
                 f"{hosts} cannot reach {other} on a free port ({why}): open all ports between the hosts.",
             )
         )
-    if len(mtus := groups(found, lambda node: str(node["mtu"]))) > 1:
-        said = "; ".join(f"{mtu} on {some(hosts)}" for mtu, hosts in mtus.items())
+    if len(mtus := groups(cluster, lambda node: str(node["mtu"]))) > 1:
+        values = "; ".join(f"{mtu} on {join_names(hosts)}" for mtu, hosts in mtus.items())
         findings.append(
-            Finding(False, f"the interfaces' MTU differs ({said}): large messages may stall; set one value.")
+            Finding(
+                False, f"the interfaces' MTU differs ({values}): large messages may stall; set one value."
+            )
         )
     return findings
 
 
-def _machine(found: Examined) -> list[Finding]:
+def _machine(cluster: ClusterFacts) -> list[Finding]:
     findings = [
         Finding(
             True,
             f"{node['host']}'s clock is {ahead:+.1f} s off this one's: switch NTP on, or logs and events do"
             " not line up.",
         )
-        for node, ahead in zip(found.nodes, found.clocks, strict=True)
+        for node, ahead in zip(cluster.nodes, cluster.clocks, strict=True)
         if abs(ahead) > 1
     ]
-    if small := [node["host"] for node in found.nodes if node["shm"] < _GIB]:
+    if small := [node["host"] for node in cluster.nodes if node["shm"] < _GIB]:
         findings.append(
             Finding(
                 True,
-                f"/dev/shm of {some(small)} has less than 1 GiB free, and Ray and NCCL need it: start the"
+                f"/dev/shm of {join_names(small)} has less than 1 GiB free, and Ray and NCCL need it: start the"
                 " container with --shm-size=8g.",
             )
         )
     return findings
 
 
-def _storage(found: Examined) -> list[Finding]:
+def _storage(cluster: ClusterFacts) -> list[Finding]:
     findings = []
     broken = {
         node["host"]: one["error"]
-        for node, one in zip(found.nodes, found.storage, strict=True)
+        for node, one in zip(cluster.nodes, cluster.storage, strict=True)
         if one["error"]
     }
-    if found.unread:
+    if cluster.unread:
         findings.append(
             Finding(
                 True,
-                f"{some(found.unread)} does not see what {found.nodes[0]['host']} wrote to {found.folder}:"
+                f"{join_names(cluster.unread)} does not see what {cluster.nodes[0]['host']} wrote to {cluster.folder}:"
                 " mount the same storage there on"
                 " all hosts.",
             )
         )
     for why in dict.fromkeys(broken.values()):
-        hosts = some(host for host, error in broken.items() if error == why)
+        hosts = join_names(host for host, error in broken.items() if error == why)
         findings.append(
             Finding(
-                True, f"{hosts} cannot write to {found.folder} ({why}): runs are written there by every host."
+                True,
+                f"{hosts} cannot write to {cluster.folder} ({why}): runs are written there by every host.",
             )
         )
-    if any(0 < one["free"] < 10 * _GIB for one in found.storage):
-        free = min(one["free"] for one in found.storage if one["free"])
+    if any(0 < one["free"] < 10 * _GIB for one in cluster.storage):
+        free = min(one["free"] for one in cluster.storage if one["free"])
         findings.append(
             Finding(
                 False,
-                f"{found.folder} has {free / _GIB:.1f} GiB free; `trifold plan` says what a run's"
+                f"{cluster.folder} has {free / _GIB:.1f} GiB free; `trifold plan` says what a run's"
                 " checkpoints take.",
             )
         )

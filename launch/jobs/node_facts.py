@@ -1,4 +1,4 @@
-"""What one machine of a cluster knows of itself, as plain values: asked on every node by `trifold doctor`, on
+"""The facts of one node of a cluster as plain values: collected on every node by `trifold doctor`, on
 the head by `submit`.
 
 In: this machine, a folder that should be shared, peers to speak to. Out: numbers and text. The machine may
@@ -151,13 +151,13 @@ class Node:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "none"
-    return found
+            versions[package] = "none"
+    return versions
 
 
 def nearest(folder: Path) -> Path:
@@ -200,8 +200,8 @@ def _cuda_devices() -> int:
         "-c",
         "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)",
     ]
-    said = subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=60).stdout.strip()
-    return int(said) if said.isdigit() else 0
+    output = subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=60).stdout.strip()
+    return int(output) if output.isdigit() else 0
 
 
 def _interface(address: str, library: str) -> tuple[str, str]:

@@ -324,7 +324,7 @@ def test_a_killed_controller_leaves_no_placement_group_and_the_run_restarts(ray_
 
 @pytest.mark.parametrize("killed", ["raylet", "gcs_server"])
 def test_when_ray_ends_the_driver_there_is_a_report_and_the_command_that_continues(tmp_path, killed):
-    process = start(write_tiny(tmp_path), "pretrain", "tiny.yaml", "--workers", "1")
+    process = start(write_tiny(tmp_path), "pretrain", "tiny.yaml", "steps=1000000", "--workers", "1")
     until(lambda: len(read_lines(tmp_path / "run" / "metrics.jsonl")) > 3, process)
     for child in descendants(process.pid):
         with suppress(OSError):
@@ -334,7 +334,8 @@ def test_when_ray_ends_the_driver_there_is_a_report_and_the_command_that_continu
     assert process.returncode != 0
     assert "Continue with: trifold pretrain run/config.yaml" in err, out + err
     assert any(event["event"] == "failed" for event in read_lines(tmp_path / "run" / "events.jsonl"))
-    resumed = trifold(tmp_path, "pretrain", "run/config.yaml", "--workers", "0", "steps=40")
+    steps = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] + 5
+    resumed = trifold(tmp_path, "pretrain", "run/config.yaml", "--workers", "0", f"steps={steps}")
     assert resumed.code == 0, resumed.err
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.launch.jobs.cluster_runs import trifold, write_recipe
 from trifold.launch.jobs import node_facts
 from trifold.launch.jobs.doctor import doctor
-from trifold.launch.jobs.findings import Examined, before_submit, diagnose
+from trifold.launch.jobs.findings import ClusterFacts, before_submit, diagnose
 from trifold.launch.terminal import Terminal
 
 VERSIONS = {"python": "3.11.9", "trifold": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "ray": "2.60.0"}
@@ -35,9 +35,9 @@ def node(number: int) -> node_facts.Facts:
     }
 
 
-def healthy() -> Examined:
+def healthy() -> ClusterFacts:
     fine: node_facts.Storage = {"error": "", "free": 1e12, "rate": 1e9}
-    return Examined(
+    return ClusterFacts(
         [node(1), node(2), node(3)],
         "/shared",
         [0.001, 0.0, -0.002],
@@ -131,23 +131,23 @@ SICK = {
     "a node that is silent": (
         lambda f: f.silent.append(("host-4", "no answer within 90 s")),
         True,
-        r"host-4 could not be asked: no answer",
+        r"host-4 gave no answer: no answer",
     ),
     "a collective that failed": (
         lambda f: f.__dict__.update(ranks=3, backend="nccl", failed="Socket Timeout"),
         True,
-        r"3 nodes could not add up numbers over nccl: Socket Timeout",
+        r"3 nodes could not all-reduce over nccl: Socket Timeout",
     ),
 }
 
 
 @pytest.mark.parametrize("case", SICK)
 def test_what_is_wrong_is_one_sentence_that_says_where_and_what_to_do(case):
-    break_it, mend, sentence = SICK[case]
-    found = healthy()
-    break_it(found)
-    (finding,) = diagnose(found)
-    assert finding.fix == mend
+    break_it, fix, sentence = SICK[case]
+    cluster = healthy()
+    break_it(cluster)
+    (finding,) = diagnose(cluster)
+    assert finding.fix == fix
     assert re.search(sentence, finding.sentence), finding.sentence
 
 
@@ -182,11 +182,11 @@ def test_the_quick_facts_need_no_package_at_all(tmp_path):
         capture_output=True,
         text=True,
     )
-    told = json.loads(said.stdout.removeprefix("facts "))
+    answers = json.loads(said.stdout.removeprefix("facts "))
     assert (
-        told["shared"]
-        and told["versions"]["torch"] == "none"
-        and told["versions"]["python"] == node_facts.versions()["python"]
+        answers["shared"]
+        and answers["versions"]["torch"] == "none"
+        and answers["versions"]["python"] == node_facts.versions()["python"]
     )
 
 
@@ -197,7 +197,7 @@ def test_this_machine_is_examined_as_a_cluster_of_one(ray_cluster, tmp_path):
     assert (
         f"{tmp_path}, seen by all" in said
         and "2 ranks over gloo: 64 KiB in" in said
-        and "Nothing to mend." in said
+        and "Nothing to fix." in said
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -205,16 +205,16 @@ def test_this_machine_is_examined_as_a_cluster_of_one(ray_cluster, tmp_path):
 @pytest.mark.proof
 def test_a_host_with_storage_or_network_of_its_own_is_named_from_outside_the_cluster(hosts, tmp_path):
     fine = trifold(hosts, "doctor", str(tmp_path), "--address", hosts.jobs, COLUMNS="150")
-    assert (
-        fine.returncode == 0 and "3 ranks over gloo" in fine.stdout and "Nothing to mend." in fine.stdout
-    ), fine.stdout + fine.stderr
+    assert fine.returncode == 0 and "3 ranks over gloo" in fine.stdout and "Nothing to fix." in fine.stdout, (
+        fine.stdout + fine.stderr
+    )
 
     hosts.kill(2)
     hosts.start(2, alone=tmp_path, GLOO_SOCKET_IFNAME="lo")
     sick = trifold(hosts, "doctor", str(tmp_path), "--address", hosts.jobs, COLUMNS="150")
     assert sick.returncode == 1
-    assert f"mend: host-2 does not see what host-0 wrote to {tmp_path}" in sick.stdout
-    assert "mend: collectives on host-2 would use lo, where no other host reaches it" in sick.stdout
+    assert f"fix: host-2 does not see what host-0 wrote to {tmp_path}" in sick.stdout
+    assert "fix: collectives on host-2 would use lo, where no other host reaches it" in sick.stdout
 
 
 @pytest.mark.proof

@@ -29,7 +29,7 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
     with following(hosts, "submit", str(recipe)) as client:
         until(lambda: step(run) > 5, 120)
         again = trifold(hosts, "submit", str(recipe))
-        assert again.returncode == 1 and "is being trained already (running)" in again.stderr
+        assert again.returncode == 1 and "is already being trained (running)" in again.stderr
         client.send_signal(signal.SIGKILL)
     before = step(run)
     until(lambda: step(run) > before + 20, 60)
@@ -43,7 +43,7 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
         said = client.communicate(timeout=30)[0]
         assert (
             "2 worker(s) started" in said
-            and "run-left goes on without you. Back to it: trifold logs run-left -f" in said
+            and "Detached; run-left keeps running. Reattach: trifold logs run-left -f" in said
         )
         assert client.returncode == 0
     assert re.search(r"run-left: running\n  step \d+ · loss", trifold(hosts, "status").stdout)
@@ -55,7 +55,7 @@ def test_a_run_is_submitted_left_alone_followed_stopped_with_a_save_and_resumed(
         -1
     ].name.startswith(f"step-{last:08d}")
     assert f"step-{last:08d}-g0001" in trifold(hosts, "status", "run-left").stdout
-    assert "does not run any more" in trifold(hosts, "stop", "run-left").stderr
+    assert "is not running" in trifold(hosts, "stop", "run-left").stderr
 
     with following(hosts, "resume", "run-left"):
         until(lambda: step(run) > last + 5, 120)
@@ -112,7 +112,7 @@ def test_every_fact_of_a_run_can_be_read_on_80_columns(tmp_path, monkeypatch):
 def test_an_address_where_nobody_takes_jobs_is_refused_within_seconds():
     for address, why in (
         ("http://127.0.0.1:1", "Connection refused"),
-        ("127.0.0.1:1", "that is no http:// address"),
+        ("127.0.0.1:1", "that is not an http:// address"),
     ):
         with pytest.raises(
             UserError,
