@@ -1,7 +1,7 @@
 """The command line: `trifold COMMAND ...`.
 
-A user's mistake is printed as one message, with exit code 1; a defect keeps its traceback. Each command imports
-what it needs when it runs, so that `trifold --help` answers at once.
+A user's mistake is printed as one message, with exit code 1; a defect keeps its traceback. Each command
+imports what it needs after its recipe is read, so that `trifold --help` and a mistake are answered at once.
 """
 
 import codecs
@@ -60,10 +60,11 @@ app.add_typer(jobs)
 @app.command()
 def tokenizer(recipe: Recipe, changes: Changes = None) -> None:
     """Train the recipe's SentencePiece tokenizer."""
+    config = _resolve(recipe, changes)
     from trifold.launch.commands.pretrain import make_tokenizer
 
     console = Terminal()
-    trained = make_tokenizer(_resolve(recipe, changes), console)
+    trained = make_tokenizer(config, console)
     console.print_line(f"{trained.vocab_size} pieces, fingerprint {trained.fingerprint}")
 
 
@@ -77,9 +78,10 @@ def prepare(
     ] = None,
 ) -> None:
     """Tokenize the corpus into shards. `pretrain` does this too where they are missing."""
+    config = _resolve(recipe, changes)
     from trifold.launch.commands.pretrain import prepare
 
-    prepare(_resolve(recipe, changes), Terminal(), address)
+    prepare(config, Terminal(), address)
 
 
 @app.command()
@@ -112,10 +114,10 @@ def plan(
     ] = 50_000.0,
 ) -> None:
     """Estimate memory, step time, checkpoint size, price and failure overhead of a recipe."""
+    config = _resolve(recipe, changes)
     from trifold.launch.commands.plan import Machine, plan, rate_of
     from trifold.pretrain.engine.memory_estimate import device_memory
 
-    config = _resolve(recipe, changes)
     kind = device or ("cuda" if config.cluster.gpus_per_worker else "cpu")
     ranks = nodes * (per_node or max(1, config.cluster.workers))
     machine = Machine(
@@ -150,9 +152,10 @@ def pretrain(
     recipe: Recipe, changes: Changes = None, workers: Workers = None, address: Cluster = None
 ) -> None:
     """Pretrain a model; resumes if the run folder exists."""
+    config = _resolve(recipe, _with_workers(changes, workers))
     from trifold.launch.commands.pretrain import pretrain
 
-    pretrain(_resolve(recipe, _with_workers(changes, workers)), Terminal(), address)
+    pretrain(config, Terminal(), address)
 
 
 @app.command()
@@ -222,9 +225,9 @@ def finetune(
     """Fine-tune a published model and report scores next to a trivial baseline; resumes if the run folder
     exists.
     """
+    config = resolve(recipe, _with_workers(changes, workers), FinetuneRecipe)
     from trifold.launch.commands.finetune import finetune
 
-    config = resolve(recipe, _with_workers(changes, workers), FinetuneRecipe)
     finetune(config, Terminal(), address)
 
 
@@ -238,9 +241,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="a file for the predictions, as JSON lines")] = None,
 ) -> None:
     """Score a published model on a task's dev examples, next to a trivial baseline."""
+    config = resolve(task, changes or [], FinetuneRecipe)
     from trifold.launch.commands.finetune import evaluate
 
-    evaluate(folder, resolve(task, changes or [], FinetuneRecipe), out, Terminal())
+    evaluate(folder, config, out, Terminal())
 
 
 @app.command()
@@ -288,16 +292,16 @@ def compare(
     ] = None,
 ) -> None:
     """Train models of the same size on the same rows and draw one report. Finished runs are reused."""
-    from trifold.launch.compare.compare import compare
-
     changes = [text for text in recipes if "=" in text]
     configs = [resolve_any(text, changes) for text in recipes if "=" not in text]
+    from trifold.launch.compare.compare import compare
+
     _echo(f"The report: {compare(configs, out, sentence, word, Terminal())}")
 
 
 @app.command()
 def world(folder: Annotated[Path, typer.Argument(help="the folder to write")] = Path("runs/demo")) -> None:
-    """Generate the toy corpus of the demo and of configs/compare/world-*.yaml, with examples of four tasks."""
+    """Generate the toy corpus of the demo and of configs/compare/world-*.yaml, with four tasks."""
     from trifold.launch.demo.world import write_world
     from trifold.launch.demo.world_tasks import write_tasks
 
@@ -351,7 +355,7 @@ def _echo(message: str) -> None:
 
 
 def _argument_as_utf8(text: str) -> str:
-    """An argument as UTF-8 also in a locale that cannot say it, such as C, where Python decodes it as ASCII."""
+    """An argument as UTF-8, also in a locale such as C, where Python decodes it as ASCII."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:

@@ -1,8 +1,8 @@
 """What Trifold prints: one console, which never passes a control character on to the terminal.
 
-File names, column names and values of config.json come from strangers. An escape sequence in one of them could
-clear the screen or forge a line, so each control character is printed as its Python escape. Passwords and keys
-are masked.
+File names, column names and values of config.json come from strangers. An escape sequence in one of them
+could clear the screen or forge a line, so each control character is printed as its Python escape. Passwords
+and keys are masked.
 """
 
 import io
@@ -36,7 +36,7 @@ def visible(text: str) -> str:
 
 
 def mask_secrets(text: str) -> str:
-    """The text without passwords in URLs, hub tokens, and values of variables such as AWS_SECRET_ACCESS_KEY."""
+    """Mask passwords in URLs, hub tokens, and values of variables such as AWS_SECRET_ACCESS_KEY."""
     for name, value in os.environ.items():
         if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
             text = text.replace(value, _MASK)

@@ -203,7 +203,8 @@ def bench(
 
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder, ThreadPoolExecutor(len(runs)) as pool:
         found = dict(zip(runs, pool.map(run, runs), strict=True))
-    title = f"one training step, {'a rehearsal on the CPU' if tiny else torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    device = "a rehearsal on the CPU" if tiny else torch.cuda.get_device_name(0)
+    title = f"one training step, {device}, torch {torch.__version__}"
     by_shape = {
         name: [found[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()
     }

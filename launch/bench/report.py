@@ -18,17 +18,13 @@ Row = dict[
 
 
 def machine(device: str, threads: int) -> str:
-    """Where the figures come from, in a line."""
+    """The machine and versions that the figures come from, in a line."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device == "cuda":
-        return (
-            f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}"
-        )
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{threads} thread(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+        return f"{torch.cuda.get_device_name(0)}, {versions}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{threads} thread(s) of {names[0] if names else platform.machine()}, {versions}"
 
 
 def show(console: Terminal, title: str, rows: Sequence[Row], out: Path | None = None) -> None:
@@ -38,7 +34,7 @@ def show(console: Terminal, title: str, rows: Sequence[Row], out: Path | None = 
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(said(row.get(name)) for name in names))
+        table.add_row(*(format_value(row.get(name)) for name in names))
     (console if console.is_terminal else Terminal(file=console.file, width=160)).print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +45,8 @@ def show(console: Terminal, title: str, rows: Sequence[Row], out: Path | None = 
         console.print(f"{out.with_suffix('.json')}{f' and {drawn}' if drawn else ''}", highlight=False)
 
 
-def said(value: Any) -> str:
-    """A number with three figures that count; nothing as nothing."""
+def format_value(value: Any) -> str:
+    """A number with three significant figures; nothing for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -77,7 +73,7 @@ def chart(title: str, rows: Sequence[Row], file: Path) -> Path | None:
     peers = any("Trifold" in name for name, _ in bars)  # what is ours stands out among them
     colours = ["#b8bec6" if peers and "Trifold" not in name else "#4878a8" for name, _ in bars]
     drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], color=colours)
-    axes.bar_label(drawn, [said(value) for _, value in bars], padding=3)
+    axes.bar_label(drawn, [format_value(value) for _, value in bars], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlabel(what)

@@ -50,7 +50,8 @@ def bench(
     shape = f"rows of {config.data.row_length}, " + (
         f"about {documents} documents each" if documents else "each one whole document"
     )
-    title = f"{config.run}: {config.objective.kind}, {shape}, {config.micro_rows} x {config.step_rows // config.micro_rows} rows a step,"
+    rows = f"{config.micro_rows} x {config.step_rows // config.micro_rows} rows a step"
+    title = f"{config.run}: {config.objective.kind}, {shape}, {rows},"
     show(
         console,
         f"{title} {config.engine.precision}\n{machine(rank_info.device, rank_info.threads)}",

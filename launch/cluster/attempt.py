@@ -121,8 +121,8 @@ def _process_died(error: BaseException) -> bool:
 
 
 def _remove_placement_groups() -> None:
-    """Free what this driver's attempt reserved: a killed controller leaves its placement group behind, and its
-    workers would hold their CPUs until the driver ends.
+    """Free what this driver's attempt reserved: a killed controller leaves its placement group behind, and
+    its workers would hold their CPUs until the driver ends.
     """
     job = ray.get_runtime_context().get_job_id()
     accessor = (

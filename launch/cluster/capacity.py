@@ -88,8 +88,8 @@ def wait_for_workers(
 ) -> int:
     """Return how many workers fit, as soon as they are at least `cluster.min_required`.
 
-    `on_wait(fit=, least=, seconds=)` is called once if it takes time. Raises UserError after `seconds`, or when
-    `stop_requested()`, with what there is.
+    `on_wait(fit=, least=, seconds=)` is called once if it takes time. Raises UserError after `seconds`, or
+    when `stop_requested()`, with what there is.
     """
     start, reported = time.monotonic(), False
     while True:
@@ -115,8 +115,8 @@ class ResizePolicy:
         self._fit, self._since = workers, time.monotonic()
 
     def new_size(self, running: Counter[str], reclaimable: Reclaimable) -> int | None:
-        """A larger size, once it has been stable for a while; a smaller one where hosts are being drained (when a
-        host dies the group fails instead). None to stay.
+        """A larger size, once it has been stable for a while; a smaller one where hosts are being drained
+        (when a host dies the group fails instead). None to stay.
         """
         now = time.monotonic()
         fit = free_workers(self.cluster, self.group_size, self.timing, running, reclaimable).free
@@ -156,6 +156,7 @@ def _too_few(cluster: ClusterConfig, fit: int, seconds: float) -> str:
     waited = f" after {seconds:g} s" if seconds else ""
     return (
         f"{cluster.min_required} workers need {' and '.join(required)}{waited}: {fit} fit, with"
-        f" {' and '.join(each)} each. Lower cluster.workers, allow a smaller start with cluster.min_workers, or"
+        f" {' and '.join(each)} each. Lower cluster.workers, allow a smaller start with"
+        f" cluster.min_workers, or"
         " wait longer for hosts with cluster.wait_at_start=600 (cluster.wait_after_loss after a failure)."
     )

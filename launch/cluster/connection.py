@@ -65,8 +65,8 @@ def _start_here(cpus: float) -> None:
 
 @contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
-    """Ray installs a SIGTERM handler that would exit without a save; put ours back. Ray's processes inherit that
-    SIGHUP is ignored: a closed terminal must not end them before the run is saved.
+    """Ray installs a SIGTERM handler that would exit without a save; put ours back. Ray's processes inherit
+    that SIGHUP is ignored: a closed terminal must not end them before the run is saved.
     """
     try:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -97,7 +97,8 @@ def _probe_head(host: str, port: int) -> None:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
         if connection.recv(5) == b"HTTP/":
             raise ValueError(
-                "that is a web server, such as the job server (trifold submit); a head listens at port 6379 by"
+                "that is a web server, such as the job server (trifold submit); a head listens at port"
+                " 6379 by"
                 " default"
             )
     with _silence():

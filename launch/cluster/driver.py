@@ -7,8 +7,9 @@ finished or cannot continue.
          |                 +-> UserError of a rank, or superseded by another driver: raise it
          +-----------------+-> failed: report; raise it after `max_restarts` failures without a save
 
-A resolved recipe and a plain `train(config, rank_info)` come in. Each attempt resumes from the newest verified
-checkpoint. events.jsonl records failed, restarting, placed, stepping, waiting, resizing, regrouping, hanging.
+A resolved recipe and a plain `train(config, rank_info)` come in. Each attempt resumes from the newest
+verified checkpoint. events.jsonl records failed, restarting, placed, stepping, waiting, resizing, regrouping,
+hanging.
 """
 
 import itertools
@@ -51,11 +52,11 @@ def run(
 ) -> None:
     """Train on as many of `cluster.workers` ranks as fit, at least `min_workers`, until the run is finished.
 
-    Up to `max_restarts` failures in a row are survived; a checkpoint between two of them resets the count. When
-    hosts arrive, the group saves and ends, and a larger one resumes. After `stop_requested()` no attempt is
-    started. `background` scores checkpoints with the resources that a group leaves. `check_claim()` raises UserError
-    once another driver has taken the run over: then nothing is restarted. Raises UserError with the failure report
-    when the run cannot continue.
+    Up to `max_restarts` failures in a row are survived; a checkpoint between two of them resets the count.
+    When hosts arrive, the group saves and ends, and a larger one resumes. After `stop_requested()` no attempt
+    is started. `background` scores checkpoints with the resources that a group leaves. `check_claim()` raises
+    UserError once another driver has taken the run over: then nothing is restarted. Raises UserError with the
+    failure report when the run cannot continue.
     """
     scorer_cpus = background.config.scoring.cpus if background else 0
     join(address, config.cluster.workers * config.cluster.cpus_per_worker + scorer_cpus)
@@ -133,7 +134,9 @@ class _Driver:
         return workers
 
     def _wait_for_workers(self, seconds: float) -> int:
-        """The size of the next group. Raises UserError where there is none, or the run is another driver's now."""
+        """The size of the next group. Raises UserError where there is none, or the run is another driver's
+        now.
+        """
         self.check_claim()
 
         def on_wait(**fields: Any) -> None:
@@ -155,7 +158,7 @@ class _Driver:
 
 
 class _Monitor:
-    """What the driver does while a group runs: record that it was placed, take in hosts, end it if it hangs."""
+    """The driver while a group runs: records its placement, takes in hosts, ends it if it hangs."""
 
     def __init__(
         self, config: AnyRecipe, workers: int, background: BackgroundScorer | None, timing: Timing

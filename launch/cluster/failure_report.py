@@ -1,5 +1,5 @@
-"""The report of a failed attempt, on one page: which rank, on which host, in which phase, its last log lines and
-stack, where the other ranks were, what is saved, and what to do.
+"""The report of a failed attempt, on one page: which rank, on which host, in which phase, its last log lines
+and stack, where the other ranks were, what is saved, and what to do.
 
 It is made of the error that Ray reported and of the heartbeats that the ranks left
 (pretrain/monitor/heartbeat.py). `Watchdog` finds groups that hang.
@@ -66,8 +66,8 @@ def render(
     restarts: int | None,
     log_of: Callable[[RankStatus], list[str]],
 ) -> str:
-    """The report as text. `restarts` is how many were used, if that is known; `log_of(status)` fetches the last log
-    lines of a rank.
+    """The report as text. `restarts` is how many were used, if that is known; `log_of(status)` fetches the
+    last log lines of a rank.
     """
     run = Path(config.run)
     statuses = heartbeat.read(run)
@@ -93,7 +93,9 @@ def render(
 
 
 def last_lines(log: str) -> list[str]:
-    """The last lines of a rank's log, without Ray's own marks. Raises OSError on another host than the rank's."""
+    """The last lines of a rank's log, without Ray's own marks. Raises OSError on another host than the
+    rank's.
+    """
     lines = Path(log).read_text(errors="replace").splitlines()
     return [line for line in lines if line.strip() and line[0] != ":"][-MAX_LINES:]
 

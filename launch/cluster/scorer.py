@@ -1,9 +1,9 @@
 """Scores of a committed checkpoint: losses on the recipe's held-out texts, and scores of its tasks.
 
 A text is scored as training scores its own held-out rows. For a task, the weights that would be published are
-fine-tuned by the code of `trifold finetune` in a temporary folder; the comparison with the Hugging Face class is
-left to `publish`. One process, no Ray, and nothing is written into the run folder. Cost: the checkpoint is read
-once, then each text once, plus each task's own steps.
+fine-tuned by the code of `trifold finetune` in a temporary folder; the comparison with the Hugging Face class
+is left to `publish`. One process, no Ray, and nothing is written into the run folder. Cost: the checkpoint is
+read once, then each text once, plus each task's own steps.
 """
 
 import tempfile
@@ -63,8 +63,8 @@ def resolve_tasks(config: PretrainRecipe) -> Tasks:
 
 
 def prepare(config: PretrainRecipe, tasks: Tasks, workers: int, progress: Callable[[str, int], None]) -> None:
-    """Tokenize the texts and read the examples of all tasks. Raises UserError where the model or its tokenizer
-    cannot do a task.
+    """Tokenize the texts and read the examples of all tasks. Raises UserError where the model or its
+    tokenizer cannot do a task.
     """
     vocabulary = Tokenizer.open(Path(config.run) / "tokenizer")
     for name, sources in config.scoring.held_out.items():
@@ -147,7 +147,7 @@ class Scorer:
 
 
 def score_here(config: PretrainRecipe, tasks: Tasks) -> None:
-    """Score the last checkpoint in this process, which has trained it. An error is recorded and ends nothing."""
+    """Score the last checkpoint in this process. An error is recorded and ends nothing."""
     run = Path(config.run)
     name = valid_folders(checkpoint_root(run, config.checkpoints.storage))[-1].name
     if name not in scored_checkpoints(run):
@@ -163,8 +163,8 @@ def why(error: BaseException) -> str:
 
 
 def flush_scores(config: AnyRecipe) -> None:
-    """Move the scores that arrived after the last step into the metrics. The ranks have ended, so this process
-    writes for them.
+    """Move the scores that arrived after the last step into the metrics. The ranks have ended, so this
+    process writes for them.
     """
     run = Path(config.run)
     if queued_scores(run):

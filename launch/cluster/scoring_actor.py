@@ -1,10 +1,10 @@
 """Scores while a run trains: a Ray actor scores the newest checkpoint, then the newest after that, with the
 resources that the workers leave.
 
-It reads in events.jsonl which checkpoints were committed, and leaves a file for each scored one in RUN/scoring,
-which rank 0 takes into the metrics. No rank waits, and no failure here ends the run: it is recorded in
-events.jsonl. The actor receives only the name of a checkpoint and writes nothing. It is replaced when it is
-killed, and ended before a new group of workers starts, which may need its resources.
+It reads in events.jsonl which checkpoints were committed, and leaves a file for each scored one in
+RUN/scoring, which rank 0 takes into the metrics. No rank waits, and no failure here ends the run: it is
+recorded in events.jsonl. The actor receives only the name of a checkpoint and writes nothing. It is replaced
+when it is killed, and ended before a new group of workers starts, which may need its resources.
 """
 
 import math

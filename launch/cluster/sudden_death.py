@@ -1,8 +1,8 @@
 """A report when the driver's own process is ended from outside.
 
-Ray's C++ code ends the driver without an exception when its raylet or GCS was killed; kill -9 does the same. A
-small forked process waits for that: it writes the failure report and the command that resumes the run to stderr
-and failures.log.
+Ray's C++ code ends the driver without an exception when its raylet or GCS was killed; kill -9 does the same.
+A small forked process waits for that: it writes the failure report and the command that resumes the run to
+stderr and failures.log.
 """
 
 import os
@@ -39,7 +39,7 @@ def reported_if_killed(config: AnyRecipe) -> Iterator[None]:
 
 
 def _watch(config: AnyRecipe, read: int) -> None:
-    """In the forked process: it has one thread, and uses no lock that another one may have held at the fork."""
+    """The forked process. It uses no lock that another thread may have held at the fork."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     status = 0

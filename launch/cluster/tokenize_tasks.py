@@ -1,10 +1,10 @@
 """Tokenizing as Ray tasks on all nodes of a cluster: a `spread` for pretrain/data/prepare.py, which reads and
 writes on the driver.
 
-Batches of documents come in; the same batches come out tokenized, in order. Two tasks per CPU are pending, for
-as many CPUs as there are at the time; a task that loses its worker or node runs again elsewhere. The driver
-supplies about 60 MB of text a second (prepare.py), enough for ten cores or more. Workers import this file, which
-needs neither torch nor Ray Train: 0.5 s and 50 MB each, not 1.8 s and 220 MB.
+Batches of documents come in; the same batches come out tokenized, in order. Two tasks per CPU are pending,
+for as many CPUs as there are at the time; a task that loses its worker or node runs again elsewhere. The
+driver supplies about 60 MB of text a second (prepare.py), enough for ten cores or more. Workers import this
+file, which needs neither torch nor Ray Train: 0.5 s and 50 MB each, not 1.8 s and 220 MB.
 """
 
 from collections import deque

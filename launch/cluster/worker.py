@@ -33,8 +33,8 @@ class PeerLost(RuntimeError):
 
 @dataclass
 class RendezvousConfig(BackendConfig):
-    """Where ranks meet: through a file of this machine, or, without one, at a free port of the address by which
-    the cluster knows rank 0's host. (torch's own rendezvous listens on every network of the machine.)
+    """Where ranks meet: through a file of this machine, or, without one, at a free port of the address by
+    which the cluster knows rank 0's host. (torch's own rendezvous listens on every network of the machine.)
     """
 
     file: str | None
@@ -90,8 +90,8 @@ class Rendezvous:
 def work(
     folder: str, run: str, step_timeout: float, peer_delay: float, file: str | None, shipped: bytes
 ) -> None:
-    """What Ray calls on every worker: collect the rank's facts, then call the training function, which does not
-    know Ray.
+    """What Ray calls on every worker: collect the rank's facts, then call the training function, which does
+    not know Ray.
 
     `folder` is the driver's working directory, `shipped` a config and a training function, pickled. Raises
     PeerLost, `peer_delay` seconds late, where a lost peer ended this rank.

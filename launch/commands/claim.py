@@ -2,10 +2,10 @@
 
     {"host": ..., "boot": ..., "pid": ..., "started": ..., "since": ..., "renewed": ...}
 
-The holder renews it every few seconds. A second driver is told who holds the run and ends. A claim is taken over
-when its process is gone (same machine), or when it was silent for 30 s (another machine); so a restart after
-kill -9 or a lost host needs no hand. A driver that was taken over from learns of it and does not restart its
-ranks.
+The holder renews it every few seconds. A second driver is told who holds the run and ends. A claim is taken
+over when its process is gone (same machine), or when it was silent for 30 s (another machine); so a restart
+after kill -9 or a lost host needs no hand. A driver that was taken over from learns of it and does not
+restart its ranks.
 """
 
 import fcntl
@@ -139,7 +139,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _boot_id() -> str:
-    """Names this boot of this machine, and the process table in which a pid counts (a container has its own)."""
+    """Identifies this boot of this machine, and the pid namespace (a container has its own)."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -147,7 +147,9 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in ticks since boot; None where there is no such process, or only its exit code."""
+    """When a process started, in ticks since boot; None where there is no such process, or only its exit
+    code.
+    """
     with suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]

@@ -36,6 +36,7 @@ WARMUP, STEADY = 2, 5  # steps of a calibration that are not timed, and timed on
 # of a save's writing that training waits for, where neither is measured: 0.02 to 0.2 was seen (LOG.md, `bench
 # save`)
 COPY_SHARE = 0.1
+UNITS = {"TiB": 40, "GiB": 30, "MiB": 20}  # as powers of two
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if "bytes" in name:
-        unit = next((u for u in (40, 30, 20) if value >= 2**u), 10)
-        return f"{value / 2**unit:,.2f} {dict(zip((40, 30, 20, 10), ('TiB', 'GiB', 'MiB', 'KiB'), strict=True))[unit]}"
+        unit, power = next((item for item in UNITS.items() if value >= 2 ** item[1]), ("KiB", 10))
+        return f"{value / 2**power:,.2f} {unit}"
     if "share" in name:
         return f"{100 * value:.2f} %"
     return f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"

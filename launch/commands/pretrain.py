@@ -34,8 +34,8 @@ def make_tokenizer(config: PretrainRecipe, console: Terminal) -> Tokenizer:
 
 
 def prepare(config: PretrainRecipe, console: Terminal, address: str | None = None) -> None:
-    """Make tokenizer, token shards and packed rows in the run folder. Text is tokenized on this machine, or on
-    all nodes of the cluster at `address`.
+    """Make tokenizer, token shards and packed rows in the run folder. Text is tokenized on this machine, or
+    on all nodes of the cluster at `address`.
     """
     spread = None
     if address is not None:

@@ -1,9 +1,10 @@
 """The driver of a run, shared by `trifold pretrain` and `trifold finetune`.
 
 `drive` takes the resolved recipe and two functions: `prepare(config, progress)` makes data in the run folder,
-`train(config, rank_info)` trains there as one rank. It compares the recipe with the run folder, shows progress,
-feeds the trackers, starts the ranks and turns SIGTERM, SIGHUP and Ctrl-C into a save. With `cluster.workers=0`
-the same training function runs in this process, without Ray: for debugging, profiling and benchmarks.
+`train(config, rank_info)` trains there as one rank. It compares the recipe with the run folder, shows
+progress, feeds the trackers, starts the ranks and turns SIGTERM, SIGHUP and Ctrl-C into a save. With
+`cluster.workers=0` the same training function runs in this process, without Ray: for debugging, profiling and
+benchmarks.
 """
 
 import os

@@ -64,8 +64,8 @@ BINS = 6  # of sentence length: each a sixth of the sentences
 def compare(
     recipes: Sequence[AnyRecipe], out: Path, sentence: str | None, word: str | None, console: Terminal
 ) -> Path:
-    """Train what is not trained yet, measure, and write the report. Raises UserError where the recipes are not
-    comparable.
+    """Train what is not trained yet, measure, and write the report. Raises UserError where the recipes are
+    not comparable.
     """
     report.ready(out)  # this, and what follows, is refused before anything is trained
     if word:

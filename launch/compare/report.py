@@ -35,7 +35,7 @@ _STYLE = (
 
 
 def ready(out: Path) -> None:
-    """Raises UserError or OSError where a report could not be drawn, or not be written to the folder `out`."""
+    """Raises UserError or OSError where a report cannot be drawn or written to `out`."""
     _matplotlib()
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch()
@@ -57,12 +57,18 @@ def write(out: Path, runs: Sequence["Run"]) -> Path:
                 )
         for run in members:
             if run.maps:
-                caption = f"Where {run.name} looks: a row for each token that looks, white where it does not (0), black where there alone (1)."
+                caption = (
+                    f"What {run.name} attends to: one row per attending token, from white (weight 0) to black"
+                    " (weight 1)."
+                )
                 parts.append(
                     _picture(plt, out / f"{group}-{run.name}-looks.png", caption, lambda: _maps(plt, run))  # noqa: B023
                 )
     file = out / "report.html"
-    head = f"<!doctype html><meta charset=utf-8><title>Trifold: a comparison</title><style>{_STYLE}</style><h1>A comparison</h1>"
+    head = (
+        "<!doctype html><meta charset=utf-8><title>Trifold: a comparison</title>"
+        f"<style>{_STYLE}</style><h1>A comparison</h1>"
+    )
     said = (
         "Models of a section were trained on the same rows in the same order and have the same number of"
         " parameters, up to a tenth."

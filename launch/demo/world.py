@@ -121,16 +121,20 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "It was {v} who set up {s}.",
     ),
 }
-TRADES = "baker carpenter doctor teacher painter sailor farmer lawyer weaver miller printer gardener nurse tailor smith clerk".split()
+TRADES = (
+    "baker carpenter doctor teacher painter sailor farmer lawyer"
+    " weaver miller printer gardener nurse tailor smith clerk"
+).split()
 PASTIMES = (
     "chess sailing gardening singing cooking fishing painting dancing reading hiking archery pottery".split()
 )
-SIGHTS = "old bridge,market,cathedral,gardens,harbour,clock tower,library,vineyards,windmills,hot springs,castle,museum".split(
-    ","
-)
-PRODUCTS = "clocks,ropes,glass,paper,bicycles,boots,lamps,pianos,maps,soap,cheese,engines,carpets,tea,toys,barrels".split(
-    ","
-)
+SIGHTS = (
+    "old bridge,market,cathedral,gardens,harbour,clock tower,library"
+    ",vineyards,windmills,hot springs,castle,museum"
+).split(",")
+PRODUCTS = (
+    "clocks,ropes,glass,paper,bicycles,boots,lamps,pianos,maps,soap,cheese,engines,carpets,tea,toys,barrels"
+).split(",")
 STARTS = (
     "Al Ber Cor Dan El Fen Gar Hol Is Jor Kel Lun Mar Nor Or Pel Quin Ros Sel Tor Ul Ver Wen Yar Zim".split()
 )

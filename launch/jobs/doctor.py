@@ -1,9 +1,9 @@
-"""`trifold doctor`: the facts of every node of a cluster, whether the nodes reach each other and share a folder, and
-what to fix.
+"""`trifold doctor`: the facts of every node of a cluster, whether the nodes reach each other and share a
+folder, and what to fix.
 
-A cluster to join (or this machine as one) and the folder of the runs come in; one table and the findings come out.
-One actor per node, which reserves nothing, so that a cluster can be checked while it trains. Cost: one machine 9 s,
-a head and three hosts of one machine 15 s, most of it Ray's start and the imports of torch.
+A cluster to join (or this machine as one) and the folder of the runs come in; one table and the findings come
+out. One actor per node, which reserves nothing, so that a cluster can be checked while it trains. Cost: one
+machine 9 s, a head and three hosts of one machine 15 s, most of it Ray's start and the imports of torch.
 """
 
 import time
@@ -28,7 +28,9 @@ ray.cloudpickle.register_pickle_by_value(node_facts)  # the nodes may have anoth
 
 
 def doctor(address: str | None, storage: Path, console: Terminal) -> None:
-    """Check the cluster at `address` (HOST:PORT), or this machine. Raises UserError when something must be fixed."""
+    """Check the cluster at `address` (HOST:PORT), or this machine. Raises UserError when something must be
+    fixed.
+    """
     connection.join(address)
     with console.status("checking every node"):
         cluster = check_cluster(storage)
@@ -145,7 +147,9 @@ def _token() -> bool | None:
 
 
 def _all_reduce(cluster: ClusterFacts, actors: list[Any], alive: list[dict[str, Any]]) -> None:
-    """Time a process group with one rank on every node that has CPUs or GPUs; with two ranks on a single node."""
+    """Time a process group with one rank on every node that has CPUs or GPUs; with two ranks on a single
+    node.
+    """
     places = [i for i, node in enumerate(alive) if {"CPU", "GPU"} & node["Resources"].keys()]
     more = [_actor(alive[places[0]])] if len(places) == 1 else []
     ranks = [actors[i] for i in places] + more
@@ -166,7 +170,7 @@ def _all_reduce(cluster: ClusterFacts, actors: list[Any], alive: list[dict[str, 
 
 
 def _storage(cluster: ClusterFacts, actors: list[Any]) -> None:
-    """The first node writes a probe that all must read; then all write at once, as they do when a run saves."""
+    """The first node writes a probe that all must read; then all write at once, as in a save."""
     probe = str(Path(cluster.folder) / f".trifold-probe-{uuid4().hex}")
     if _collect([actors[0].write.remote(probe)]) == [""]:
         seen = _collect([actor.read.remote(probe) for actor in actors])

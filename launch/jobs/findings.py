@@ -1,6 +1,8 @@
-"""What is wrong with a cluster, one sentence each, from the facts that its nodes gave. No machine is contacted here.
+"""What is wrong with a cluster, one sentence each, from the facts that its nodes gave. No machine is
+contacted here.
 
-Facts by node (node_facts.py) and measurements between the nodes come in; findings come out, each to fix or to note.
+Facts by node (node_facts.py) and measurements between the nodes come in; findings come out, each to fix or to
+note.
 """
 
 from collections.abc import Callable, Iterable
@@ -115,7 +117,8 @@ def _versions(cluster: ClusterFacts) -> list[Finding]:
             findings.append(
                 Finding(
                     True,
-                    f"{join_names(missing)} has no {name} where its Ray runs: pip install -c constraints.txt -e ."
+                    f"{join_names(missing)} has no {name} where its Ray runs: pip install -c"
+                    f" constraints.txt -e ."
                     " there.",
                 )
             )
@@ -209,7 +212,8 @@ def _machine(cluster: ClusterFacts) -> list[Finding]:
         findings.append(
             Finding(
                 True,
-                f"/dev/shm of {join_names(small)} has less than 1 GiB free, and Ray and NCCL need it: start the"
+                f"/dev/shm of {join_names(small)} has less than 1 GiB free, and Ray and NCCL need it:"
+                f" start the"
                 " container with --shm-size=8g.",
             )
         )
@@ -227,7 +231,8 @@ def _storage(cluster: ClusterFacts) -> list[Finding]:
         findings.append(
             Finding(
                 True,
-                f"{join_names(cluster.unread)} does not see what {cluster.nodes[0]['host']} wrote to {cluster.folder}:"
+                f"{join_names(cluster.unread)} does not see what {cluster.nodes[0]['host']} wrote to"
+                f" {cluster.folder}:"
                 " mount the same storage there on"
                 " all hosts.",
             )

@@ -1,10 +1,10 @@
-"""Runs as jobs of a Ray cluster: submitted, followed, stopped with a save, resumed. This process may end at any time;
-the job keeps running.
+"""Runs as jobs of a Ray cluster: submitted, followed, stopped with a save, resumed. This process may end at
+any time; the job keeps running.
 
 A resolved recipe and the address of the cluster's job server (http://HEAD:8265) come in, with the token of
-RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The job runs `trifold pretrain` or `trifold finetune` on the head and is
-named after its run folder. The status of a run is read from that folder, which the cluster and this machine must
-share; whether its job is alive is asked of Ray.
+RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The job runs `trifold pretrain` or `trifold finetune` on the head
+and is named after its run folder. The status of a run is read from that folder, which the cluster and this
+machine must share; whether its job is alive is asked of Ray.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ ENDED = {
 
 
 class Jobs:
-    """The job server at `address`. Raises UserError where none answers, the token is wrong, or another Ray release
-    runs there.
+    """The job server at `address`. Raises UserError where none answers, the token is wrong, or another Ray
+    release runs there.
     """
 
     def __init__(self, address: str) -> None:
@@ -80,7 +80,8 @@ class Jobs:
         for job in earlier:
             if job.metadata["run"] != str(run):
                 raise UserError(
-                    f"{self.address} already has a run {run.name}, in {job.metadata['run']}: give this one another"
+                    f"{self.address} already has a run {run.name}, in {job.metadata['run']}: give this"
+                    f" one another"
                     " `run` folder."
                 )
             if not job.status.is_terminal():
@@ -143,7 +144,8 @@ class Jobs:
             if time.monotonic() > deadline:
                 self._client.stop_job(job.submission_id)
                 raise UserError(
-                    f"{name} did not save within {wait:g} s, and its job was killed. Earlier checkpoints remain:"
+                    f"{name} did not save within {wait:g} s, and its job was killed. Earlier checkpoints"
+                    f" remain:"
                     f" {self._command('status', name)}"
                 )
             request.touch()  # again: a run that is starting removes old requests
@@ -157,7 +159,9 @@ class Jobs:
         return self.submit(resolve_any(self._folder(job) / "config.yaml"), code)
 
     def doctor(self, storage: Path, code: bool, console: Terminal) -> None:
-        """Check the cluster from its head and show the result. Raises UserError where something must be fixed."""
+        """Check the cluster from its head and show the result. Raises UserError where something must be
+        fixed.
+        """
         self._check_head(storage.resolve(), code)
         with _shipped(code) as folder, console.status("the head checks every node"):
             command = f"doctor {shlex.quote(str(storage.resolve()))} --address $RAY_ADDRESS"
@@ -169,8 +173,8 @@ class Jobs:
             )
 
     def _check_head(self, run: Path, code: bool) -> None:
-        """Raises UserError where a job could not train into `run`: by the head's versions, and whether it sees this
-        folder. 2 s.
+        """Raises UserError where a job could not train into `run`: by the head's versions, and whether it
+        sees this folder. 2 s.
         """
         probe = node_facts.nearest(run) / f".trifold-probe-{uuid4().hex}"
         probe.write_text(probe.name)
@@ -212,7 +216,8 @@ class Jobs:
         folder = Path(job.metadata["run"])
         if not folder.is_dir():
             raise UserError(
-                f"the run folder {folder} is not visible from this machine: run this where the cluster's storage is"
+                f"the run folder {folder} is not visible from this machine: run this where the cluster's"
+                f" storage is"
                 " mounted."
             )
         return folder
@@ -231,8 +236,8 @@ class Jobs:
 
 @contextmanager
 def _shipped(code: bool) -> Iterator[Path]:
-    """A folder that is shipped with a job. `code` adds this source tree as the package `trifold`, which comes before
-    the one installed there.
+    """A folder that is shipped with a job. `code` adds this source tree as the package `trifold`, which comes
+    before the one installed there.
     """
     with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
         for name in CODE if code else ():

@@ -35,8 +35,8 @@ _NUMBER_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most
 
 
 def validate(kind: type[T], values: dict[str, Any], origins: dict[str, str], file: Path | str) -> T:
-    """Values as a `kind`, or UserError with a sentence for each mistake, which names the file or override that
-    set the key (`origins`).
+    """Values as a `kind`, or UserError with a sentence for each mistake, which names the file or override
+    that set the key (`origins`).
     """
     try:
         # through JSON: lists become tuples, and nothing else changes its type
@@ -154,7 +154,9 @@ class _Explanation:
 
 
 def _nearest(key: str, siblings: list[str], known: list[str]) -> str:
-    """The known key most like this one: a sibling first, else the same last word elsewhere; else all siblings."""
+    """The known key most like this one: a sibling first, else the same last word elsewhere; else all
+    siblings.
+    """
     parent, dot, last = key.rpartition(".")
     near = [f"{parent}{dot}{word}" for word in difflib.get_close_matches(last[:100], siblings, 1)]
     near += [name for name in known if name.rpartition(".")[2] == last and name != key]
@@ -206,8 +208,8 @@ def _target(kind: type[BaseModel], location: Location) -> _Target:
 
 
 def _choices(annotation: Any, tag: Any = None) -> dict[Any, type[BaseModel]]:
-    """The groups of settings that a type allows, by the tag that pydantic puts into locations: the kind, else the
-    tag that was given.
+    """The groups of settings that a type allows, by the tag that pydantic puts into locations: the kind, else
+    the tag that was given.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")

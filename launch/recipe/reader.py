@@ -1,11 +1,11 @@
-"""A recipe becomes a config: YAML, derived from other files by `extends:`, changed by dotted overrides, validated
-key by key.
+"""A recipe becomes a config: YAML, derived from other files by `extends:`, changed by dotted overrides,
+validated key by key.
 
 A file of configs/ and overrides such as `optimizer.lr=1e-3` come in. Out comes a PretrainRecipe or a
-FinetuneRecipe, every value typed and bounded, or UserError with one sentence for each mistake. Paths in values
-are relative to the working directory, those of `extends:` to the file that names them. Recipes read only
-environment variables whose name begins with TRIFOLD_, because the config is written into the run folder, its
-checkpoints and the model card; for the same reason no value may hold a password.
+FinetuneRecipe, every value typed and bounded, or UserError with one sentence for each mistake. Paths in
+values are relative to the working directory, those of `extends:` to the file that names them. Recipes read
+only environment variables whose name begins with TRIFOLD_, because the config is written into the run folder,
+its checkpoints and the model card; for the same reason no value may hold a password.
 """
 
 import os
@@ -44,8 +44,8 @@ def resolve(
     overrides: list[str] | tuple[str, ...] = (),
     kind: type[R] = PretrainRecipe,  # type: ignore[assignment]
 ) -> R:
-    """The config of a recipe, found from the working directory or beside Trifold's own, with overrides applied and
-    `${TRIFOLD_NAME}` filled in.
+    """The config of a recipe, found from the working directory or beside Trifold's own, with overrides
+    applied and `${TRIFOLD_NAME}` filled in.
     """
     file = _find_recipe(Path(path))
     values, origins = _Files().read(file)
@@ -67,8 +67,8 @@ def resolve_any(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def checkpoint_root_of_run(run: Path) -> StoragePath:
-    """Where the run of a folder keeps its checkpoints: as its config.yaml says, or in the folder itself where it
-    has none.
+    """Where the run of a folder keeps its checkpoints: as its config.yaml says, or in the folder itself where
+    it has none.
     """
     file = run / "config.yaml"
     storage = resolve_any(file).checkpoints.storage if file.exists() else None
@@ -128,7 +128,8 @@ class _Files:
             existing = [candidate for candidate in candidates if _is_file(candidate)]
             if not existing:
                 raise UserError(
-                    f"{file}: extends names {show_value(base)}; there is no such file in {chain[-1].parent} or among"
+                    f"{file}: extends names {show_value(base)}; there is no such file in"
+                    f" {chain[-1].parent} or among"
                     f" the recipes that come with Trifold ({CLONE / 'configs'})."
                 )
             base_values, base_origins = self.read(existing[0], chain)
@@ -208,7 +209,9 @@ def _set(values: Any, key: str, value: Any) -> None:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of a list or mapping: aliases of a file share one object, and an override changes only one place."""
+    """A copy of a list or mapping: aliases of a file share one object, and an override changes only one
+    place.
+    """
     return value.copy() if isinstance(value, dict | list) else value
 
 

@@ -1,8 +1,8 @@
-"""YAML as recipes use it: the plain values of YAML 1.2 (1e-3 is a number; no, on and 2026-11-20 are text), no tags,
-no key twice, and a bounded size.
+"""YAML as recipes use it: the plain values of YAML 1.2 (1e-3 is a number; no, on and 2026-11-20 are text), no
+tags, no key twice, and a bounded size.
 
-Aliases let a file of 300 bytes stand for 1e9 values, so what counts is the size after they are expanded. Cost: a
-file within the bounds takes 2 s at most.
+Aliases let a file of 300 bytes stand for 1e9 values, so what counts is the size after they are expanded.
+Cost: a file within the bounds takes 2 s at most.
 """
 
 import re

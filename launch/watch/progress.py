@@ -1,8 +1,8 @@
-"""Following a run on the console: a bar with step, loss, tokens/s, MFU and time left, and a line for each event that
-matters.
+"""Following a run on the console: a bar with step, loss, tokens/s, MFU and time left, and a line for each
+event that matters.
 
-Reads what the ranks append to metrics.jsonl and events.jsonl of a run folder, from the moment it starts, so an
-earlier run's lines are not repeated. `run_status` gives the state of any run once.
+Reads what the ranks append to metrics.jsonl and events.jsonl of a run folder, from the moment it starts, so
+an earlier run's lines are not repeated. `run_status` gives the state of any run once.
 """
 
 import math
@@ -66,8 +66,8 @@ def headline(record: dict[str, Any]) -> str:
 
 
 class ProgressWatcher:
-    """Shows a run: `with ProgressWatcher(folder, steps, console) as watcher: ...`. `watcher.prepared` reports the
-    preparation of data. On a terminal there is one live bar, elsewhere a line every `interval` seconds.
+    """Shows a run: `with ProgressWatcher(folder, steps, console) as watcher: ...`. `watcher.prepared` reports
+    the preparation of data. On a terminal there is one live bar, elsewhere a line every `interval` seconds.
     """
 
     def __init__(self, folder: Path, steps: int, console: Terminal, interval: float = 10.0) -> None:

@@ -1,5 +1,5 @@
-"""Metrics sent to the trackers that a recipe names, MLflow and Weights & Biases. (TensorBoard files are written by
-the run itself.)
+"""Metrics sent to the trackers that a recipe names, MLflow and Weights & Biases. (TensorBoard files are
+written by the run itself.)
 
 The driver follows metrics.jsonl of the run folder and sends its numbers to each tracker, as one tracked run
 however often the run is resumed. No tracker delays or ends training: what it did not accept is sent again, at
@@ -112,8 +112,8 @@ TRACKERS: dict[str, Callable[[AnyRecipe, str | None], Mlflow | Wandb]] = {"mlflo
 
 @contextmanager
 def tracking(config: AnyRecipe, console: Terminal, every: float = 2.0) -> Iterator[None]:
-    """While inside, send what the run records to the recipe's trackers, every few seconds. Raises UserError where
-    one cannot be used.
+    """While inside, send what the run records to the recipe's trackers, every few seconds. Raises UserError
+    where one cannot be used.
     """
     connections = [_Connection(name, config, console) for name in config.trackers]
     done = threading.Event()
@@ -140,7 +140,7 @@ def _summary(error: Exception) -> str:
 
 
 class _Connection:
-    """One tracker, and how much of metrics.jsonl it has accepted: trackers.json in the run folder keeps that."""
+    """One tracker, and how much of metrics.jsonl it has accepted (kept in RUN/trackers.json)."""
 
     def __init__(self, name: str, config: AnyRecipe, console: Terminal) -> None:
         self.name, self.console, self.run = name, console, Path(config.run)
@@ -166,8 +166,8 @@ class _Connection:
         self._save()
 
     def send_new(self, ended: str | None = None) -> None:
-        """Send what is new; `ended` closes the tracked run. What a tracker does not accept is sent again next time,
-        and that is printed once.
+        """Send what is new; `ended` closes the tracked run. What a tracker does not accept is sent again next
+        time, and that is printed once.
         """
         records, offset = read_from(self.run / "metrics.jsonl", self.offset)
         try:

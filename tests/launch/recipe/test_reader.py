@@ -306,7 +306,9 @@ def test_every_shipped_model_resolves_in_a_recipe(file, tmp_path):
 
 
 def resources(*arguments: str) -> tuple[str, float, int]:
-    """The output of resolving a recipe in a process of its own, its seconds of CPU, and its peak memory in bytes."""
+    """The output of resolving a recipe in a process of its own, its seconds of CPU, and its peak memory in
+    bytes.
+    """
     code = "import sys; from trifold.launch.cli import main; main(['plan', *sys.argv[1:]])"
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
