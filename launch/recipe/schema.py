@@ -1,4 +1,6 @@
-"""TODO"""
+"""The config of a run: the settings of pretraining or fine-tuning, plus where it trains, what is scored in the
+background, and which trackers follow it.
+"""
 
 import os
 import re
@@ -13,17 +15,17 @@ from trifold.pretrain.config.pretraining import PretrainConfig, SourceConfig
 
 
 class ClusterConfig(Settings):
-    """Where a run trains. Nothing here changes what is trained."""
+    """Where a run trains. No setting here changes what is trained."""
 
     workers: int = Field(default=1, ge=0)  # 0: in this process, without Ray
     min_workers: int | None = Field(
         default=None, gt=0
-    )  # with how few the run goes on when hosts are lost; without it: all of them
-    wait_at_start: float = Field(default=0, ge=0)  # seconds for hosts that are not there yet
-    wait_after_loss: float = Field(default=600, ge=0)  # seconds for at least min_workers to fit again
+    )  # with how few the run continues when hosts are lost; None: all of them
+    wait_at_start: float = Field(default=0, ge=0)  # seconds to wait for hosts before the first attempt
+    wait_after_loss: float = Field(default=600, ge=0)  # seconds to wait until min_workers fit again
     step_timeout: float = Field(
         default=600, gt=0
-    )  # seconds without a word from any rank after which they count as hanging
+    )  # seconds without progress of any rank after which the group counts as hanging
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads_per_worker: int = Field(default=0, ge=0)  # 0: the machine's cores shared among its workers
@@ -32,12 +34,12 @@ class ClusterConfig(Settings):
     )  # after failures in a row, with no checkpoint saved between them
 
     def threads(self, ranks: int) -> int:
-        """Of each of so many ranks on this machine."""
+        """CPU threads of each rank, with so many `ranks` on this machine."""
         return self.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks)
 
     @property
     def min_required(self) -> int:
-        """The workers that the run needs to go on."""
+        """The number of workers without which the run waits."""
         return self.min_workers or self.workers
 
     @model_validator(mode="after")
@@ -48,21 +50,19 @@ class ClusterConfig(Settings):
 
 
 class ScoringConfig(Settings):
-    """What is scored beside training: always the newest checkpoint, in a process of its own that no rank
-    waits for.
-    """
+    """What is scored during training: always the newest checkpoint, in a process that no rank waits for."""
 
     held_out: dict[str, tuple[SourceConfig, ...]] = Field(
         default={}
     )  # texts by name, under the recipe's own objective
     tasks: dict[str, str] = Field(
         default={}
-    )  # fine-tuning recipes by name: the checkpoint is taught each, and scored as the recipe says
-    cpus: float = Field(default=1, ge=0)  # 0: those of the workers, as far as they leave them idle
+    )  # fine-tuning recipes by name: the checkpoint is fine-tuned by each and scored
+    cpus: float = Field(default=1, ge=0)  # 0: share the CPUs of the workers
     gpus: float = Field(default=0, ge=0)
     wait: float = Field(
         default=600, ge=0
-    )  # seconds, at the end of the run, for the scores of its last checkpoint
+    )  # seconds to wait at the end of the run for the scores of its last checkpoint
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,37 +70,33 @@ class ScoringConfig(Settings):
 
     @model_validator(mode="after")
     def _named(self) -> "ScoringConfig":
-        if wrong := [
-            name for name in self.names if not re.fullmatch(r"[\w-]+", name) or self.names.count(name) > 1
-        ]:
-            raise ValueError(
-                f"{wrong[0]!r} stands before the names of its scores: letters, digits, - and _, and no"
-                " second one like it"
-            )
+        for name in self.names:
+            if not re.fullmatch(r"[\w-]+", name) or self.names.count(name) > 1:
+                raise ValueError(
+                    f"{name!r} prefixes the names of its scores: it must be unique, of letters, digits, - and _"
+                )
         return self
 
 
 def _whole_groups(config: Any) -> Any:
-    """Raises UserError for workers that cannot share rows as the engine's settings say."""
+    """Raises UserError where sequence_parallel does not divide the numbers of workers."""
     for workers in (config.cluster.workers or 1, config.cluster.min_required or 1):
         config.engine.data_parallel_size(workers)
     return config
 
 
 class PretrainRecipe(PretrainConfig):
-    """What is trained, and where."""
+    """The config of a pretraining run."""
 
     command: ClassVar[str] = "pretrain"
     cluster: ClusterConfig = ClusterConfig()
     scoring: ScoringConfig = ScoringConfig()
-    trackers: tuple[
-        Literal["mlflow", "wandb"], ...
-    ] = ()  # told what the run records, beside its TensorBoard files
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()  # in addition to the TensorBoard files
     _groups = model_validator(mode="after")(_whole_groups)
 
 
 class FinetuneRecipe(FinetuneConfig):
-    """What learns a task, and where."""
+    """The config of a fine-tuning run."""
 
     command: ClassVar[str] = "finetune"
     cluster: ClusterConfig = ClusterConfig()
@@ -118,5 +114,5 @@ S = TypeVar("S", bound=Settings)
 
 
 def resume_command(config: AnyRecipe) -> str:
-    """The command that continues a run."""
+    """The command that resumes a run."""
     return shlex.join(["trifold", config.command, f"{config.run}/config.yaml"])

@@ -52,7 +52,7 @@ def recipe(tmp_path) -> Path:
         ("seed=" + "[" * 100_000, "a recipe is nested at most 50 levels deep."),
         ("objective.rate=0.1", "there is no key `objective.rate`; did you mean `objective.parts.0.rate`?"),
         ("scoring.held_out.novels=[{paht: x}]", "`scoring.held_out.novels.0.path`?"),
-        ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' stands before the names of its scores"),
+        ("scoring={held_out: {a: [{path: x}]}, tasks: {a: y}}", "'a' prefixes the names of its scores"),
         (
             "data.sources.0.paht=x",
             "there is no key `data.sources.0.paht`; did you mean `data.sources.0.path`?",
