@@ -188,30 +188,30 @@ def bench(
     runs.sort(
         key=lambda run: (chosen[run[0]].contenders[run[1]].endswith("eager"), -chosen[run[0]].memory(run[1]))
     )
-    room = _Room(
+    gpu_memory = _GpuMemory(
         1 if tiny else 0.95 * torch.cuda.get_device_properties(0).total_memory / 2**30
     )  # allocators keep more than they hold
 
     def run(contender: tuple[str, int]) -> Row:
         name, i = contender
         who = SHAPES[name].contenders[i]
-        with room.taken(min(chosen[name].memory(i), room.size)):
+        with gpu_memory.taken(min(chosen[name].memory(i), gpu_memory.size)):
             row = _in_a_process(name, i, Path(folder), end - time.monotonic(), steps, tiny)
-        said = row.get("note") or f"{row['tokens/s']:,.0f} tokens/s"
-        console.print(f"{time.monotonic() - began:4.0f} s  {name}: {who}: {said}", highlight=False)
+        note = row.get("note") or f"{row['tokens/s']:,.0f} tokens/s"
+        console.print(f"{time.monotonic() - began:4.0f} s  {name}: {who}: {note}", highlight=False)
         return row
 
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder, ThreadPoolExecutor(len(runs)) as pool:
-        found = dict(zip(runs, pool.map(run, runs), strict=True))
+        results = dict(zip(runs, pool.map(run, runs), strict=True))
     device = "a rehearsal on the CPU" if tiny else torch.cuda.get_device_name(0)
     title = f"one training step, {device}, torch {torch.__version__}"
     by_shape = {
-        name: [found[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()
+        name: [results[name, i] for i in range(len(shape.contenders))] for name, shape in chosen.items()
     }
     show(console, title, [row for name, rows in by_shape.items() for row in _rows(name, rows)], out)
 
 
-class _Room:
+class _GpuMemory:
     """Gigabytes that threads take and give back; of those that wait, the first that fits goes on."""
 
     def __init__(self, size: float) -> None:

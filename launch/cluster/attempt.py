@@ -125,9 +125,8 @@ def _remove_placement_groups() -> None:
     its workers would hold their CPUs until the driver ends.
     """
     job = ray.get_runtime_context().get_job_id()
-    accessor = (
-        ray._private.state.state.global_state_accessor
-    )  # private: the public table does not name the job
+    # private: the public table does not name the job
+    accessor = ray._private.state.state._connect_and_get_accessor()
     for data in accessor.get_placement_group_table():
         group = PlacementGroupTableData.FromString(data)
         if group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:

@@ -142,8 +142,8 @@ class Scorer:
             config = task.model_copy(update={"run": f"{temporary}/run", "model": model})
             trifold.finetune.run.prepare(config, lambda what, done: None)
             trifold.finetune.run.train(config, self.rank_info)
-            found = read_json_object(Path(temporary) / "run" / "scores.json")
-        return {found["best"]: found["scores"][found["best"]], **found["scores"]}
+            result = read_json_object(Path(temporary) / "run" / "scores.json")
+        return {result["best"]: result["scores"][result["best"]], **result["scores"]}
 
 
 def score_here(config: PretrainRecipe, tasks: Tasks) -> None:

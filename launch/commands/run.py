@@ -18,15 +18,16 @@ from typing import Any, Literal
 
 from trifold.launch.cluster import scorer
 from trifold.launch.cluster.sudden_death import reported_if_killed
-from trifold.launch.commands.claim import Claim, claimed
 from trifold.launch.recipe.changes import reconcile_run_folder
 from trifold.launch.recipe.schema import AnyRecipe, PretrainRecipe, resume_command
 from trifold.launch.terminal import Terminal
 from trifold.launch.watch.progress import ProgressWatcher
 from trifold.launch.watch.trackers import tracking
+from trifold.pretrain.checkpoint.driver_claim import DriverClaim
 from trifold.pretrain.distributed import RankInfo
 from trifold.pretrain.initial_model import start_notes
 from trifold.pretrain.monitor.run_folder import last_outcome
+from trifold.pretrain.storage.storage import checkpoint_root
 
 Progress = Callable[[str, int], None]  # what is being prepared, and how many are done
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,9 +50,10 @@ def drive(
     folder = Path(config.run)
     for note in start_notes(config.model):
         console.print_line(note)
+    root = checkpoint_root(folder, config.checkpoints.storage)
     _connect(config, address)
     with (
-        claimed(folder) as claim,
+        DriverClaim(root, console.print_line) as claim,
         watch_run_folder(config, console) as watcher,
         tracking(config, console),
     ):
@@ -148,7 +150,7 @@ def _train_on_cluster(
     tasks: scorer.Tasks | None,
     address: str | None,
     stop: StopSignal,
-    claim: Claim,
+    claim: DriverClaim,
 ) -> None:
     """Train on Ray workers, while an actor scores checkpoints in the background."""
     from trifold.launch.cluster import driver, scoring_actor  # import Ray: 2 s

@@ -39,7 +39,7 @@ from trifold.pretrain.storage.jsonl import read_lines
 
 LARGEST = 1.1  # times as many parameters as the smallest
 # In what compared recipes may differ.
-OWN = (
+IGNORED_KEYS = (
     "run",
     "model.",
     "task.crf",
@@ -110,9 +110,9 @@ def comparable(recipes: Sequence[AnyRecipe]) -> None:
         left, right = (flatten(r.model_dump(mode="json")) for r in (a, b))
         left["vocabulary"], right["vocabulary"] = _shape(a).vocab_size, _shape(b).vocab_size
         for key in left | right:
-            if not key.startswith(OWN) and left.get(key) != right.get(key):
-                said = f"{left.get(key)!r} in {a.run} and {right.get(key)!r} in {b.run}"
-                raise UserError(f"{key} is {said}: models that are compared learn from the same.")
+            if not key.startswith(IGNORED_KEYS) and left.get(key) != right.get(key):
+                values = f"{left.get(key)!r} in {a.run} and {right.get(key)!r} in {b.run}"
+                raise UserError(f"{key} is {values}: models that are compared learn from the same.")
 
 
 def _group(config: AnyRecipe) -> str:
@@ -207,20 +207,22 @@ def _heldout(config: AnyRecipe, tokenizer: Tokenizer) -> tuple[RowSource, str]:
 
 def _scores(folder: Path, points: list[Point], by_length: list[Bin]) -> dict[str, str]:
     last = points[-1]
-    said = {
+    values = {
         "tokens": f"{last.tokens:,}",
         "seconds": f"{last.seconds:,.0f}",
         "CPU seconds": f"{last.cpu_seconds:,.0f}",
     }
-    said["held-out nats"] = f"{last.loss:.3f}"
+    values["held-out nats"] = f"{last.loss:.3f}"
     if (folder / "scores.json").exists():
-        found = read_json_object(folder / "scores.json")
-        low, high = found["intervals"][found["best"]]
-        said[found["best"]] = f"{found['scores'][found['best']]:.2f} ({low:.2f} to {high:.2f})"
+        scores_file = read_json_object(folder / "scores.json")
+        low, high = scores_file["intervals"][scores_file["best"]]
+        values[scores_file["best"]] = (
+            f"{scores_file['scores'][scores_file['best']]:.2f} ({low:.2f} to {high:.2f})"
+        )
     if by_length:
         for which, part in (("shortest", by_length[0]), ("longest", by_length[-1])):
-            said[f"BLEU of the {which} sixth"] = f"{part.score:.2f} ({part.low:.2f} to {part.high:.2f})"
-    return said
+            values[f"BLEU of the {which} sixth"] = f"{part.score:.2f} ({part.low:.2f} to {part.high:.2f})"
+    return values
 
 
 def _by_length(folder: Path) -> list[Bin]:

@@ -50,8 +50,8 @@ def write(out: Path, runs: Sequence["Run"]) -> Path:
         members = [run for run in runs if run.group == group]
         lines = _lines(plt, members)
         parts += [f"<h2>{escape(group.capitalize())}</h2>", _table(members)]
-        for name, (caption, draw, wanted) in PICTURES.items():
-            if drawn := [run for run in members if wanted(run)]:
+        for name, (caption, draw, applies) in PICTURES.items():
+            if drawn := [run for run in members if applies(run)]:
                 parts.append(
                     _picture(plt, out / f"{group}-{name}.png", caption, lambda: draw(plt, drawn, lines))  # noqa: B023
                 )
@@ -69,12 +69,12 @@ def write(out: Path, runs: Sequence["Run"]) -> Path:
         "<!doctype html><meta charset=utf-8><title>Trifold: a comparison</title>"
         f"<style>{_STYLE}</style><h1>A comparison</h1>"
     )
-    said = (
+    note = (
         "Models of a section were trained on the same rows in the same order and have the same number of"
         " parameters, up to a tenth."
         " A colour is a kind of layer; solid lines attend, dashed ones do not."
     )
-    file.write_text("\n".join([head, f"<p>{said}</p>", *parts, ""]), encoding="utf-8")
+    file.write_text("\n".join([head, f"<p>{note}</p>", *parts, ""]), encoding="utf-8")
     (out / "report.json").write_text(
         json.dumps([asdict(run) for run in runs], ensure_ascii=False, indent=1), encoding="utf-8"
     )

@@ -166,8 +166,8 @@ def _published(run: Path, prompt: str, console: Terminal) -> tuple[Path, str]:
 
     out = publish(run, run / "published", on_event=tell, checkpoint=best_step(DiskPath(run)))
     report = verify(out)
-    [said] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
-    console.print(f"[dim]{escape(prompt)}[/]\n{escape(said)}", highlight=False)
+    [output] = generate(out, iter([prompt]), ["max_new=40"], as_json=False)
+    console.print(f"[dim]{escape(prompt)}[/]\n{escape(output)}", highlight=False)
     return out, f"{sum(check.ok for check in report.checks)} of {len(report.checks)} checks"
 
 

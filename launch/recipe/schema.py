@@ -1,5 +1,5 @@
-"""The config of a run: the settings of pretraining or fine-tuning, plus where it trains, what is scored in the
-background, and which trackers follow it.
+"""The config of a run: the settings of pretraining or fine-tuning, plus where it trains, what is scored in
+the background, and which trackers follow it.
 """
 
 import os

@@ -116,18 +116,18 @@ def draw_legs(config: AnyRecipe, kills: int, seed: int) -> list[Leg]:
     usual = (most, config.engine.zero_stage)
     legs = [Leg("straight", *usual)]
     for run, count in (("same", kills - kills // 2), ("moved", kills // 2)):
-        place: tuple[int, Any] = usual
+        setup: tuple[int, Any] = usual
         for number in range(count):
             moment: Any = draw.choice(("step", "save", "evaluation"))
             step = WINDOW * number + (
                 draw.randint(2, WINDOW) if moment == "step" else EVERY * draw.randint(1, WINDOW // EVERY)
             )
-            legs.append(Leg(run, *place, moment, step, draw.randrange(place[0]), draw.random()))
+            legs.append(Leg(run, *setup, moment, step, draw.randrange(setup[0]), draw.random()))
             if run == "moved":
-                place = draw.choice(
-                    [(workers, stage) for workers in worlds for stage in stages if (workers, stage) != place]
+                setup = draw.choice(
+                    [(workers, stage) for workers in worlds for stage in stages if (workers, stage) != setup]
                 )
-        legs.append(Leg(run, *place))
+        legs.append(Leg(run, *setup))
     return legs
 
 
@@ -141,8 +141,8 @@ def differences(straight: Path, other: Path) -> Difference:
         if name == "rows_hash" and ours.get((step, name)) != theirs.get((step, name))
     ]
     pairs = [(ours.get(key, math.nan), theirs.get(key, math.nan)) for key in keys if key[1] != "rows_hash"]
-    found = [abs(b - a) / (abs(a) or 1.0) for a, b in pairs]
-    return Difference(rows, max(math.inf if math.isnan(value) else value for value in found))
+    relative = [abs(b - a) / (abs(a) or 1.0) for a, b in pairs]
+    return Difference(rows, max(math.inf if math.isnan(value) else value for value in relative))
 
 
 def _short(config: AnyRecipe, home: Path, name: str, kills: int) -> Iterator[str]:
@@ -268,11 +268,9 @@ def _told(run: Path) -> dict[tuple[int, str], Any]:
 
 def _equal(run: Path, straight: Path, most: float, console: Terminal) -> bool:
     """Print a run's verdict: whether it is the straight one."""
-    found, wanted = differences(straight, run), "to the last bit" if most == 0 else f"within {most:g}"
-    equal = not found.rows and found.largest <= most
-    rows = f"other rows at steps {found.rows}" if found.rows else "the same rows"
-    said = (
-        f"{run.name}: {rows}, losses differ by up to {found.largest:.1e} relative (promised: equal {wanted})"
-    )
-    console.print(said, style="green" if equal else "red", highlight=False, soft_wrap=True)
+    difference, expected = differences(straight, run), "to the last bit" if most == 0 else f"within {most:g}"
+    equal = not difference.rows and difference.largest <= most
+    rows = f"other rows at steps {difference.rows}" if difference.rows else "the same rows"
+    message = f"{run.name}: {rows}, losses differ by up to {difference.largest:.1e} relative (promised: equal {expected})"
+    console.print(message, style="green" if equal else "red", highlight=False, soft_wrap=True)
     return equal

@@ -27,7 +27,7 @@ def test_a_storage_that_holds_another_run_of_this_name_is_rejected_and_a_renamed
     assert "seed: 0 there, 7 here" in message
     (folder / "a/base").rename(folder / "a/other")
     code, message = pretrain("run=a/other")
-    assert code == 1 and "has trained 2 steps" in message and "Restore the name of the folder" in message
+    assert code == 1 and "has trained 2 steps" in message and "Give the folder back its name" in message
 
 
 @pytest.mark.parametrize(
