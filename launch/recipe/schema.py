@@ -73,7 +73,8 @@ class ScoringConfig(Settings):
         for name in self.names:
             if not re.fullmatch(r"[\w-]+", name) or self.names.count(name) > 1:
                 raise ValueError(
-                    f"{name!r} prefixes the names of its scores: it must be unique, of letters, digits, - and _"
+                    f"{name!r} prefixes the names of its scores: it must be unique, of letters, digits, - and"
+                    " _"
                 )
         return self
 

@@ -268,9 +268,13 @@ def _told(run: Path) -> dict[tuple[int, str], Any]:
 
 def _equal(run: Path, straight: Path, most: float, console: Terminal) -> bool:
     """Print a run's verdict: whether it is the straight one."""
-    difference, expected = differences(straight, run), "to the last bit" if most == 0 else f"within {most:g}"
+    difference = differences(straight, run)
+    expected = "to the last bit" if most == 0 else f"within {most:g}"
     equal = not difference.rows and difference.largest <= most
     rows = f"other rows at steps {difference.rows}" if difference.rows else "the same rows"
-    message = f"{run.name}: {rows}, losses differ by up to {difference.largest:.1e} relative (promised: equal {expected})"
+    message = (
+        f"{run.name}: {rows}, losses differ by up to {difference.largest:.1e} relative"
+        f" (promised: equal {expected})"
+    )
     console.print(message, style="green" if equal else "red", highlight=False, soft_wrap=True)
     return equal

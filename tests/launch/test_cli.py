@@ -1,11 +1,17 @@
 """The command line as a person meets it: what it prints, and how it exits."""
 
+import codecs
+import io
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.launch.command_line import start, trifold, until, write_tiny
+from trifold.launch.cli import _argument_as_utf8, _lines_of_stdin
 from trifold.launch.terminal import Terminal, visible
 from trifold.pretrain.storage.jsonl import read_lines
 
@@ -96,3 +102,22 @@ def test_a_console_shows_control_characters_as_escapes_wherever_they_stand():
     text = console.export_text()
     assert r"a\x1b[31mb\rc" in text and "next" in text and r"markup \x07" in text and r"t\x1bitle" in text
     assert visible("Größe 東京 👩‍🔬 नमस्ते") == "Größe 東京 👩‍🔬 नमस्ते"  # the joiner inside the emoji stays
+
+
+def test_output_is_utf_8_in_a_locale_that_cannot_say_it(tmp_path):
+    code = "from trifold.launch.cli import main; main(['plan', 'Größe-東京.yaml'])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, cwd=tmp_path)
+    assert ended.returncode == 1 and b"Traceback" not in ended.stderr
+    assert "there is no recipe Größe-東京.yaml" in ended.stderr.decode("utf-8")
+
+
+def test_an_argument_is_utf_8_where_the_locale_decodes_it_as_ascii():
+    assert _argument_as_utf8("東京".encode().decode("ascii", "surrogateescape")) == "東京"
+    assert _argument_as_utf8("\udcff") == "\udcff" and _argument_as_utf8("Größe") == "Größe"
+
+
+def test_the_byte_order_mark_of_stdin_is_no_part_of_the_first_text(monkeypatch):
+    content = codecs.BOM_UTF8 + "Mara\r\nGröße\n\n\ufeffkept\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert list(_lines_of_stdin()) == ["Mara", "Größe", "", "\ufeffkept"]
