@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trifold.launch.cluster.failure_report import Cause, last_lines, render
-from trifold.launch.recipe.schema import AnyRecipe
+from trifold.launch.recipe.schema import AnyRecipe, resume_command
 from trifold.launch.terminal import visible
 from trifold.pretrain.monitor.heartbeat import RankStatus
 from trifold.pretrain.monitor.run_folder import log_event
 
 REASON = "the driver was ended from outside: it was killed, or Ray's raylet or GCS was"
+TIME_LIMIT = 30  # seconds for the report
 
 
 @contextmanager
@@ -42,6 +43,9 @@ def _watch(config: AnyRecipe, read: int) -> None:
     """The forked process. It uses no lock that another thread may have held at the fork."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # sockets to Ray among them: it must see that the driver is gone
+    os.closerange(3, read)
+    os.closerange(read + 1, os.sysconf("SC_OPEN_MAX"))
     status = 0
     try:
         if not os.read(read, 1):  # the end of the pipe: the driver is gone
@@ -55,7 +59,11 @@ def _watch(config: AnyRecipe, read: int) -> None:
 
 def _report(config: AnyRecipe) -> None:
     folder = Path(config.run)
-    report = render(config, config.cluster.workers, Cause(None, REASON), None, _log_of)
+    signal.alarm(TIME_LIMIT)
+    if config.checkpoints.storage is None:
+        report = render(config, config.cluster.workers, Cause(None, REASON), None, _log_of)
+    else:  # a client of an object store does not work after a fork
+        report = f"the run failed: {REASON}. Continue with: {resume_command(config)}"
     log_event(folder, "failed", rank=None, error=REASON, workers=config.cluster.workers)
     with (folder / "failures.log").open("a", encoding="utf-8") as log:
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}\n\n")
