@@ -1,4 +1,4 @@
-"""The commands of `trifold bench`: each measures on this machine, shows one table, and with --out writes
+"""The commands of `trifold bench`: each measures this machine, shows one table, and with --out writes
 OUT.json and OUT.png.
 """
 
@@ -12,17 +12,15 @@ from trifold.launch.terminal import Terminal
 if TYPE_CHECKING:  # torch takes a second, and `trifold --help` should not
     from trifold.pretrain.distributed import RankInfo
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine, beside the peers.")
+app = typer.Typer(no_args_is_help=True, help="Benchmark this machine against Hugging Face baselines.")
 
 Config = Annotated[str, typer.Argument(help="a recipe: a YAML file", metavar="CONFIG")]
 Changes = Annotated[
-    list[str] | None, typer.Argument(help="changes to it, such as micro_rows=16", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="overrides, such as micro_rows=16", metavar="[KEY=VALUE]...")
 ]
-Device = Annotated[
-    Literal["cpu", "cuda"] | None, typer.Option(help="where; without it CUDA where there is one")
-]
-Threads = Annotated[int, typer.Option(help="threads of the CPU")]
-Out = Annotated[Path | None, typer.Option(help="a name for OUT.json and OUT.png")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="device [default: cuda if there is one]")]
+Threads = Annotated[int, typer.Option(help="CPU threads")]
+Out = Annotated[Path | None, typer.Option(help="write OUT.json and OUT.png")]
 
 
 @app.command()
@@ -30,23 +28,23 @@ def train(
     recipe: Config,
     changes: Changes = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="beside stock classes of the same shape, eager and compiled")
+        bool, typer.Option("--peers", help="also Hugging Face classes of the same shape, eager and compiled")
     ] = False,
     eager: Annotated[
-        bool, typer.Option("--eager", help="the peers eager alone: compiling takes a minute each")
+        bool, typer.Option("--eager", help="run the peers eager only: compiling takes a minute each")
     ] = False,
-    documents: Annotated[int, typer.Option(help="documents of a row; 0: each row is one whole document")] = 0,
-    steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
-    warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
+    documents: Annotated[int, typer.Option(help="documents per row; 0: each row is one document")] = 0,
+    steps: Annotated[int, typer.Option(help="timed steps; the median is reported")] = 20,
+    warmup: Annotated[int, typer.Option(help="untimed steps before them")] = 3,
     trace: Annotated[
         Path | None,
-        typer.Option("--profile", help="a file for a trace of ours; a table of where the time goes"),
+        typer.Option("--profile", help="write a trace of ours to this file and show where the time is spent"),
     ] = None,
     device: Device = None,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """Throughput of a recipe on rows of its shape: tokens/s, MFU, peak memory."""
+    """Measure the throughput of a recipe on rows of its shape: tokens/s, MFU, peak memory."""
     from trifold.launch.bench.train import bench
     from trifold.launch.recipe.reader import resolve
 
@@ -68,13 +66,11 @@ def train(
 def data(
     recipe: Config,
     changes: Changes = None,
-    megabytes: Annotated[int, typer.Option(help="of text to tokenize")] = 10,
-    documents: Annotated[int, typer.Option(help="documents of a row")] = 3,
+    megabytes: Annotated[int, typer.Option(help="megabytes of text to tokenize")] = 10,
+    documents: Annotated[int, typer.Option(help="documents per row")] = 3,
     out: Out = None,
 ) -> None:
-    """Tokens per second of one core: tokenizing beside SentencePiece itself, and the rows of each
-    objective.
-    """
+    """Measure tokens per second of one core: tokenizing next to SentencePiece, and the rows of each objective."""
     from trifold.launch.bench.data import bench
     from trifold.launch.recipe.reader import resolve
 
@@ -87,12 +83,12 @@ def data(
 def save(
     recipe: Config,
     changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="the disk to write to")] = Path("."),
+    folder: Annotated[Path, typer.Option(help="a folder on the disk to write to")] = Path("."),
     device: Device = None,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """What a checkpoint costs: how long training waits, the background writes, a resume reads."""
+    """Measure the cost of a checkpoint: how long training waits, the background writes, a resume reads."""
     from trifold.launch.bench.save import bench
     from trifold.launch.recipe.reader import resolve
 
@@ -103,14 +99,14 @@ def save(
 def generate(
     recipe: Config,
     changes: Changes = None,
-    new: Annotated[int, typer.Option(help="tokens to write")] = 64,
-    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 5,
+    new: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    rounds: Annotated[int, typer.Option(help="rounds; the median is reported")] = 5,
     device: Device = None,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """New tokens per second beside the stock class with the same weights: batch 1 and 32, greedy and
-    beams.
+    """Measure generation speed next to the Hugging Face class with the same weights: batch 1 and 32, greedy and beam
+    search.
     """
     from trifold.launch.bench.generate import bench
     from trifold.launch.recipe.reader import resolve
@@ -134,13 +130,13 @@ def gpu(
         float, typer.Option(help="after which the table is printed, whatever is done by then")
     ] = 520,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="the same code on shapes for a CPU: a rehearsal")
+        bool, typer.Option("--tiny", help="rehearse the same code on small shapes on the CPU")
     ] = False,
-    steps: Annotated[int, typer.Option(help="timed steps, of which the median counts")] = 20,
+    steps: Annotated[int, typer.Option(help="timed steps; the median is reported")] = 20,
     out: Out = None,
 ) -> None:
-    """The table of goals on one GPU: six shapes, ours beside the stock classes, each contender in a process
-    of its own.
+    """Measure the table of goals on one GPU: six shapes, ours next to Hugging Face classes, each contender in a
+    process.
     """
     from trifold.launch.bench.gpu import bench
 

@@ -1,8 +1,8 @@
-"""Those who race: each does optimizer steps on the same micro batches. In, a recipe and micros; out, a
-Contender whose `step` is one step.
+"""The contenders of a benchmark: each does optimizer steps on the same micro-batches, one step per call of
+`step`.
 
-Ours is the product's Engine (DeepSpeed). The peers are the stock classes of the same shape in the loop that
-Hugging Face's Trainer runs (transformers/trainer.py: `training_step`): fp32 weights, bf16 autocast unless the
+Ours is the product's Engine (DeepSpeed). The peers are Hugging Face classes of the same shape in the loop
+that their Trainer runs (transformers/trainer.py: `training_step`): fp32 weights, bf16 autocast unless the
 recipe is fp32, clipping, fused AdamW.
 """
 

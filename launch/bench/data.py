@@ -1,8 +1,8 @@
-"""`trifold bench data`: tokens per second of one core, from text to micro batches: tokenizing, and the rows
+"""`trifold bench data`: tokens per second of one core, from text to micro-batches: tokenizing, and the rows
 of each objective.
 
-Process time of one thread, so that a busy machine does not show. Tokenizing is set beside SentencePiece's own
-speed on the same text.
+Process time of one thread is measured, so that a busy machine does not matter. Tokenizing is compared with
+SentencePiece's own speed on the same text.
 """
 
 import time

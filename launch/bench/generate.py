@@ -1,5 +1,5 @@
-"""`trifold bench generate`: new tokens per second, ours beside the stock class with the same weights: batch 1
-and 32, greedy and beams.
+"""`trifold bench generate`: new tokens per second, ours next to the Hugging Face class with the same weights:
+batch 1 and 32, greedy and beam search.
 """
 
 import time

@@ -1,9 +1,9 @@
-"""`make bench-gpu`: the table of goals on one GPU, six shapes beside the stock classes that a user would take
-instead.
+"""`make bench-gpu`: the table of goals on one GPU: six shapes next to the Hugging Face classes that a user
+would take instead.
 
-In: nothing but the presets below. Out: one table, printed last, and --out's JSON and chart. Each contender is
-a process of its own: what hangs or fails costs its own row and no others. They build and compile side by
-side, and are timed one at a time. `--tiny` runs the same code on small shapes on the CPU.
+The presets below come in; one table, printed last, and the JSON and chart of --out come out. Each contender
+is a process: one that hangs or fails loses its own row only. They build and compile in parallel and are timed
+one at a time. `--tiny` runs the same code on small shapes on the CPU.
 """
 
 import os

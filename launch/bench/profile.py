@@ -1,8 +1,8 @@
-"""Where the time of a step goes: in, a step; out, a trace for chrome://tracing and a table of parts.
+"""Where the time of a step is spent: a trace for chrome://tracing and a table by module.
 
-A part is the innermost of our modules around an operation, in backward that of the forward operation it
-belongs to (they share autograd's sequence number). Outside of modules the name decides. Compiled steps have
-no modules: then kernels are told by name alone.
+An operation counts for the innermost of our modules around it; in backward, for that of the forward operation
+it belongs to (they share autograd's sequence number). Outside of modules its name decides. Compiled steps
+have no modules: there kernels are distinguished by name alone.
 """
 
 import re

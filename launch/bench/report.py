@@ -1,4 +1,4 @@
-"""What a bench found, shown: rows of plain values -> one table, a JSON file, a bar chart."""
+"""The result of a benchmark: rows of plain values become one table, a JSON file and a bar chart."""
 
 import json
 import platform

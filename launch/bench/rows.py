@@ -1,8 +1,7 @@
-"""Synthetic text of a recipe's shape: in, a recipe and how many documents share a row; out, the rows that
-training would make of it.
+"""Synthetic rows of a recipe's shape, as training would make them.
 
-The corpus and the vocabulary are made up, everything else is the product's own path: objective, packing,
-order, stacking.
+A config and the number of documents per row come in. Corpus and vocabulary are synthetic; objective, packing,
+order and collation are the product's own.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""`trifold bench save`: what a checkpoint of a recipe costs: training waits, the background writes, a resume
-reads.
+"""`trifold bench save`: what a checkpoint of a recipe costs: how long training waits, the background writes,
+a resume reads.
 """
 
 import tempfile

@@ -1,9 +1,9 @@
-"""`trifold bench train`: the throughput of a recipe on this machine, beside stock classes of its shape in the
-same run.
+"""`trifold bench train`: the throughput of a recipe on this machine, next to Hugging Face classes of its
+shape in the same run.
 
-In: a recipe. Out: a row for each contender: tokens that count per second, MFU by one formula
-(modeling/flops.py), peak memory, seconds. One process is one rank; the recipe's own micro and step sizes,
-engine and precision hold.
+A config comes in. Out comes one row per contender: target tokens per second, MFU by one formula
+(modeling/flops.py), peak memory, seconds. One process is one rank; the recipe's micro-batch and step sizes,
+engine and precision apply.
 """
 
 from collections.abc import Sequence

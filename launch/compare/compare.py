@@ -1,9 +1,9 @@
-"""One `trifold compare`: models trained on the same rows with as many parameters, measured alike, and drawn
-in one report.
+"""`trifold compare`: trains models of the same size on the same rows, measures them alike and draws one
+report.
 
-In: recipes, each of a run that is new, begun or finished; recipes of one task are compared with each other.
-Out: a folder with report.html, which holds everything, and a PNG of each picture. What is finished is not
-trained again, so the same command goes on after a stop, and one more recipe adds one more model.
+Configs come in, each of a run that is new, started or finished; recipes of one task are compared with each
+other. Out comes a folder with report.html, which needs no other file, and a PNG of each figure. Finished runs
+are not trained again, so the same command resumes after a stop, and one more recipe adds one more model.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What is measured of one run of a comparison: its curve, scores, speed and attention maps, as plain values."""
 
 import math
 from dataclasses import dataclass

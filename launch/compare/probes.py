@@ -1,8 +1,8 @@
-"""What a trained model can be asked besides its scores: how far back a prediction reaches, how fast it learns
-rows, where it looks.
+"""Measurements of a trained model besides its scores: how far back a prediction depends on its input, speed
+by row length, attention maps.
 
-In: a run folder, or the model in it. Out: plain numbers for pictures. All on the CPU, in fp32, in this
-process; a few seconds each.
+A run folder, or the model in it, comes in; plain numbers for figures come out. Everything runs on the CPU in
+fp32, in this process, in a few seconds each.
 """
 
 import re
@@ -35,7 +35,7 @@ ENOUGH = 8  # documents without which a mean is not drawn
 
 
 class Map(NamedTuple):
-    """Weights of one look: a row for each token that looks, a column for each that is looked at."""
+    """Attention weights: one row per attending token, one column per attended token."""
 
     title: str
     rows: list[str]
@@ -107,23 +107,21 @@ def speed(model_config: ModelConfig) -> dict[int, float]:
 
 
 def maps(model: Transformer, tokenizer: Tokenizer, text: str, word: str | None = None) -> list[Map]:
-    """Where a model looks while it reads the text, or writes its translation of it, and where every head that
-    reads looks from `word`.
-
-    None where it has nothing to look with.
+    """The attention maps of a model that reads the text, or translates it, and of every head from `word`. Empty for a
+    model without attention.
     """
     at = len(tokenizer.encode_batch([text[: ends(text, word)]])[0]) if word else None  # behind bos
     ids = tokenizer.encode_batch([text])[0].tolist()
     source = torch.tensor([[tokenizer.bos, *ids, tokenizer.eos]])
     if model.decoder is None or model.encoder is None:
-        return _looks(
+        return _attention_maps(
             model, tokenizer, Batch(source[:, :-1], torch.ones_like(source[:, :-1]), source[:, 1:]), at
         )
     how = Generation(max_new=64)
     [made] = generate(model, source.tolist(), how, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
     written = torch.tensor([[tokenizer.bos, *made]])
     tokens = written[:, :-1]
-    return _looks(
+    return _attention_maps(
         model,
         tokenizer,
         Batch(tokens, torch.ones_like(tokens), written[:, 1:], source, torch.ones_like(source)),
@@ -135,13 +133,15 @@ def ends(text: str, word: str) -> int:
     """Where a word of the text ends, in characters. Raises UserError where the text does not have it."""
     if found := re.search(rf"\b{re.escape(word)}\b", text):
         return found.end()
-    raise UserError(f"--word {word!r} is no word of the sentence {text!r}: give --sentence one that has it.")
+    raise UserError(
+        f"--word {word!r} is not a word of the sentence {text!r}: give a --sentence that contains it."
+    )
 
 
 @torch.no_grad()
-def _looks(model: Transformer, tokenizer: Tokenizer, batch: Batch, at: int | None) -> list[Map]:
-    """Alignments of a recurrent decoder; of a transformer the heads of the last layer that read the text, the
-    mean of those that look at it from its translation, and all heads' looks from the place `at`.
+def _attention_maps(model: Transformer, tokenizer: Tokenizer, batch: Batch, at: int | None) -> list[Map]:
+    """Alignments of a recurrent decoder. Of a transformer: the heads of the last layer over the text, the mean of its
+    cross-attention heads, and all heads from position `at`.
     """
     seen: dict[str, list[Tensor]] = {}
 

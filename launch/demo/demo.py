@@ -1,9 +1,9 @@
-"""The whole system on a laptop, as on a cluster: each family trained on the small world by two workers of
-which one is killed half way. Then the published folders learn four tasks, each beside a model of the same
-shape that begins with random weights.
+"""The whole pipeline on a laptop, as on a cluster: each family is pretrained on the toy corpus by two
+workers, one of which is killed half way. Then the published folders are fine-tuned on four tasks, each next
+to a model of the same shape with random weights.
 
-In: nothing from outside. Out: runs/demo/NAME with a published, verified folder, and two tables. Each demo
-starts anew. Cost: 19 minutes on 2 cores with AVX2 only.
+Nothing comes in from outside. Out come runs/demo/NAME with a published, verified folder, and two tables. Each
+demo starts from scratch. Cost: 19 minutes on 2 cores with AVX2 only.
 """
 
 import json

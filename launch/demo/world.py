@@ -1,14 +1,14 @@
-"""A small world made up from a seed: people, places and firms with facts that agree with each other, told in
-varied sentences.
+"""A toy corpus generated from a seed: people, places and firms with consistent facts, stated in varied
+sentences.
 
-In: a seed. Out: documents of several sentences each (3 MB in about 1 s), so that the demo and tests need
-nothing from outside. A fact comes back in many documents, so a tiny model can learn it. The held-out
-documents tell the same facts, each of them only in sentences that the training documents never use for that
-fact (though for others): whoever predicts them well knows the facts and not only the lines. One document in
-five is in the world's second language (launch/demo/world_language.py).
+A seed comes in; documents of several sentences each come out (3 MB in about 1 s), so that the demo and tests
+need no data. A fact recurs in many documents, so a tiny model can learn it. The held-out documents state the
+same facts, each only in sentences that the training documents never use for that fact (though for others): a
+model that predicts them well has learned the facts and not only the lines. One document in five is in the
+corpus's second language (launch/demo/world_language.py).
 
-Facts are data (relation, subject, value) apart from the sentences that tell them: launch/demo/world_tasks.py
-makes translations, entity tags, summaries and questions of them.
+Facts are data (relation, subject, value), separate from the sentences that state them:
+launch/demo/world_tasks.py makes translations, entity tags, summaries and questions of them.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,11 @@
-"""The small world's second language: every English sentence of launch/demo/world.py has one translation, made
-by rule.
+"""The second language of the toy corpus: every English sentence of launch/demo/world.py has one translation,
+made by rule.
 
-In: a gloss (its words in order, each with an ending), the subject and the value. Out: the sentence. Its
-grammar, against English: the verb comes last and carries the tense, case endings stand for prepositions, an
-owner stands before what is owned, an adjective after its noun and with its ending; there are no articles.
-Names stay and take endings. Stems are drawn from the English word itself, so there is no list.
+A gloss (its words in order, each with an ending), the subject and the value come in; the sentence comes out.
+The grammar, compared with English: the verb comes last and carries the tense, case endings replace
+prepositions, an owner precedes what is owned, an adjective follows its noun and takes its ending; there are
+no articles. Names stay and take endings. Stems are derived from the English word by a random generator, so
+there is no word list.
 """
 
 from functools import cache

@@ -1,12 +1,12 @@
-"""Four tasks about the small world, with examples to learn from and to be scored on: translations, entity
-tags, summaries, questions.
+"""Four tasks about the toy corpus, with training and dev examples: translation, NER, summarization, question
+answering.
 
-In: a seed. Out: files in the formats of the field (parallel lines, CoNLL, JSONL, SQuAD JSON; 1 s). No text
-here tells the facts of the pretraining text: each draws from a telling of its own, with known names and other
-facts, so that an answer must be read, not remembered. Half of the names stand in the tagged documents to
-learn from and the other half in those of dev, so that no name there has a usual tag. For the other trivial
-systems little is left too: no translation is a copy, the facts of a summary stand anywhere among others, and
-an answer is a short part of its sentence.
+A seed comes in; files in the field's formats come out (parallel lines, CoNLL, JSONL, SQuAD JSON; 1 s). No
+text here states the facts of the pretraining corpus: each is drawn independently, with known names and other
+facts, so that an answer must be read, not remembered. Half of the names occur in the tagged training
+documents and the other half in dev, so that no name there has a usual tag. The other trivial baselines gain
+little too: no translation is a copy, the facts of a summary stand anywhere among others, and an answer is a
+short part of its sentence.
 """
 
 import json

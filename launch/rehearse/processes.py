@@ -1,9 +1,8 @@
-"""Ranks as plain processes of this machine, without Ray: in, a recipe and its training function; out,
-processes to kill, their exit codes.
+"""Ranks as plain processes of this machine, without Ray, for rehearsals that start many short groups.
 
-For rehearsals that start many short groups. One process imports torch and DeepSpeed and forks the ranks, so a
-group stands in a second or two, where Ray's workers take five and more. The training function is the same one
-(promise 7).
+A config and its training function come in; processes that can be killed, and their exit codes, come out. One
+server process imports torch and DeepSpeed and forks the ranks, so that a group is up in a second or two,
+where Ray's workers take five or more. The training function is the same one (promise 7).
 """
 
 import multiprocessing

@@ -1,12 +1,11 @@
-"""`trifold verify-resume`: does this recipe continue exactly? A short run undisturbed, and with kill -9 at
-random moments, compared.
+"""`trifold verify-resume`: does this recipe resume exactly? A short run undisturbed is compared with the same
+run under kill -9 at random moments.
 
-In: a recipe. Out: RUN/verify-resume/ with three short runs of it in fp32, a table of the kills, and a
-verdict. `straight` is left alone. `same` is killed and goes on with as many workers at the same ZeRO stage:
-rows and losses must be equal to the last bit. `moved` goes on with other workers or at another stage after
-each kill: the same rows, losses within 1e-5 relative. A kill is aimed at a moment by what the run writes (a
-step done, a save begun, an evaluation due); where it really fell is read from what the run had written when
-it was dead.
+A recipe comes in. Out come RUN/verify-resume/ with three short fp32 runs, a table of the kills, and a
+verdict. `straight` is not disturbed. `same` is killed and resumes with as many workers at the same ZeRO
+stage: rows and losses must be bit for bit equal. `moved` resumes with other workers or at another stage after
+each kill: the same rows, losses within 1e-5 relative. A kill is aimed by what the run writes (a step done, a
+save started, an evaluation due); where it really happened is read from what the run had written by then.
 """
 
 import json
@@ -98,10 +97,10 @@ def verify_resume(recipe: str, changes: list[str], kills: int, seed: int, consol
     ]
     if wrong:
         raise UserError(
-            f"{config.run} does not continue exactly: see what was said of {' and '.join(wrong)}; the runs"
+            f"{config.run} does not resume exactly: see the differences of {' and '.join(wrong)}; the runs"
             f" are in {home}."
         )
-    console.print(f"{config.run} continues exactly.", style="green", highlight=False)
+    console.print(f"{config.run} resumes exactly.", style="green", highlight=False)
 
 
 def draw_legs(config: AnyRecipe, kills: int, seed: int) -> list[Leg]:
@@ -133,7 +132,7 @@ def draw_legs(config: AnyRecipe, kills: int, seed: int) -> list[Leg]:
 
 def differences(straight: Path, other: Path) -> Difference:
     """What a run differs in from the straight one; the last line of a step counts."""
-    ours, theirs = _told(straight), _told(other)
+    ours, theirs = _losses_and_rows(straight), _losses_and_rows(other)
     keys = sorted(ours.keys() | theirs.keys())
     rows = [
         step
@@ -255,7 +254,7 @@ def _of(run: Path, name: str, generation: int) -> list[dict[str, Any]]:
     return [line for line in read_lines(run / f"{name}.jsonl") if line["generation"] == generation]
 
 
-def _told(run: Path) -> dict[tuple[int, str], Any]:
+def _losses_and_rows(run: Path) -> dict[tuple[int, str], Any]:
     """Losses and row hashes by step and name."""
     lines = read_lines(run / "metrics.jsonl")
     return {

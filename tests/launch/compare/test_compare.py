@@ -119,7 +119,7 @@ def test_models_of_unlike_sizes_or_data_are_refused_with_both_numbers(tmp_path: 
         compare([a, large], tmp_path, None, None, console)
     with pytest.raises(UserError, match=r"steps is 2 in .*gru and 3 in .*transformer"):
         compare([a, b.model_copy(update={"steps": 3})], tmp_path, None, None, console)
-    with pytest.raises(UserError, match=r"--word 'it' is no word of the sentence 'A white dog\.'"):
+    with pytest.raises(UserError, match=r"--word 'it' is not a word of the sentence 'A white dog\.'"):
         compare([a, b], tmp_path, "A white dog.", "it", console)
     with pytest.raises(UserError, match="two recipes have the run folder"):
         compare([a, a], tmp_path, None, None, console)

@@ -107,7 +107,7 @@ def test_a_continuation_with_another_cursor_is_caught(monkeypatch: Any, tmp_path
     assert (
         "same: other rows at steps" in said and "moved: the same rows, losses differ by up to 0.0e+00" in said
     )
-    assert "run does not continue exactly: see what was said of same;" in said
+    assert "run does not resume exactly: see the differences of same;" in said
 
 
 @pytest.mark.proof
