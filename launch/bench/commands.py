@@ -70,7 +70,9 @@ def data(
     documents: Annotated[int, typer.Option(help="documents per row")] = 3,
     out: Out = None,
 ) -> None:
-    """Measure tokens per second of one core: tokenizing next to SentencePiece, and the rows of each objective."""
+    """Measure tokens per second of one core: tokenizing next to SentencePiece, and the rows of each
+    objective.
+    """
     from trifold.launch.bench.data import bench
     from trifold.launch.recipe.reader import resolve
 
@@ -105,8 +107,8 @@ def generate(
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """Measure generation speed next to the Hugging Face class with the same weights: batch 1 and 32, greedy and beam
-    search.
+    """Measure generation speed next to the Hugging Face class with the same weights: batch 1 and 32, greedy
+    and beam search.
     """
     from trifold.launch.bench.generate import bench
     from trifold.launch.recipe.reader import resolve
@@ -135,8 +137,8 @@ def gpu(
     steps: Annotated[int, typer.Option(help="timed steps; the median is reported")] = 20,
     out: Out = None,
 ) -> None:
-    """Measure the table of goals on one GPU: six shapes, ours next to Hugging Face classes, each contender in a
-    process.
+    """Measure the table of goals on one GPU: six shapes, ours next to Hugging Face classes, each contender in
+    a process.
     """
     from trifold.launch.bench.gpu import bench
 

@@ -107,8 +107,8 @@ def speed(model_config: ModelConfig) -> dict[int, float]:
 
 
 def maps(model: Transformer, tokenizer: Tokenizer, text: str, word: str | None = None) -> list[Map]:
-    """The attention maps of a model that reads the text, or translates it, and of every head from `word`. Empty for a
-    model without attention.
+    """The attention maps of a model that reads the text, or translates it, and of every head from `word`.
+    Empty for a model without attention.
     """
     at = len(tokenizer.encode_batch([text[: ends(text, word)]])[0]) if word else None  # behind bos
     ids = tokenizer.encode_batch([text])[0].tolist()
@@ -140,8 +140,8 @@ def ends(text: str, word: str) -> int:
 
 @torch.no_grad()
 def _attention_maps(model: Transformer, tokenizer: Tokenizer, batch: Batch, at: int | None) -> list[Map]:
-    """Alignments of a recurrent decoder. Of a transformer: the heads of the last layer over the text, the mean of its
-    cross-attention heads, and all heads from position `at`.
+    """Alignments of a recurrent decoder. Of a transformer: the heads of the last layer over the text, the
+    mean of its cross-attention heads, and all heads from position `at`.
     """
     seen: dict[str, list[Tensor]] = {}
 
