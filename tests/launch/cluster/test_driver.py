@@ -306,6 +306,7 @@ def test_a_driver_that_was_superseded_reports_and_does_not_restart(tmp_path, mon
     assert kinds(tmp_path) == ["failed"]
 
 
+@pytest.mark.proof
 def test_a_killed_controller_leaves_no_placement_group_and_the_run_restarts(ray_cluster, tmp_path):
     def kill_controller() -> None:
         while len(read_lines(tmp_path / "metrics.jsonl")) < 7:
@@ -322,6 +323,7 @@ def test_a_killed_controller_leaves_no_placement_group_and_the_run_restarts(ray_
     assert states.count("REMOVED") == len(states)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("killed", ["raylet", "gcs_server"])
 def test_when_ray_ends_the_driver_there_is_a_report_and_the_command_that_continues(tmp_path, killed):
     process = start(write_tiny(tmp_path), "pretrain", "tiny.yaml", "steps=1000000", "--workers", "1")
