@@ -27,7 +27,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # A test that reaches one of these names starts a process, ...
 STARTS_PROCESSES = frozenset(
-    {"run_processes", "subprocess", "multiprocessing", "ray", "ray_cluster", "hosts"}
+    {"run_processes", "subprocess", "multiprocessing", "ray", "ray_cluster", "hosts", "verify_resume"}
 )
 # ... loads a class of transformers, reads the large schemas of KubeRay, or trains a run.
 SLOW_NAMES = STARTS_PROCESSES | {"transformers", "jsonschema"}
