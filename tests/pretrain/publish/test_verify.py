@@ -149,7 +149,7 @@ def test_every_mutation_of_every_row_is_caught(
             write_published(tmp_path / str(i), config, state)
             failures = failed(verify(tmp_path / str(i), (config, state)))
         except UserError as reason:  # two rows of which one is optional
-            assert "the model and its name table do not fit" in str(reason)
+            assert "the model and its name table do not match" in str(reason)
             failures = {"export"}
         assert failures, what
         seen_by[f"{what.partition(':')[0]}, seen by {' and '.join(sorted(failures))}"] += 1
@@ -284,7 +284,7 @@ def write_nan(path: Path) -> None:
             lambda path: path.write_text('{"a": ' + "[" * 100_000),
             r"tokenizer\.json is not complete JSON",
         ),
-        ("model.safetensors", lambda path: write_nan(path), "input_layernorm.weight holds NaN"),
+        ("model.safetensors", lambda path: write_nan(path), "input_layernorm.weight contains NaN"),
         ("config.json", lambda path: path.unlink(), r"there is no .*config\.json"),
         ("tokenizer.json", lambda path: path.unlink(), r"there is no .*tokenizer\.json"),
         ("tokenizer.json", lambda path: path.write_text("{}"), r"tokenizer\.json is JSON, but no tokenizer"),
