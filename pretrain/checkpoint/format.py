@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from trifold.modeling.errors import UserError
 from trifold.pretrain.checkpoint.state import CheckpointState
@@ -67,9 +67,9 @@ def rank_file(rank: int, kind: str) -> str:
 
 def seal(record: dict[str, Any]) -> bytes:
     """A record as JSON that ends with the sha256 of the rest."""
-    record = {key: value for key, value in record.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
-    return json.dumps(record | {"sha256": digest}, indent=1).encode()
+    text = json.dumps({key: value for key, value in record.items() if key != "sha256"})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-1]}, "sha256": "{digest}"}}\n'.encode()
 
 
 def unseal(content: bytes) -> dict[str, Any] | None:
@@ -83,12 +83,11 @@ def unseal(content: bytes) -> dict[str, Any] | None:
     return record if seal(record) == content else None
 
 
-@dataclass(frozen=True)
-class RankSlice:
-    """The range [start, start + count) of a flattened parameter that one rank holds, under each key."""
+class RankSlice(NamedTuple):
+    """The range [start, start + length) of a flattened parameter that one rank holds, under each key."""
 
     start: int
-    count: int
+    length: int
     shape: list[int]  # of the parameter
     keys: list[str]  # "fp32", and unless the parameter is frozen its moments
 
@@ -105,14 +104,13 @@ class Manifest:
     slices: dict[str, RankSlice]
 
     def render(self) -> bytes:
-        slices = {name: vars(piece) for name, piece in self.slices.items()}
-        return json.dumps({"format": FORMAT, **vars(self), "slices": slices}).encode()
+        return json.dumps({"format": FORMAT, **vars(self)}).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
         fields = json.loads(content)
         assert fields.pop("format") == FORMAT
-        slices = {name: RankSlice(**piece) for name, piece in fields["slices"].items()}
+        slices = {name: RankSlice(*piece) for name, piece in fields["slices"].items()}
         return cls(**fields | {"digest": FileDigest(*fields["digest"]), "slices": slices})
 
 
@@ -152,7 +150,7 @@ def merge_slices(manifests: list[Manifest]) -> dict[str, ParameterSlices]:
     pieces: dict[str, list[tuple[int, int, int, RankSlice]]] = {}
     for manifest in manifests:
         for name, piece in manifest.slices.items():
-            pieces.setdefault(name, []).append((piece.start, piece.count, manifest.rank, piece))
+            pieces.setdefault(name, []).append((piece.start, piece.length, manifest.rank, piece))
     return {name: _merge(name, sorted(ranges, key=_by_position)) for name, ranges in pieces.items()}
 
 

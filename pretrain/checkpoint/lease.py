@@ -122,7 +122,12 @@ def valid_folders(run: P) -> list[P]:
     """The checkpoint folders that are valid, oldest first: by generation, then by step (a later generation
     may have gone back). Their content is not looked at.
     """
-    folders = [path for path in all_folders(run) if (path / COMMIT).exists()]
+    return valid_among(run, all_folders(run))
+
+
+def valid_among(run: StoragePath, folders: list[P]) -> list[P]:
+    """Those of some checkpoint folders of a run that are valid."""
+    folders = [path for path in folders if (path / COMMIT).exists()]
     closed = {number: _closed_with(run, number) for number in {_generation(path) for path in folders}}
     return [path for path in folders if _is_among(path, closed[_generation(path)])]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from trifold.pretrain.checkpoint.checkpoint import verify
 from trifold.pretrain.checkpoint.format import COMMIT, CorruptCheckpoint, parse_folder_name, read_marker
-from trifold.pretrain.checkpoint.lease import Lease, P, all_folders, valid_folders
+from trifold.pretrain.checkpoint.lease import Lease, P, all_folders, valid_among, valid_folders
 from trifold.pretrain.config.training import CheckpointConfig
 from trifold.pretrain.monitor.events import OnEvent
 from trifold.pretrain.storage.storage_path import StoragePath
@@ -69,8 +69,9 @@ class Retention:
         before `step`.
         """
         self.lease.check()
-        valid = {folder.name for folder in valid_folders(self.lease.run)}
-        for folder in all_folders(self.lease.run):
+        folders = all_folders(self.lease.run)
+        valid = {folder.name for folder in valid_among(self.lease.run, folders)}
+        for folder in folders:
             earlier = parse_folder_name(folder.name) < (self.lease.generation, step)
             if earlier and folder.name not in valid:
                 folder.remove_folder(COMMIT)

@@ -55,7 +55,9 @@ class DiskPath:
         return DiskPath(self.path, options)
 
     def exists(self) -> bool:
-        return self.path.exists()
+        return os.path.exists(
+            self.path
+        )  # half of the time of Path.exists, which counts for 2,000 checkpoints
 
     def size(self) -> int:
         return self.path.stat().st_size

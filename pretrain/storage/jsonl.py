@@ -1,9 +1,8 @@
 """JSON lines that several processes append to and that may be read while they grow.
 
 A line is one JSON object. Lines that are no object (half a line of a killed writer, bytes that are not UTF-8,
-other JSON) are passed over. A run of 1e6 steps has files of 200 MB: `read_backwards` and `read_from` read
-them in chunks, and parse only the lines that hold `containing`. Cost: 1e6 lines searched in 0.3 s, parsed in
-4 s.
+other JSON) are passed over. A run of 1e6 steps has files of 200 MB: `read_backwards` and `read_from` read them
+in chunks, and parse only the lines that hold `containing`. Cost: see LOG.md.
 """
 
 import json
@@ -52,12 +51,13 @@ def read_from(path: Path, offset: int) -> tuple[list[Record], int]:
 def read_backwards(path: Path, containing: str = "") -> Iterator[Record]:
     """The records of a file, the last one first; with `containing`, those whose line holds this text."""
     needle = containing.encode()
-    for line in _lines_backwards(path):
+    for line in _lines_backwards(path, needle):
         if needle in line and (record := _parse(line)) is not None:
             yield record
 
 
-def _lines_backwards(path: Path) -> Iterator[bytes]:
+def _lines_backwards(path: Path, needle: bytes) -> Iterator[bytes]:
+    """The lines of a file, the last one first; a chunk that does not hold `needle` is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -66,10 +66,14 @@ def _lines_backwards(path: Path) -> Iterator[bytes]:
         while end > 0:
             start = max(0, end - CHUNK_BYTES)
             file.seek(start)
-            lines = (file.read(end - start) + rest).split(b"\n")
-            rest = lines[0]
-            yield from reversed(lines[1:])
+            chunk = file.read(end - start) + rest
             end = start
+            if needle in chunk:
+                lines = chunk.split(b"\n")
+                rest = lines[0]
+                yield from reversed(lines[1:])
+            else:
+                rest = chunk.partition(b"\n")[0]
         yield rest
 
 

@@ -15,6 +15,7 @@ from trifold.pretrain.storage.disk import DiskPath
 START = """
 import ctypes, sys, time
 from pathlib import Path
+from trifold.pretrain.checkpoint.format import unseal
 from trifold.pretrain.checkpoint.lease import Lease
 from trifold.pretrain.monitor.heartbeat import Heartbeat
 from trifold.pretrain.storage.disk import DiskPath
@@ -25,7 +26,14 @@ heartbeat.set_phase("backward", micro=1)
 """
 # The sleep lets the watching thread arm its timer, of 3 s, before the lock is held.
 HANGS = START + "time.sleep(1.5)\nctypes.PyDLL(None).sleep(100)\n"  # C's sleep, with Python's lock held
-SUPERSEDED = START + "heartbeat.exit_when(Lease(DiskPath(run), 1).superseded_by)\ntime.sleep(100)\n"
+SUPERSEDED = (
+    START
+    + """
+claim = unseal((run / "lease" / "000001").read_bytes())
+heartbeat.exit_when(Lease(DiskPath(run), 1, claim).superseded_by)
+time.sleep(100)
+"""
+)
 
 
 def start(run: Path, code: str) -> subprocess.Popen[str]:
@@ -52,7 +60,7 @@ def test_a_killed_rank_leaves_where_it_was_and_one_that_holds_pythons_lock_its_s
     assert (status.rank, status.host, status.node) == (3, "a-host", "its-name")
     assert (status.pid, status.log) == (process.pid, "its.log")
     assert (status.step, status.rows, status.micro, status.phase) == (7, [36, 41], 1, "backward")
-    assert heartbeat.read_stack(tmp_path, status) == ['File "<string>", line 12 in <module>']
+    assert heartbeat.read_stack(tmp_path, status) == ['File "<string>", line 13 in <module>']
 
 
 def test_a_rank_exits_by_itself_whatever_it_waits_for_once_a_later_generation_has_begun(
