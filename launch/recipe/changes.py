@@ -15,9 +15,9 @@ from trifold.pretrain.storage.storage import checkpoint_root
 def reconcile_run_folder(config: AnyRecipe) -> list[Change]:
     """Write the recipe as the run folder's config.yaml, and return what has changed.
 
-    The reference is the config in the newest checkpoint, whatever config.yaml says by now; without a checkpoint it
-    is config.yaml. Raises UserError that names each key whose change would make it another run, and where fewer
-    steps are asked for than the run has done.
+    The reference is the config in the newest checkpoint, whatever config.yaml says by now; without a
+    checkpoint it is config.yaml. Raises UserError that names each key whose change would make it another run,
+    and where fewer steps are asked for than the run has done.
     """
     file = Path(config.run) / "config.yaml"
     root = checkpoint_root(file.parent, config.checkpoints.storage)

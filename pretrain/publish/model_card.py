@@ -234,7 +234,10 @@ def _seed_scores(summary: Mapping[str, Any], folder: str) -> str:
     for name, average in summary["mean"].items():
         this = summary["seeds"][folder]["scores"][name]
         rows.append(f"| {name} | {average:.2f} | {summary['spread'][name]:.2f} | {this:.2f} |")
-    chosen = f"This model is the best of them on dev, by {summary['best']}: the mean says what to expect of one run."
+    chosen = (
+        f"This model is the best of them on dev, by {summary['best']}:"
+        " the mean says what to expect of one run."
+    )
     note = chosen if folder == summary["published"] else ""
     return "\n".join(["\n", *rows, "", note])
 

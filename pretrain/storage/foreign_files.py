@@ -30,7 +30,8 @@ def check_folder(folder: Path) -> None:
     names = {path.name for path in _entries(folder) if path.parent == folder}
     if "adapter_config.json" in names:
         raise UserError(
-            f"{folder} holds adapters (adapter_config.json), which name a model elsewhere: merge them into it and"
+            f"{folder} holds adapters (adapter_config.json), which name a model elsewhere:"
+            " merge them into it and"
             " save that"
         )
     for name in sorted(names & set(_SETTINGS)):
@@ -42,7 +43,8 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for name in _CODE:
         if settings.get(name):
             raise UserError(
-                f"{path} sets {name}, which would run code from the folder; Trifold runs none: remove it, and use"
+                f"{path} sets {name}, which would run code from the folder; Trifold runs none:"
+                " remove it, and use"
                 " a class that transformers has"
             )
     for name in (*_KERNELS, *(f"_{name}" for name in _KERNELS)):
@@ -64,8 +66,8 @@ def is_plain_name(name: str) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Raises UserError for what is neither a file nor a folder, for a link that leads
-    nowhere, and for too many files.
+    """All files below a folder. Raises UserError for what is neither a file nor a folder, for a link that
+    leads nowhere, and for too many files.
     """
     count = 0
     for parent, folders, files in os.walk(folder):  # does not follow links to folders

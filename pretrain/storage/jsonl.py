@@ -1,8 +1,8 @@
 """JSON lines that several processes append to and that may be read while they grow.
 
 A line is one JSON object. Lines that are no object (half a line of a killed writer, bytes that are not UTF-8,
-other JSON) are passed over. A run of 1e6 steps has files of 200 MB: `read_backwards` and `read_from` read them
-in chunks, and parse only the lines that hold `containing`. Cost: see LOG.md.
+other JSON) are passed over. A run of 1e6 steps has files of 200 MB: `read_backwards` and `read_from` read
+them in chunks, and parse only the lines that hold `containing`. Cost: see LOG.md.
 """
 
 import json

@@ -102,7 +102,8 @@ class Tokenizer:
         self.vocab_size = max(pieces) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:  # tables of this size follow
             raise UserError(
-                f"tokenizer.json has the id {max(pieces):,}; vocabularies of at most {MAX_VOCAB_SIZE:,} are read"
+                f"tokenizer.json has the id {max(pieces):,}; vocabularies of at most {MAX_VOCAB_SIZE:,}"
+                " are read"
             )
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         self._words: WordCache | None = None
@@ -269,8 +270,8 @@ class Tokenizer:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error comes from a panic in `tokenizers`, such as a regular expression that backtracks without
-    end; its class is not exported, and no Exception.
+    """Whether an error comes from a panic in `tokenizers`, such as a regular expression that backtracks
+    without end; its class is not exported, and no Exception.
     """
     return type(error).__name__ == "PanicException"
 
