@@ -138,7 +138,7 @@ def _source_fingerprint(source: TokenizerSource, settings: TokenizerConfig) -> s
 
 
 def carry_initial_folder(model: ModelConfig | InitialModelConfig, run: Path) -> None:
-    """Keep beside the run what its initial folder holds and training does not use, for publish to give back."""
+    """Keep what the initial folder holds and training does not use beside the run; publish writes it."""
     if isinstance(model, InitialModelConfig) and model.folder is not None and not model.random:
         carried.keep(Path(model.folder), run)
 

@@ -1,4 +1,4 @@
-"""What is measured of one run of a comparison: its curve, scores, speed and attention maps, as plain values."""
+"""What is measured of one run of a comparison: curve, scores, speed and attention maps, as plain values."""
 
 import math
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name in a file of a folder is the name of a file in this folder: no separator, drive or `..`."""
+    """Whether a name in a file of a folder names a file in this folder: no separator, drive or `..`."""
     parts = {len(PurePosixPath(name).parts), len(PureWindowsPath(name).parts)}
     return parts == {1} and name not in (".", "..") and not any(mark in name for mark in "/\\:\0")
 
