@@ -45,9 +45,9 @@ def publish_reader(kind: str, folder: Path) -> tuple[ModelConfig, Transformer, T
 
 def packed_rows(tokenizer: Tokenizer) -> TaskRows:
     """Both questions in one row, as training reads them."""
-    windows = Pointer(tokenizer, "encoder", row_length=64, stride=8).windows(QUESTIONS)
+    windows = Pointer(tokenizer, "encoder", row_length=128, stride=8).windows(QUESTIONS)
     segments = [Segment(w.tokens, np.full(len(w.tokens), IGNORE), types=w.types) for _, w in windows]
-    return TaskRows([segments], row_capacity([segments], 64), tokenizer.pad, [1.0], seed=None)
+    return TaskRows([segments], row_capacity([segments], 128), tokenizer.pad, [1.0], seed=None)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
