@@ -356,7 +356,7 @@ def test_a_change_before_the_first_checkpoint_remakes_the_tokenizer_and_a_later_
     assert made(config) == first and not told
     (tmp_path / "corpus.txt").write_text((tmp_path / "corpus.txt").read_text().replace("Anna", "Zoya"))
     second = made(config)
-    assert second != first and told == ["making the tokenizer anew: what it is made of has changed"]
+    assert second != first and told == ["making the tokenizer again: what it is made of has changed"]
     small = config.model_copy(update={"tokenizer": dials.TokenizerConfig(sample_bytes=9000)})
     taken = config.model_copy(
         update={

@@ -102,11 +102,11 @@ def test_without_restarts_left_the_verdict_says_who_why_what_is_saved_and_how_to
 
 def test_a_rank_that_sleeps_for_ever_is_named_with_its_stack_and_ended(ray_cluster, tmp_path):
     with pytest.raises(UserError) as verdict:
-        driver.run(recipe(tmp_path, max_restarts=0, step_timeout=3), stand_in(sleep_at=7), timing=QUICK)
+        driver.run(recipe(tmp_path, max_restarts=0, step_timeout=6), stand_in(sleep_at=7), timing=QUICK)
     said = str(verdict.value)
     assert (
         "rank 1 of 2 failed on" in said
-        and "no rank made progress for 3 s; this one is furthest behind" in said
+        and "no rank made progress for 6 s; this one is furthest behind" in said
     )
     assert "It was at pretending, in step 7, rows 7 to 7." in said and "rank 0 on" in said
     innermost = said.split("innermost call first")[1].splitlines()[1]

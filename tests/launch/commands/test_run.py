@@ -7,9 +7,10 @@ from tests.launch.command_line import trifold, write_tiny
 
 HOLDS = """
 import sys, time
+from pathlib import Path
 from trifold.pretrain.checkpoint.driver_claim import DriverClaim
 from trifold.pretrain.storage.disk import DiskPath
-with DriverClaim(DiskPath(sys.argv[1]), renew_seconds=0.2):
+with DriverClaim(DiskPath(Path(sys.argv[1])), renew_seconds=0.2):
     print("held", flush=True)
     time.sleep(100)
 """

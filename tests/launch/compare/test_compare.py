@@ -177,10 +177,12 @@ def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path:
 def test_what_is_looked_into_is_what_was_scored(tmp_path: Path) -> None:
     """The best step, averaged, with its adapters: not the newest weights."""
     steps: dict[str, Any] = {"steps": 3, "evaluate_every": 1, "checkpoints": {"every": 1}}
-    [recipe] = recipes(tmp_path, ["transformer"], lora={"rank": 2}, ema=0.5, optimizer={"lr": 0.1}, **steps)
+    [recipe] = recipes(
+        tmp_path, ["transformer"], lora={"rank": 2}, ema=0.5, optimizer={"lr": 10.0}, best="chrf", **steps
+    )
     finetune(recipe, Terminal(quiet=True))
     found = json.loads((tmp_path / "transformer" / "scores.json").read_text())
-    assert found["step"] == 1
+    assert found["step"] == 2
     model, words = probes.opened(tmp_path / "transformer"), vocabulary(tmp_path)
     rows = open_rows(recipe, open_tasks(recipe, words, "encoder-decoder"), words)[1]
     batch = stack([rows.row(i) for i in range(rows.num_rows)])

@@ -180,8 +180,8 @@ def test_what_does_not_go_with_fp8_is_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"precision": "fp32"}, "precision bf16, and it is fp32"),
-        ({"precision": "autocast"}, "precision bf16, and it is autocast"),
+        ({"precision": "fp32"}, "precision bf16, not fp32"),
+        ({"precision": "autocast"}, "precision bf16, not autocast"),
         ({"precision": "bf16", "zero_stage": 3}, "zero_stage 3"),
     ],
 )
