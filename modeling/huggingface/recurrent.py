@@ -49,6 +49,7 @@ def write(config: ModelConfig, special: Mapping[str, int]) -> dict[str, Any]:
     return {
         "architectures": ["TrifoldRecurrent"],
         "model_type": "trifold_recurrent",
+        "is_encoder_decoder": config.family == "encoder-decoder",  # generation settings are read by it
         **config.model_dump(mode="json", include=set(FIELDS)),
         **token_ids(special),
     }

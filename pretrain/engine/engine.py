@@ -183,7 +183,7 @@ class Engine:
             losses = self._engine(batch)
             if batch.parts is not None:
                 sums[1:] += batch.by_part(losses.nll, self.num_members).flatten()
-            sums[0] += losses.total.detach()
+            sums[0].add_(losses.total.detach())  # in place: += would copy the sum onto itself
 
             self.rank_info.reporter.set_phase("backward", micro=i)
             # DeepSpeed averages gradients over ranks; with this factor the average is the gradient of one

@@ -152,14 +152,14 @@ def test_training_ends_early_when_the_score_stays_and_the_best_is_what_is_scored
     prepare(config, quiet)
     run_processes(1, train_run, config)
     events = read_lines(Path(config.run) / "events.jsonl")
-    history = [
-        (line["step"], line["f1"]) for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line
-    ]
-    best = max(history, key=lambda pair: (pair[1], -pair[0]))
+    scored = [line for line in read_lines(Path(config.run) / "metrics.jsonl") if "f1" in line]
+    history = [(line["step"], line["f1"]) for line in scored]
+    first_best = max(history, key=lambda pair: (pair[1], -pair[0]))
+    best = min(scored, key=lambda line: (-line["f1"], line["heldout_loss"]))  # of equal scores
     assert [event["event"] for event in events][-2:] == ["finished", "scored"] and events[-2][
         "step"
     ] == history[-1][0] < 100
-    assert history.index(best) == len(history) - 3 and scores_of(config)["step"] == best[0]
+    assert history.index(first_best) == len(history) - 3 and scores_of(config)["step"] == best["step"]
     run_processes(1, train_run, config)  # again: there is nothing left to train
     assert max(line["step"] for line in read_lines(Path(config.run) / "metrics.jsonl")) == history[-1][0]
 
