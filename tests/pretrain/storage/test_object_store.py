@@ -188,10 +188,11 @@ def test_a_busy_store_is_asked_again_and_each_time_is_told(
 def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
     server: Server, run: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lease = lease_of(run)
     server.faults(busy=10**9)
     monkeypatch.setattr(object_store, "TRIES", 2)
     events = Events()
-    checkpointer = Checkpointer(lease_of(run), 0, 1, KEEP_ONE, events)
+    checkpointer = Checkpointer(lease, 0, 1, KEEP_ONE, events)
     checkpointer.save(state_of(20), slices_of(20, 0, 1))
     checkpointer.wait()
     assert (
@@ -211,9 +212,10 @@ def test_a_store_that_stays_away_is_given_up_and_the_run_may_go_on(
 def test_a_bucket_that_refuses_writes_is_a_lasting_failure_said_in_one_sentence(
     server: Server, run: ObjectPath
 ) -> None:
+    lease = lease_of(run)
     server.faults(deny=True)
     events = Events()
-    ranks = [Checkpointer(lease_of(run), rank, 2, KEEP_ONE, events, timeout=1) for rank in (0, 1)]
+    ranks = [Checkpointer(lease, rank, 2, KEEP_ONE, events, timeout=1) for rank in (0, 1)]
     for rank, checkpointer in enumerate(ranks):
         checkpointer.save(state_of(20), slices_of(20, rank, 2))
         checkpointer.wait()
